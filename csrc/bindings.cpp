@@ -1,0 +1,51 @@
+// The CPU module switch_moe._cpu. Arguments are addresses and sizes; switch_moe.ops checks them first.
+#include <pybind11/pybind11.h>
+
+#include "expert_linear.h"
+#include "linear_assignment.h"
+
+namespace py = pybind11;
+using namespace switch_moe;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "Compiled CPU kernels of switch_moe; call them through switch_moe.ops.";
+    m.def(
+        "merge_experts",
+        [](uintptr_t weight, uintptr_t index, uintptr_t gate, int dtype, int64_t elements, int64_t routes,
+           int64_t top_k, int threads, uintptr_t merged) {
+            merge_experts(at<void>(weight), at<int32_t>(index), at<float>(gate), static_cast<DType>(dtype),
+                          elements, routes, top_k, threads, at<void>(merged));
+        },
+        py::arg("weight"), py::arg("index"), py::arg("gate"), py::arg("dtype"), py::arg("elements"),
+        py::arg("routes"), py::arg("top_k"), py::arg("threads"), py::arg("merged"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "merge_experts_backward",
+        [](uintptr_t grad_merged, uintptr_t weight, uintptr_t index, uintptr_t gate, int dtype,
+           int64_t elements, int64_t routes, int64_t top_k, int threads, uintptr_t grad_weight,
+           uintptr_t grad_gate) {
+            merge_experts_backward(at<void>(grad_merged), at<void>(weight), at<int32_t>(index),
+                                   at<float>(gate), static_cast<DType>(dtype), elements, routes, top_k,
+                                   threads, at<float>(grad_weight), at<float>(grad_gate));
+        },
+        py::arg("grad_merged"), py::arg("weight"), py::arg("index"), py::arg("gate"), py::arg("dtype"),
+        py::arg("elements"), py::arg("routes"), py::arg("top_k"), py::arg("threads"), py::arg("grad_weight"),
+        py::arg("grad_gate"), py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "linear_assignment",
+        [](uintptr_t cost, bool integer, int64_t n, uintptr_t column) {
+            return integer ? linear_assignment(at<int64_t>(cost), n, at<int64_t>(column))
+                           : linear_assignment(at<double>(cost), n, at<int64_t>(column));
+        },
+        py::arg("cost"), py::arg("integer"), py::arg("n"), py::arg("column"),
+        py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,13 @@
+// parallel_for: run independent tasks on the threads that torch already has.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace switch_moe {
+
+// Calls task(i) once for every i in [0, count), on up to `threads` threads. The order is unspecified, so a
+// task writes only to what it owns. Throws what std::thread throws when no thread can be started.
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
+
+}  // namespace switch_moe

@@ -1,0 +1,131 @@
+"""SwitchMoE: a mixture of experts whose router sees only the diffusion timestep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from switch_moe.ops import expert_linear
+from switch_moe.ops._dispatch import BACKENDS, check_shape, check_top_k
+from switch_moe.reference.expert_mlp import expert_mlp
+from switch_moe.router import Routing, route
+
+EXPERTS = ("linear", "mlp", "swiglu")
+
+
+class SwitchMoE(nn.Module):
+    """``m(x) = sum_j gate_j expert_j(x)``, every token of a sample routed by its timestep (arXiv 2403.09176).
+
+    Fresh layers return zeros, so ``x * (1 + m(x))`` and ``x + m(x)`` start as the identity.
+
+    Args:
+        hidden_size: D. num_experts: M. top_k: experts per sample, 1 to M.
+        expert: ``linear`` (D to D, Switch-DiT's), ``mlp`` (GELU) or ``swiglu``; the last two have a hidden layer.
+        expert_hidden_size: width of that hidden layer, 4 D by default; only with ``mlp`` and ``swiglu``.
+        bias: whether the experts have biases. The router always has one.
+        backend: of the experts, see :func:`switch_moe.ops.expert_linear`; ``mlp`` and ``swiglu`` have the reference
+            path only.
+
+    Parameters: ``router_weight [M, D]``, ``router_bias [M]``, and ``weight [M, D, D]``, ``bias [M, D]`` for linear
+    experts; ``weight_in [M, D, H]``, ``bias_in``, ``weight_out [M, H, D]``, ``bias_out`` for the others (2H for
+    SwiGLU's input). Keep the router in float32: gates are computed in float32 always.
+
+    Raises ``ValueError`` for a setting out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int = 3,
+        top_k: int = 2,
+        *,
+        expert: str = "linear",
+        expert_hidden_size: int | None = None,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if expert not in EXPERTS:
+            raise ValueError(f"expert is {expert!r}; it must be one of {', '.join(EXPERTS)}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        if expert == "linear" and expert_hidden_size is not None:
+            raise ValueError(f"expert_hidden_size is {expert_hidden_size}; linear experts have no hidden layer")
+        if expert != "linear" and backend not in ("auto", "reference"):
+            raise ValueError(f"backend is {backend!r}; {expert} experts have the reference path only")
+        hidden = 4 * hidden_size if expert_hidden_size is None else expert_hidden_size
+        for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts), ("expert_hidden_size", hidden)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_top_k(top_k, num_experts)
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.expert, self.backend = expert, backend
+
+        self.router_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.router_bias = nn.Parameter(torch.empty(num_experts))
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape))
+
+        def bias_parameter(size: int) -> nn.Parameter | None:
+            return parameter(size) if bias else None
+
+        if expert == "linear":
+            self.weight = parameter(hidden_size, hidden_size)
+            self.bias = bias_parameter(hidden_size)
+        else:
+            width = 2 * hidden if expert == "swiglu" else hidden
+            self.weight_in, self.bias_in = parameter(hidden_size, width), bias_parameter(width)
+            self.weight_out, self.bias_out = parameter(hidden, hidden_size), bias_parameter(hidden_size)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A small random router; experts that return zero."""
+        nn.init.normal_(self.router_weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name == "weight_in":
+                for expert_weight in parameter:
+                    nn.init.xavier_uniform_(expert_weight)
+            elif name != "router_weight":
+                nn.init.zeros_(parameter)
+
+    def route(self, time_embedding: Tensor) -> Routing:
+        """The routing of this layer for ``time_embedding [B, D]``, without a leading block dimension."""
+        return route([self], time_embedding).block(0)
+
+    def forward(
+        self,
+        x: Tensor,
+        time_embedding: Tensor | None = None,
+        *,
+        routing: Routing | None = None,
+        modulate: bool = False,
+    ) -> Tensor:
+        """``m(x)``, or ``x * (1 + m(x))`` with ``modulate``: ``[B, T, D]``.
+
+        Args:
+            x: tokens ``[B, T, D]``.
+            time_embedding: ``[B, D]``, what the router sees. routing: that of this layer, computed ahead (see
+                :func:`switch_moe.router.route`). Exactly one of the two (``ValueError``).
+        """
+        check_shape("x", x, ("B", "T", self.hidden_size))
+        if routing is None and time_embedding is not None:
+            check_shape("time_embedding", time_embedding, (x.shape[0], self.hidden_size))
+            routing = self.route(time_embedding)
+        elif routing is None or time_embedding is not None:
+            given = "neither" if routing is None else "both"
+            raise ValueError(f"time_embedding and routing: {given} given; it must be exactly one of them")
+        check_shape("routing.expert_index", routing.expert_index, (x.shape[0], "k"))
+        index, gate = routing.expert_index, routing.expert_gate
+        if self.expert == "linear":
+            return expert_linear(x, self.weight, self.bias, index, gate, modulate, backend=self.backend)
+        gated = self.expert == "swiglu"
+        mixture = expert_mlp(x, self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated)
+        return x + x * mixture if modulate else mixture
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"expert={self.expert}, backend={self.backend}"
+        )

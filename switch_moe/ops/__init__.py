@@ -1,0 +1,11 @@
+"""The operations: each a public function over backends that compute the same thing.
+
+Legend: B samples, T tokens per sample, D hidden size (Din, Dout where they differ), M experts, k experts chosen
+per sample (``top_k``), L blocks, N diffusion timesteps.
+"""
+
+from switch_moe.ops.expert_linear import expert_linear
+from switch_moe.ops.linear_assignment import linear_assignment
+from switch_moe.ops.timestep_gate import timestep_gate
+
+__all__ = ["expert_linear", "linear_assignment", "timestep_gate"]

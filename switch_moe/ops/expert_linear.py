@@ -1,0 +1,331 @@
+"""Linear experts with per-sample gates, merged before the product where that is cheaper."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from switch_moe import native
+from switch_moe.ops._dispatch import check_device, check_dtype, check_shape, choose, register
+from switch_moe.reference.expert_linear import expert_linear as reference_expert_linear
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # csrc/expert_linear.h
+
+# Merged weights are formed and used a few samples at a time. More samples at a time read the expert weights less
+# often, but past 32 MiB malloc maps fresh pages for every call: at (16, 256, 768) float32 forward+backward cost
+# 1.36 (8 MiB), 1.22 (16), 1.08 (24) and 1.46 (48) times nn.Linear, on a CPU with 32 MiB of third-level cache.
+_MERGED_BYTES = 24 << 20
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_index: Tensor,
+    expert_gate: Tensor,
+    modulate: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``m(x_b) = sum_j gate_bj (x_b W_index_bj + b_index_bj)``: a mixture of linear experts, gated per sample.
+
+    Switch-DiT (arXiv 2403.09176), the mixture at the start of a block. Experts are linear and gates belong to a
+    sample, so the mixture is one product with ``V_b = sum_j gate_bj W_j``; its backward takes two more products.
+    For few tokens the samples are grouped by expert instead, see :func:`merging_pays`.
+
+    Args:
+        x: tokens, ``[B, T, Din]`` float32, bfloat16 or float16.
+        weight: experts, ``[M, Din, Dout]`` in the type of ``x``. Under autocast both are cast.
+        bias: ``[M, Dout]`` in the type of ``x``, or None.
+        expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``.
+        expert_gate: their gates, ``[B, k]`` float32.
+        modulate: return ``x * (1 + m(x))`` instead of ``m(x)``; needs Din = Dout.
+        backend: ``auto``, ``native`` (compiled, CPU) or ``reference`` (plain PyTorch, any device, also float64).
+
+    Returns:
+        ``[B, T, Dout]`` in the type of ``x``; differentiable in ``x``, ``weight``, ``bias`` and ``expert_gate``.
+
+    Raises:
+        ValueError: a shape, device or index does not fit. TypeError: a type does not.
+        RuntimeError: the named backend cannot run here.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check(x, weight, bias, expert_index, expert_gate, modulate)
+    path = choose("expert_linear", backend, x.device, native_devices=("cpu",))
+    if path == "native" and x.dtype not in NATIVE_DTYPES:
+        if backend == "native":
+            check_dtype("x", x, *NATIVE_DTYPES)
+        path = "reference"
+    if path == "reference":
+        return reference_expert_linear(x, weight, bias, expert_index, expert_gate, modulate)
+    out: Tensor = _ExpertLinear.apply(x, weight, bias, expert_index.to(torch.int32), expert_gate, modulate)
+    return out
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, expert_gate: Tensor, modulate: bool
+) -> None:
+    check_shape("x", x, ("B", "T", "Din"))
+    check_dtype("x", x, *NATIVE_DTYPES, torch.float64)
+    batch, _, d_in = x.shape
+    check_shape("weight", weight, ("M", d_in, "Dout"))
+    num_experts, _, d_out = weight.shape
+    check_shape("expert_index", expert_index, (batch, "k"))
+    check_shape("expert_gate", expert_gate, tuple(expert_index.shape))
+    check_dtype("expert_index", expert_index, torch.int32, torch.int64)
+    check_dtype("expert_gate", expert_gate, torch.float32, *([torch.float64] if x.dtype == torch.float64 else []))
+    same_type = [("weight", weight)]
+    if bias is not None:
+        check_shape("bias", bias, (num_experts, d_out))
+        same_type.append(("bias", bias))
+    for name, tensor in same_type:
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}; cast one, or use autocast")
+    for name, tensor in [*same_type, ("expert_index", expert_index), ("expert_gate", expert_gate)]:
+        check_device(name, tensor, x.device)
+    if expert_index.shape[1] < 1:
+        raise ValueError(f"expert_index has shape {tuple(expert_index.shape)}; at least one expert must be chosen")
+    if modulate and d_in != d_out:
+        raise ValueError(f"modulate needs square experts; weight has shape {tuple(weight.shape)}")
+
+
+class _ExpertLinear(torch.autograd.Function):
+    """Saves x, the experts and, with modulate, m(x); the merged weights are formed again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, modulate: bool
+    ) -> Tensor:
+        mixture = torch.ops.switch_moe.expert_linear(x, weight, bias, index, gate)
+        ctx.modulate = modulate
+        ctx.save_for_backward(x, weight, bias, index, gate, mixture if modulate else None)
+        return torch.addcmul(x, x, mixture) if modulate else mixture
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, index, gate, mixture = ctx.saved_tensors
+        grad_mixture = grad_out * x if ctx.modulate else grad_out
+        wanted = list(ctx.needs_input_grad[:3]) + [ctx.needs_input_grad[4]]
+        wanted[2] = wanted[2] and bias is not None
+        grad_x, grad_weight, grad_bias, grad_gate = torch.ops.switch_moe.expert_linear_backward(
+            grad_mixture, x, weight, bias, index, gate, wanted
+        )
+        if ctx.modulate and wanted[0]:
+            grad_x = grad_x.add_(grad_out).addcmul_(grad_out, mixture)
+        found = [grad if want else None for grad, want in zip((grad_x, grad_weight, grad_bias), wanted, strict=False)]
+        return (*found, None, grad_gate if wanted[3] else None, None)
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = (x.shape, weight.shape, (weight.shape[0], weight.shape[2]), gate.shape)
+    like = (x, weight, weight, gate)
+    grads = [a.new_empty(shape if want else 0) for a, shape, want in zip(like, shapes, wanted, strict=True)]
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int) -> bool:
+    """Whether one product with merged experts beats ``top_k`` products over samples grouped by expert, on a CPU.
+
+    Merging saves k - 1 products of ``tokens`` rows and costs passes over a ``[Din, Dout]`` weight per sample. The
+    passes cost more the further the merged weights leave the cache, so the break-even grows with the weight.
+    """
+    return tokens * (top_k - 1) * 12 >= math.sqrt(d_in * d_out)
+
+
+@register("expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor gate) -> Tensor", _fake_forward)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
+    x, weight, bias, index, gate = _prepare(x, weight, bias, index, gate)
+    batch, tokens, d_in = x.shape
+    out = x.new_empty(batch, tokens, weight.shape[2])
+    if x.numel() and out.numel():
+        with torch.autocast("cpu", enabled=False):
+            if x.dtype == torch.float16:  # torch's float16 products on a CPU are 40 times slower than float32
+                bias = None if bias is None else bias.float()
+                return _forward(x.float(), weight.float(), bias, index, gate).half()
+            routes, order, counts = _share_routes(index, gate)
+            if merging_pays(batch * tokens / len(counts), index.shape[1], d_in, weight.shape[2]):
+                return _merged_forward(x, weight, bias, index[routes], gate[routes], order, counts, out)
+            return _grouped_forward(x, weight, bias, index, gate)
+    return out.zero_()
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Contiguous arguments, with every index in range: the compiled kernels check nothing."""
+    if index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(f"expert_index holds {low} to {high}; it must stay in [0, {weight.shape[0]}), the experts")
+    bias = None if bias is None else bias.contiguous()
+    return x.contiguous(), weight.contiguous(), bias, index.contiguous(), gate.contiguous()
+
+
+def _share_routes(index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Samples that share a timestep share experts and gates, and then a merged weight.
+
+    Returns a sample of each route [R], the samples in the order of their routes [B], and samples per route. Where
+    fewer than half of the samples would be saved, every sample is its own route: one batched product is faster.
+    """
+    batch = index.shape[0]
+    every = torch.arange(batch)
+    keys = torch.cat([index, gate.view(torch.int32)], dim=1)
+    if torch.equal(keys, keys[:1].expand_as(keys)):
+        return every[:1], every, [batch]
+    _, route, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+    if 2 * len(counts) > batch:
+        return every, every, [1] * batch
+    order = torch.argsort(route, stable=True)
+    return order[counts.cumsum(0) - counts], order, counts.tolist()
+
+
+def _merge(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+    """out_r = sum_j gate_rj weight_index_rj: weight [M, ...], index and gate [R, k], out [R, ...]."""
+    native.cpu.require().merge_experts(
+        weight.data_ptr(), index.data_ptr(), gate.data_ptr(), _DTYPE_CODE[weight.dtype],
+        weight[0].numel(), *index.shape, torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
+    fit = _MERGED_BYTES // (weight[0].numel() * weight.element_size())
+    return weight.new_empty(max(1, min(routes, fit)), *weight.shape[1:])
+
+
+def _merged_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, order: Tensor, counts: list[int],
+    out: Tensor,
+) -> Tensor:  # fmt: skip
+    shared = len(counts) < x.shape[0]
+    gather = shared and len(counts) > 1
+    xs = x[order] if gather else x
+    v_RO = None if bias is None else _merge(bias, index, gate, bias.new_empty(len(counts), bias.shape[1]))
+    buffer = _merged_buffer(weight, len(counts))
+    stop = 0
+    for r in range(0, len(counts), len(buffer)):
+        chunk = slice(r, min(r + len(buffer), len(counts)))
+        v_RIO = _merge(weight, index[chunk], gate[chunk], buffer[: chunk.stop - r])
+        if not shared:
+            torch.bmm(x[chunk], v_RIO, out=out[chunk])
+            continue
+        for route, v_IO in enumerate(v_RIO, start=r):
+            start, stop = stop, stop + counts[route]
+            torch.mm(xs[start:stop].flatten(0, 1), v_IO, out=out[start:stop].flatten(0, 1))
+    if gather:
+        out = torch.empty_like(out).index_copy_(0, order, out)
+    if v_RO is not None:
+        v_BO = v_RO if not shared else torch.empty_like(out[:, 0]).index_copy_(0, order, _repeat(v_RO, counts))
+        out += v_BO[:, None]
+    return out
+
+
+def _repeat(rows: Tensor, counts: list[int]) -> Tensor:
+    return rows.repeat_interleave(torch.tensor(counts), dim=0)
+
+
+def _grouped_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
+    batch, tokens, d_in = x.shape
+    num_experts, _, d_out = weight.shape
+    out = torch.zeros(batch, tokens, d_out)  # float32 over the sum of k experts, rounded once
+    for e in range(num_experts):
+        rows, slot = (index == e).nonzero(as_tuple=True)
+        x_e = x[rows].view(-1, d_in)
+        y_e = torch.mm(x_e, weight[e]) if bias is None else torch.addmm(bias[e], x_e, weight[e])
+        out.index_add_(0, rows, y_e.view(-1, tokens, d_out) * gate[rows, slot][:, None, None])
+    return out.to(x.dtype)
+
+
+@register(
+    "expert_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor gate, "
+    "bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
+    grad = grad.contiguous()
+    x, weight, bias, index, gate = _prepare(x, weight, bias, index, gate)
+    with torch.autocast("cpu", enabled=False):
+        if x.dtype == torch.float16:
+            bias = None if bias is None else bias.float()
+            found = _backward(grad.float(), x.float(), weight.float(), bias, index, gate, wanted)
+            return found[0].half(), found[1].half(), found[2].half(), found[3]
+        merged = merging_pays(x.shape[1], index.shape[1], *weight.shape[1:])
+        compute = _merged_backward if merged else _grouped_backward
+        grad_x, grad_weight, grad_gate = compute(grad, x, weight, index, gate, wanted)
+        grad_bias = x.new_empty(0)
+        if bias is not None and (wanted[2] or wanted[3]):
+            total_BO = grad.sum(1, dtype=torch.float32)
+            gate_BM = gate.new_zeros(len(gate), len(weight)).scatter_add_(1, index.long(), gate)
+            if wanted[2]:
+                grad_bias = (gate_BM.t() @ total_BO).to(bias.dtype)
+            if wanted[3]:
+                grad_gate += (total_BO @ bias.float().t()).gather(1, index.long())
+    return grad_x, grad_weight, grad_bias, grad_gate
+
+
+def _merged_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx_b = dm_b V_b^T, P_b = x_b^T dm_b, dW_e = sum_b g_be P_b and dg_be = <P_b, W_e>: two products in all."""
+    grad_x = torch.empty_like(x) if wanted[0] else x.new_empty(0)
+    grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32)
+    grad_gate = torch.zeros_like(gate)
+    if not x.numel() or not grad.numel():
+        return grad_x.zero_(), _wanted(grad_weight.to(weight.dtype), wanted[1]), _wanted(grad_gate, wanted[3])
+    buffer = _merged_buffer(weight, len(x))
+    for b in range(0, len(x), len(buffer)):
+        chunk = slice(b, min(b + len(buffer), len(x)))
+        v_BIO = buffer[: chunk.stop - b]
+        if wanted[0]:
+            _merge(weight, index[chunk], gate[chunk], v_BIO)
+            torch.bmm(grad[chunk], v_BIO.transpose(1, 2), out=grad_x[chunk])
+        if wanted[1] or wanted[3]:
+            p_BIO = torch.bmm(x[chunk].transpose(1, 2), grad[chunk], out=v_BIO)  # V is used up: P takes its place
+            native.cpu.require().merge_experts_backward(
+                p_BIO.data_ptr(), weight.data_ptr(), index[chunk].data_ptr(), gate[chunk].data_ptr(),
+                _DTYPE_CODE[weight.dtype], weight[0].numel(), *index[chunk].shape, torch.get_num_threads(),
+                grad_weight.data_ptr(), grad_gate[chunk].data_ptr(),
+            )  # fmt: skip
+    return grad_x, _wanted(grad_weight.to(weight.dtype), wanted[1]), _wanted(grad_gate, wanted[3])
+
+
+def _wanted(grad: Tensor, wanted: bool) -> Tensor:
+    return grad if wanted else grad.new_empty(0)
+
+
+def _grouped_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per expert e with its samples b: z_b = dm_b W_e^T, dx_b += g_be z_b, dg_be = <x_b, z_b>, dW_e = (g x)^T dm."""
+    tokens, d_in, d_out = x.shape[1], *weight.shape[1:]
+    grad_x = torch.zeros(x.shape)  # float32 over the sum of k experts, rounded once
+    grad_weight = torch.zeros_like(weight)
+    grad_gate = torch.zeros_like(gate)
+    for e in range(len(weight)):
+        rows, slot = (index == e).nonzero(as_tuple=True)
+        grad_e, x_e, gate_e = grad[rows], x[rows], gate[rows, slot][:, None, None]
+        if wanted[0] or wanted[3]:
+            z = torch.mm(grad_e.view(-1, d_out), weight[e].t()).view(-1, tokens, d_in).float()
+            grad_gate[rows, slot] = torch.linalg.vecdot(z.flatten(1), x_e.float().flatten(1))
+            grad_x.index_add_(0, rows, z * gate_e)
+        if wanted[1]:
+            scaled = (x_e * gate_e).to(x.dtype).view(-1, d_in)
+            torch.mm(scaled.t(), grad_e.view(-1, d_out), out=grad_weight[e])
+    return _wanted(grad_x.to(x.dtype), wanted[0]), _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])

@@ -1,0 +1,83 @@
+"""The diffusion prior of Switch-DiT: which timesteps should share experts (arXiv 2403.09176, diffusion prior loss)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from switch_moe.ops import linear_assignment
+from switch_moe.ops._dispatch import check_shape, check_top_k
+from switch_moe.reference.diffusion_prior import jensen_shannon, matching_cost, prior_table
+
+
+class DiffusionPrior(nn.Module):
+    """Pulls the routers towards a table in which neighbouring timesteps share most of their experts.
+
+    The table fixes how much any two timesteps share, not which expert is which, so each expert of the model is
+    first matched to the column of the table that it resembles most.
+
+    Args:
+        depth: blocks, L. num_experts: experts per block, M. top_k: chosen per block, k.
+        num_timesteps: diffusion timesteps, N.
+        alpha: exponent of the table; larger keeps small timesteps together for longer.
+
+    Attributes:
+        table: the prior, float32 0/1 ``[N, L*M]`` with ``k*L`` ones in each row; not part of the state_dict.
+    """
+
+    table: Tensor
+
+    def __init__(
+        self, depth: int, num_experts: int, top_k: int, num_timesteps: int = 1000, alpha: float = 4.0
+    ) -> None:
+        super().__init__()
+        check_top_k(top_k, num_experts)
+        for name, value in (("depth", depth), ("num_timesteps", num_timesteps)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.depth, self.num_experts, self.top_k, self.num_timesteps = depth, num_experts, top_k, num_timesteps
+        self.alpha = alpha
+        table = prior_table(num_timesteps, depth * num_experts, depth * top_k, alpha)
+        self.register_buffer("table", table, persistent=False)
+
+    @torch.no_grad()
+    def match(self, selected: Tensor) -> Tensor:
+        """The column of the table that each expert of the model is matched to.
+
+        Args:
+            selected: 0/1 ``[N, L*M]``, one where an expert is among the top k at a timestep.
+
+        Returns:
+            int64 ``[L*M]``, a permutation at the least ``sum |selected - table|``. Ties break at random, from
+            torch's default generator: both sides are permuted before the matching.
+        """
+        check_shape("selected", selected, tuple(self.table.shape))
+        slots = self.table.shape[1]
+        of_model = torch.randperm(slots, device=selected.device)
+        of_table = torch.randperm(slots, device=selected.device)
+        cost = matching_cost(selected.to(self.table.dtype)[:, of_model], self.table[:, of_table])
+        found = linear_assignment(cost.to(torch.int64))
+        return torch.empty_like(found).index_copy_(0, of_model, of_table[found])
+
+    def loss(self, probs: Tensor, t: Tensor, assignment: Tensor) -> Tensor:
+        """Jensen-Shannon divergence of the routers' probabilities and the matched prior.
+
+        Args:
+            probs: router probabilities ``[B, L*M]``, block after block, each block's M summing to 1.
+            t: timesteps, integer ``[B]``. assignment: from :meth:`match`.
+
+        Returns:
+            A scalar in natural units, mean over the batch, differentiable in ``probs``.
+        """
+        check_shape("probs", probs, ("B", self.table.shape[1]))
+        check_shape("t", t, (probs.shape[0],))
+        check_shape("assignment", assignment, (self.table.shape[1],))
+        with torch.autocast(probs.device.type, enabled=False):
+            prior = self.table[t][:, assignment] / (self.top_k * self.depth)
+            return jensen_shannon(probs.float() / self.depth, prior)
+
+    def extra_repr(self) -> str:
+        return (
+            f"depth={self.depth}, num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"num_timesteps={self.num_timesteps}, alpha={self.alpha}"
+        )

@@ -1,0 +1,47 @@
+"""Two-layer experts with per-sample gates, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def expert_mlp(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    expert_index: Tensor,
+    expert_gate: Tensor,
+    gated: bool,
+) -> Tensor:
+    """``m(x_b) = sum_j gate_bj MLP_index_bj(x_b)``. Differentiable.
+
+    Args:
+        x: ``[B, T, D]``. expert_index, expert_gate: ``[B, k]``, gates float32.
+        weight_in: ``[M, D, H]``, or ``[M, D, 2H]`` with ``gated``; bias_in: ``[M, H]`` or ``[M, 2H]``, or None.
+        weight_out: ``[M, H, D]``; bias_out: ``[M, D]``, or None.
+        gated: SwiGLU, ``SiLU(a) * b`` of the two halves (arXiv 2002.05202), instead of GELU (tanh).
+
+    Returns:
+        ``[B, T, D]`` in the type of ``x``.
+    """
+    mixture = torch.zeros((), dtype=x.dtype, device=x.device)
+    for j in range(expert_index.shape[1]):
+        chosen = expert_index[:, j].long()
+        hidden = _linear(x, weight_in, bias_in, chosen)  # [B, T, H or 2H]
+        if gated:
+            a, b = hidden.chunk(2, dim=-1)
+            hidden = F.silu(a) * b
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        out = _linear(hidden, weight_out, bias_out, chosen)
+        mixture = mixture + (expert_gate[:, j, None, None] * out).to(out.dtype)
+    return mixture
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor) -> Tensor:
+    out = torch.bmm(x, weight[chosen])
+    return out if bias is None else out + bias[chosen][:, None].to(out.dtype)
