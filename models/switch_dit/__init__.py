@@ -1,0 +1,16 @@
+"""Switch-DiT: the model, its diffusion process, training, sampling and metrics."""
+
+from switch_dit.convert import convert_official_state_dict, convert_to_official_state_dict
+from switch_dit.diffusion import GaussianDiffusion
+from switch_dit.model import PRESETS, SwitchDiT, create_model
+from switch_dit.sampling import sample
+
+__all__ = [
+    "PRESETS",
+    "GaussianDiffusion",
+    "SwitchDiT",
+    "convert_official_state_dict",
+    "convert_to_official_state_dict",
+    "create_model",
+    "sample",
+]

@@ -1,0 +1,165 @@
+"""Gaussian diffusion: schedules, the forward process and the hybrid loss with learned variance.
+
+DDPM: Ho et al. (arXiv 2006.11239). Learned variance, cosine schedule, hybrid loss and respacing: Nichol and Dhariwal
+(arXiv 2102.09672). Sampling is in :mod:`switch_dit.sampling`, with diffusers' schedulers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SCHEDULES = ("linear", "cosine")
+
+
+def betas_of(schedule: str, num_timesteps: int) -> np.ndarray:
+    """float64 [N]: ``linear`` from 1e-4 to 0.02 at N = 1000 (scaled for other N), or ``cosine`` (eq. 17)."""
+    if schedule == "linear":
+        scale = 1000 / num_timesteps
+        return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
+    if schedule == "cosine":
+        time = np.linspace(0, 1, num_timesteps + 1)
+        alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+
+
+class GaussianDiffusion:
+    """The process ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`` of N steps.
+
+    Args:
+        schedule: ``linear`` or ``cosine``. num_timesteps: N.
+        weighting: of the squared error, see :meth:`mse_weight`.
+        betas: float64 [N], instead of a schedule.
+    """
+
+    def __init__(
+        self,
+        schedule: str = "linear",
+        num_timesteps: int = 1000,
+        weighting: str = "constant",
+        betas: np.ndarray | None = None,
+    ) -> None:
+        self.betas = betas_of(schedule, num_timesteps) if betas is None else np.asarray(betas, dtype=np.float64)
+        self.num_timesteps = len(self.betas)
+        self.weighting = weighting
+        self.alphas_cumprod = np.cumprod(1 - self.betas)
+        previous = np.append(1.0, self.alphas_cumprod[:-1])
+        posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
+        # At t = 0 the posterior has no variance; its logarithm takes the value of t = 1 (as in the official code).
+        first = posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
+        self._tables = {
+            "signal": np.sqrt(self.alphas_cumprod),
+            "noise": np.sqrt(1 - self.alphas_cumprod),
+            "posterior_x_start": self.betas * np.sqrt(previous) / (1 - self.alphas_cumprod),
+            "posterior_x_t": (1 - previous) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod),
+            "min_log_variance": np.log(np.append(first, posterior_variance[1:])),
+            "max_log_variance": np.log(self.betas),
+            "mse_weight": self.mse_weight(weighting),
+        }
+
+    def mse_weight(self, weighting: str) -> np.ndarray:
+        """Weight of the squared error of the noise at each timestep, float64 [N]; snr = abar / (1 - abar).
+
+        ``constant``; ``min_snr_<gamma>``: min(snr, gamma) / snr (arXiv 2303.09556); ``p2``: 1 / (1 + snr)
+        (arXiv 2204.00227, k = gamma = 1).
+        """
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        if weighting == "constant":
+            return np.ones_like(snr)
+        if weighting == "p2":
+            return 1 / (1 + snr)
+        match = re.fullmatch(r"min_snr_(\d+(?:\.\d+)?)", weighting)
+        if match and float(match[1]) > 0:
+            return np.minimum(snr, float(match[1])) / snr
+        raise ValueError(f"weighting is {weighting!r}; it must be constant, p2 or min_snr_<gamma>, like min_snr_5")
+
+    def respaced(self, steps: int) -> tuple[GaussianDiffusion, Tensor]:
+        """The process through ``steps`` evenly spaced timesteps, and those timesteps, int64 [steps] rising."""
+        if not 1 <= steps <= self.num_timesteps:
+            raise ValueError(f"steps is {steps}; it must be between 1 and the {self.num_timesteps} trained timesteps")
+        kept = np.round(np.linspace(self.num_timesteps - 1, 0, steps))[::-1].astype(np.int64)
+        alphas_cumprod = self.alphas_cumprod[kept]
+        betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        return GaussianDiffusion(betas=betas, weighting=self.weighting), torch.from_numpy(kept.copy())
+
+    def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+        values = torch.as_tensor(self._tables[table], dtype=torch.float32, device=t.device)[t]
+        return values.view(-1, *[1] * (like.dim() - 1))
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t for x_start and noise [B, C, H, W], t int64 [B] (DDPM eq. 4)."""
+        return self._at("signal", t, x_start) * x_start + self._at("noise", t, x_start) * noise
+
+    def predict_x_start(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The x_start that ``noise`` implies."""
+        return (x_t - self._at("noise", t, x_t) * noise) / self._at("signal", t, x_t)
+
+    def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_start) (DDPM eq. 7)."""
+        return self._at("posterior_x_start", t, x_t) * x_start + self._at("posterior_x_t", t, x_t) * x_t
+
+    def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Mean, log variance and predicted x_start of p(x_{t-1} | x_t) from an output with 2C channels.
+
+        The second half of the channels interpolates the log variance between its bounds (arXiv 2102.09672, eq. 15).
+        """
+        noise, v = model_output.chunk(2, dim=1)
+        share = (v + 1) / 2
+        low, high = self._at("min_log_variance", t, x_t), self._at("max_log_variance", t, x_t)
+        x_start = self.predict_x_start(x_t, t, noise)
+        mean = self.q_posterior_mean(x_start, x_t, t)
+        return {"mean": mean, "log_variance": share * high + (1 - share) * low, "pred_xstart": x_start}
+
+    def training_losses(
+        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses per sample, float32 [B]: ``mse``, weighted, and ``vb`` where the variance is learned.
+
+        ``vb`` is in bits per dimension and trains the variance only: the mean is detached (arXiv 2102.09672, eq. 16).
+        """
+        model_output = model_output.float()
+        predicted = model_output[:, : x_t.shape[1]]
+        weight = self._at("mse_weight", t, t)
+        losses = {"mse": weight * (predicted - noise).square().flatten(1).mean(1)}
+        if model_output.shape[1] == 2 * x_t.shape[1]:
+            frozen = torch.cat([predicted.detach(), model_output[:, x_t.shape[1] :]], dim=1)
+            losses["vb"] = self.variational_bound(frozen, x_start, x_t, t)
+        return losses
+
+    def variational_bound(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The term of the variational bound at t, bits per dimension [B]: a KL divergence, at t = 0 a likelihood."""
+        model = self.p_mean_variance(model_output, x_t, t)
+        true_mean = self.q_posterior_mean(x_start, x_t, t)
+        true_log_variance = self._at("min_log_variance", t, x_t)
+        kl = gaussian_kl(true_mean, true_log_variance, model["mean"], model["log_variance"])
+        decoder = -discretized_gaussian_log_likelihood(x_start, model["mean"], 0.5 * model["log_variance"])
+        per_sample = torch.where(t == 0, decoder.flatten(1).mean(1), kl.flatten(1).mean(1))
+        return per_sample / math.log(2)
+
+
+def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL divergence of two diagonal Gaussians, elementwise, in nats."""
+    difference = log_variance1 - log_variance2
+    return 0.5 * (-1 - difference + difference.exp() + (mean1 - mean2).square() * torch.exp(-log_variance2))
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log likelihood, in nats, of 8-bit images scaled to [-1, 1]: the Gaussian's mass in each value's bin.
+
+    The distribution function is the tanh approximation that the published models were trained with.
+    """
+    centred = x - mean
+    inverse = torch.exp(-log_scale)
+    upper = _approximate_normal_cdf(inverse * (centred + 1 / 255))
+    lower = _approximate_normal_cdf(inverse * (centred - 1 / 255))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp(min=1e-12).log()
+
+
+def _approximate_normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

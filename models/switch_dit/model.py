@@ -1,0 +1,312 @@
+"""SwitchDiT: DiT with a timestep-routed mixture of experts at the start of every block.
+
+Park et al., "Switch Diffusion Transformer", ECCV 2024 (arXiv 2403.09176); DiT: Peebles and Xie (arXiv 2212.09748);
+DTR: Park et al. (arXiv 2310.07138).
+
+Legend: B samples, C channels, H, W image size, p patch size, T = (H/p)(W/p) tokens, D hidden size, L blocks,
+M experts, k experts per sample, N diffusion timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from switch_moe import DiffusionPrior, Routing, SwitchMoE, route
+
+ROUTINGS = ("switch", "dtr", "none")
+DTR_CHANNELS_ON = 0.8  # share of channels that a timestep uses
+DTR_ALPHA = 4.0
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x [B, T, D], shift and scale [B, D]."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the timestep through a two-layer MLP, always in float32: t [B] to [B, D]."""
+
+    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        half = frequencies // 2
+        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("rates", rates, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        with torch.autocast(t.device.type, enabled=False):
+            angle = t[:, None].float() * self.rates
+            return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels [B] to [B, D]; index num_classes is the null label, for guidance without a class."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout: float) -> None:
+        super().__init__()
+        self.num_classes, self.dropout = num_classes, dropout
+        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(y.shape, device=y.device) < self.dropout
+            y = torch.where(dropped, self.num_classes, y)
+        return self.embedding_table(y)
+
+
+class PatchEmbed(nn.Module):
+    """Images [B, C, H, W] to tokens [B, T, D]."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on [B, T, D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU (tanh)."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A DiT block with adaLN-Zero whose branches read a routed copy ``r`` of the tokens.
+
+    The papers write ``r`` (``x (1 + m(x))`` for Switch-DiT, ``x * mask`` for DTR), the block on ``r``, and a skip
+    ``x - r`` past it. The skip cancels: ``out = x + gate_msa Attention(..) + gate_mlp MLP(..)``.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, moe: SwitchMoE | None) -> None:
+        super().__init__()
+        self.moe = moe
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, routing: Routing | None, mask: Tensor | None) -> Tensor:
+        """x [B, T, D], condition c [B, D]; routing of this block (Switch-DiT) or channel mask [B, D] (DTR)."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        r = x
+        if self.moe is not None:
+            r = self.moe(x, routing=routing, modulate=True)
+        elif mask is not None:
+            r = x * mask[:, None]
+        attention = gate_msa[:, None] * self.attn(modulate(self.norm1(r), shift_msa, scale_msa))  # [B, T, D]
+        inner = gate_mlp[:, None] * self.mlp(modulate(self.norm2(r + attention), shift_mlp, scale_mlp))
+        return x + attention + inner
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, T, D] to patches [B, T, p*p*C]."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class SwitchDiT(nn.Module):
+    """Switch-DiT (``routing="switch"``), and its baselines DTR (``"dtr"``) and DiT (``"none"``).
+
+    Args:
+        input_size: image (or latent) height = width. patch_size: p, divides it. in_channels: C.
+        hidden_size: D, a multiple of 4 and of num_heads. depth: L. num_heads, mlp_ratio: as in DiT.
+        num_classes: 0 makes an unconditional model. class_dropout_prob: labels replaced by the null label in training.
+        learn_sigma: predict 2C channels, the noise and the interpolation of its log variance.
+        num_experts, top_k: of every block's SwitchMoE. num_timesteps: N.
+
+    Raises ``ValueError`` for a setting that does not fit.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        learn_sigma: bool = True,
+        routing: str = "switch",
+        num_experts: int = 3,
+        top_k: int = 2,
+        num_timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        if routing not in ROUTINGS:
+            raise ValueError(f"routing is {routing!r}; it must be one of {', '.join(ROUTINGS)}")
+        if input_size % patch_size:
+            raise ValueError(f"patch_size is {patch_size}; it must divide input_size, {input_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size is {hidden_size}; it must be a multiple of 4 and of num_heads, {num_heads}")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob is {class_dropout_prob}; it must be between 0 and 1")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.num_classes, self.learn_sigma, self.routing = num_classes, learn_sigma, routing
+        self.num_timesteps = num_timesteps
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        grid = input_size // patch_size
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(
+                hidden_size, num_heads, mlp_ratio,
+                SwitchMoE(hidden_size, num_experts, top_k) if routing == "switch" else None,
+            )
+            for _ in range(depth)
+        )  # fmt: skip
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        if routing == "switch":
+            self.prior = DiffusionPrior(depth, num_experts, top_k, num_timesteps)
+        if routing == "dtr":
+            self.register_buffer("dtr_mask", dtr_mask(num_timesteps, hidden_size), persistent=False)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As in DiT: Xavier for linear layers, zeros where a fresh block must be the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for adaptive in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(adaptive.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def route(self, time_embedding: Tensor) -> Routing:
+        """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
+        return route([block.moe for block in self.blocks], time_embedding)
+
+    @torch.no_grad()
+    def routing_table(self) -> Routing:
+        """The current routing of all N timesteps."""
+        timesteps = torch.arange(self.num_timesteps, device=self.pos_embed.device)
+        return self.route(self.t_embedder(timesteps))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], t [B] in [0, N), labels y [B] to [B, C or 2C, H, W]: noise, then variance if learned."""
+        return self._forward(x, t, y)[0]
+
+    def forward_with_prior(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The output of ``forward`` and the diffusion prior loss (a scalar, zero without experts), for training."""
+        out, routing = self._forward(x, t, y)
+        if routing is None:
+            return out, torch.zeros((), device=x.device)
+        assignment = self.prior.match(self.routing_table().selected())
+        probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
+        return out, self.prior.loss(probs, t, assignment)
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598) on all channels of the noise.
+
+        The first half of the batch has the labels, the second half the null label; both see the first half's x.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y)
+        noise, rest = out.split([self.in_channels, self.out_channels - self.in_channels], dim=1)
+        with_label, without = noise.chunk(2)
+        guided = without + cfg_scale * (with_label - without)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Routing | None]:
+        e = self.t_embedder(t)  # [B, D]
+        c = e
+        if self.y_embedder is not None:
+            if y is None:
+                raise ValueError(f"y is None; a model with {self.num_classes} classes needs labels [B]")
+            c = e + self.y_embedder(y)
+        routing = self.route(e) if self.routing == "switch" else None  # only the timestep, never the label
+        mask = self.dtr_mask[t] if self.routing == "dtr" else None
+        h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
+        for i, block in enumerate(self.blocks):
+            h = block(h, c, None if routing is None else routing.block(i), mask)
+        patches = self.final_layer(h, c)  # [B, T, p*p*C_out]
+        grid = self.input_size // self.patch_size
+        p = self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p), routing
+
+
+def sincos_positions(hidden_size: int, grid: int) -> Tensor:
+    """Fixed 2D sine-cosine positions [grid * grid, D]: a quarter of the channels each for sin and cos of x and y."""
+    quarter = hidden_size // 4
+    rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates  # [grid, D/4]
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, D/2]
+    columns = axis[None].expand(grid, grid, -1)
+    rows = axis[:, None].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
+
+
+def dtr_mask(num_timesteps: int, hidden_size: int) -> Tensor:
+    """DTR's channel mask, float32 0/1 [N, D]: floor(0.8 D) neighbouring channels, sliding with the timestep."""
+    on = math.floor(DTR_CHANNELS_ON * hidden_size)
+    fraction = torch.arange(num_timesteps, dtype=torch.float64) / max(num_timesteps - 1, 1)
+    first = torch.round(fraction**DTR_ALPHA * (hidden_size - on))[:, None]
+    channel = torch.arange(hidden_size)
+    return ((channel >= first) & (channel < first + on)).float()
+
+
+# hidden size, depth, heads of every published size; "tiny" is the default run's. Names are "<size>/<patch>".
+SIZES = {
+    "tiny": (192, 4, 6),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+PRESETS = {f"{size}/{patch}": (*shape, patch) for size, shape in SIZES.items() for patch in (2, 4, 8)}
+
+
+def create_model(preset: str, **settings: object) -> SwitchDiT:
+    """A SwitchDiT of a named size, for example ``create_model("XL/2", num_classes=1000)``."""
+    if preset not in PRESETS:
+        raise ValueError(f"model is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    hidden_size, depth, num_heads, patch_size = PRESETS[preset]
+    shape = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
+    return SwitchDiT(**{**shape, **settings})

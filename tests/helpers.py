@@ -1,0 +1,35 @@
+"""Shared by the tests: golden files and the error measure of the project."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of one golden file."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """``||actual - expected|| / ||expected||`` in float64; 0 for two zero tensors, inf for NaN."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference, norm = (actual - expected).norm(), expected.norm()
+    if not torch.isfinite(difference):
+        return float("inf")
+    return float(difference / norm) if norm > 0 else float("inf") if difference > 0 else 0.0
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Fails with the name and the error."""
+    error = relative_rms(actual, expected)
+    assert error <= tolerance, f"{name}: relative RMS {error:.2e} is above {tolerance:.0e}"
