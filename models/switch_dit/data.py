@@ -1,0 +1,85 @@
+"""Training images: scikit-learn's handwritten digits, or an .npz file of your own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HELD_OUT = 0.2
+_SPLIT_SEED = 0  # the split is the same for every run, so that runs can be compared
+
+
+@dataclass
+class Images:
+    """Images scaled to [-1, 1], split into training and held-out ones, each class in the same proportion."""
+
+    train: Tensor  # float32 [n, C, H, W]
+    train_labels: Tensor  # int64 [n]
+    held_out: Tensor
+    held_out_labels: Tensor
+    num_classes: int
+
+
+def load_images(data: str) -> Images:
+    """``digits``: 1,797 real 8x8 grey digits, 10 classes. A path ending in .npz: arrays ``images``, uint8
+    [n, H, W] or [n, H, W, C] with H = W, and ``labels``, integers [n] from 0.
+
+    Raises ``ValueError`` naming what does not fit, ``FileNotFoundError`` for a missing file.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if data == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images, labels = digits.images[..., None] / 8.0 - 1.0, digits.target  # grey values are 0 to 16
+    else:
+        images, labels = _load_npz(data)
+    scaled = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32))
+    targets = torch.from_numpy(labels.astype(np.int64))
+    train, held_out = train_test_split(
+        np.arange(len(targets)), test_size=HELD_OUT, random_state=_SPLIT_SEED, stratify=targets.numpy()
+    )
+    return Images(
+        scaled[train], targets[train], scaled[held_out], targets[held_out], num_classes=int(targets.max()) + 1
+    )
+
+
+def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
+    path = Path(data)
+    if path.suffix != ".npz":
+        raise ValueError(f"data is {data!r}; it must be digits or the path of an .npz file")
+    if not path.is_file():
+        raise FileNotFoundError(f"data is {data!r}; there is no such file")
+    with np.load(path) as file:
+        missing = {"images", "labels"} - set(file.files)
+        if missing:
+            raise ValueError(f"data {data!r} has no array {' and no array '.join(sorted(missing))}")
+        images, labels = file["images"], file["labels"]
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.dtype != np.uint8:
+        raise ValueError(f"images in {data!r} are {images.dtype} {images.shape}; they must be square uint8 [n, H, W, C]")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(f"labels in {data!r} are {labels.dtype} {labels.shape}; they must be {len(images)} integers >= 0")
+    counts = np.bincount(labels)
+    if counts.min() < 5:
+        rare = int(counts.argmin())
+        raise ValueError(f"labels in {data!r} hold class {rare} {counts[rare]} times; each class needs 5 or more")
+    return images / 127.5 - 1.0, labels
+
+
+def batches(count: int, batch_size: int, seed: int, first_step: int = 0):
+    """Endless shuffled index batches int64 [batch_size]; what a step gets depends only on the seed and the step."""
+    per_epoch = count // batch_size
+    step = first_step
+    while True:
+        epoch, position = divmod(step, per_epoch)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for start in range(position * batch_size, per_epoch * batch_size, batch_size):
+            yield order[start : start + batch_size]
+            step += 1

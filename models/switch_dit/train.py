@@ -1,0 +1,343 @@
+"""Training: settings, the loop, and what a run writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from switch_dit.checkpoint import save_checkpoint
+from switch_dit.data import Images, batches, load_images
+from switch_dit.diffusion import GaussianDiffusion
+from switch_dit.metrics import evaluate
+from switch_dit.model import PRESETS, SwitchDiT, create_model
+from switch_dit.plots import plot_loss, plot_routing, plot_samples
+from switch_dit.sampling import sample
+
+Preset = Annotated[str, tyro.conf.arg(metavar="{tiny,S,B,L,XL}/{2,4,8}")]
+
+
+@dataclass
+class TrainConfig:
+    """Train Switch-DiT. Without arguments: the tiny model on handwritten digits."""
+
+    # -- model
+    model: Preset = "tiny/2"
+    """Size and patch size."""
+    routing: Literal["switch", "dtr", "none"] = "switch"
+    """switch: Switch-DiT; dtr: fixed channel masks; none: plain DiT."""
+    num_experts: int = 3
+    """Experts per block."""
+    top_k: int = 2
+    """Experts per sample."""
+    learn_sigma: bool = True
+    """Predict the variance too (hybrid loss)."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null label, for guidance."""
+    # -- data
+    data: str = "digits"
+    """digits, or the path of an .npz file with images (uint8 [n, H, W, C]) and labels."""
+    conditional: bool = True
+    """Train with class labels."""
+    # -- training
+    steps: int = 1500
+    """Training steps."""
+    batch_size: int = 128
+    """Images per step."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_decay: bool = True
+    """Anneal the learning rate to zero with a cosine; otherwise constant, as in the paper."""
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    ema_decay: float = 0.995
+    """Of the moving average of the weights; the paper's 0.9999 suits long runs."""
+    prior_weight: float = 1.0
+    """Of the diffusion prior loss."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Of the noise."""
+    weighting: str = "constant"
+    """Of the squared error over timesteps: constant, p2 or min_snr_<gamma>."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on a GPU and on CPUs with AMX, float32 elsewhere."""
+    compile: bool = False
+    """torch.compile the model; pays off in long runs."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    seed: int = 0
+    """The same seed on the same machine gives bitwise the same losses."""
+    # -- what a run writes
+    output: Path = Path("runs")
+    """Folder of all runs."""
+    name: str = ""
+    """Folder of this run in output; it must not exist. Empty: named after the data, with a number if taken."""
+    log_every: int = 20
+    """Steps between lines of stats.jsonl."""
+    # -- sampling at the end
+    guidance: float = 1.5
+    """Classifier-free guidance of the samples; 1 is none."""
+    sample_steps: int = 50
+    """DDIM steps of the samples."""
+    generated: int = 1000
+    """Samples to measure; 0 skips sampling and its measures."""
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` that names the setting, its value and what would be right."""
+        positive = ("steps", "batch_size", "log_every", "sample_steps", "num_experts", "lr", "guidance")
+        bounds = {name: (lambda value: value > 0, "positive") for name in positive}
+        bounds |= {
+            name: (lambda value: value >= 0, "0 or more")
+            for name in ("warmup", "weight_decay", "prior_weight", "generated", "seed")
+        }
+        bounds |= {
+            "label_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
+            "ema_decay": (lambda value: 0 <= value < 1, "in [0, 1)"),
+            "top_k": (lambda value: 1 <= value <= self.num_experts, f"in [1, num_experts = {self.num_experts}]"),
+            "model": (lambda value: value in PRESETS, f"one of {', '.join(PRESETS)}"),
+            "sample_steps": (lambda value: 1 <= value <= 1000, "in [1, 1000]"),
+            "name": (lambda value: Path(value).name == value, "a folder name without separators"),
+        }
+        for name, (fits, wanted) in bounds.items():
+            value = getattr(self, name)
+            if not (fits(value) and value == value):
+                raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+        if self.conditional and self.label_dropout == 0 and self.guidance != 1:
+            raise ValueError("label_dropout is 0, so there is no null label to guide with; guidance must be 1")
+        GaussianDiffusion(self.schedule, weighting=self.weighting)
+        resolve_device(self.device)
+        if self.name and (self.output / self.name).exists():
+            raise ValueError(f"name is {self.name!r}; {self.output / self.name} exists, choose another")
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is a GPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {device!r}; torch cannot use it here ({str(error).splitlines()[0]})") from None
+    return torch.device(device)
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products; ``auto`` takes bfloat16 where the hardware has matrix units for it."""
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        precision = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def make_run_folder(config: TrainConfig) -> Path:
+    """Creates and returns the folder of the run; an existing one is never written to."""
+    base = config.name or Path(config.data).stem
+    for number in range(1, 10_000):
+        folder = config.output / (base if number == 1 else f"{base}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if config.name:
+                raise ValueError(f"name is {config.name!r}; {folder} exists, choose another") from None
+            continue
+        return folder
+    raise ValueError(f"output {config.output} is full of runs named {base}")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then a constant rate or a cosine to zero."""
+    rate = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+    return rate * (0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.lr_decay else 1.0)
+
+
+class Trainer:
+    """Owns the model, its moving average, the optimizer and the data of one run."""
+
+    def __init__(self, config: TrainConfig, images: Images) -> None:
+        self.config, self.images = config, images
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_precision(config.precision, self.device)
+        torch.manual_seed(config.seed)
+        channels, height = images.train.shape[1:3]
+        self.model_settings = {
+            "input_size": height,
+            "in_channels": channels,
+            "num_classes": images.num_classes if config.conditional else 0,
+            "class_dropout_prob": config.label_dropout,
+            "learn_sigma": config.learn_sigma,
+            "routing": config.routing,
+            "num_experts": config.num_experts,
+            "top_k": config.top_k,
+        }
+        self.model = create_model(config.model, **self.model_settings).to(self.device)
+        self.diffusion_settings = {"schedule": config.schedule, "weighting": config.weighting}
+        self.diffusion = GaussianDiffusion(**self.diffusion_settings)
+        self.ema = AveragedModel(self.model, multi_avg_fn=self._average)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.with_prior = self.model.forward_with_prior
+        if config.compile:
+            self.with_prior = torch.compile(self.with_prior)
+        self.train_images = images.train.to(self.device)
+        self.train_labels = images.train_labels.to(self.device)
+
+    @torch.no_grad()
+    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        """An exponential moving average whose decay starts low, so that the first weights are soon forgotten."""
+        decay = min(self.config.ema_decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def loss_terms(self, x_start: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+        """Batch means of the terms, at random timesteps: mse, vb (zero without learned variance) and prior."""
+        t = torch.randint(self.diffusion.num_timesteps, (len(x_start),), device=self.device)
+        noise = torch.randn_like(x_start)
+        x_t = self.diffusion.q_sample(x_start, t, noise)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            out, prior = self.with_prior(x_t, t, y)
+        losses = self.diffusion.training_losses(out, x_start, x_t, t, noise)
+        terms = {name: value.mean() for name, value in losses.items()}
+        return {"mse": terms["mse"], "vb": terms.get("vb", torch.zeros_like(prior)), "prior": prior}
+
+    def step(self, number: int, chosen: Tensor) -> dict[str, Tensor]:
+        """One optimizer step on the training images ``chosen [B]``; the loss terms, detached."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, number)
+        y = self.train_labels[chosen] if self.config.conditional else None
+        terms = self.loss_terms(self.train_images[chosen], y)
+        loss = terms["mse"] + terms["vb"] + self.config.prior_weight * terms["prior"]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.ema.update_parameters(self.model)
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+
+    def fit(self, folder: Path) -> list[dict[str, float]]:
+        """All steps, with a progress bar; writes stats.jsonl as it goes and returns its rows."""
+        config = self.config
+        self.model.train()
+        rows: list[dict[str, float]] = []
+        sums: dict[str, Tensor] = {}
+        logged, logged_at = 0, time.perf_counter()
+        order = batches(len(self.train_images), config.batch_size, config.seed)
+        with open(folder / "stats.jsonl", "w") as stats, tqdm(total=config.steps, desc="training", unit="step") as bar:
+            for number, chosen in zip(range(config.steps), order, strict=False):
+                for name, value in self.step(number, chosen.to(self.device)).items():
+                    sums[name] = sums.get(name, 0) + value
+                bar.update()
+                done = number + 1
+                if done % config.log_every and done != config.steps:
+                    continue
+                now, since = time.perf_counter(), done - logged
+                means = {name: float(value) / since for name, value in sums.items()}
+                rate = since * config.batch_size / (now - logged_at)
+                rows.append({"step": done, **means, "lr": learning_rate(config, number), "images_per_second": rate})
+                stats.write(json.dumps(rows[-1]) + "\n")
+                stats.flush()
+                bar.set_postfix(loss=f"{means['loss']:.3f}", prior=f"{means['prior']:.3f}", images_s=f"{rate:.0f}")
+                if not math.isfinite(means["loss"]):
+                    raise FloatingPointError(f"the loss is {means['loss']} at step {done}; a smaller lr may help")
+                sums, logged, logged_at = {}, done, now
+        return rows
+
+    def generate(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Samples of the moving average on the CPU, the classes in turn, and their labels."""
+        model = self.ema.module.eval()
+        generator = torch.Generator().manual_seed(self.config.seed)
+        labels = torch.arange(count) % self.images.num_classes if self.config.conditional else None
+        images = []
+        for start in tqdm(range(0, count, 250), desc="sampling", unit="batch"):
+            part = None if labels is None else labels[start : start + 250].to(self.device)
+            images.append(
+                sample(
+                    model, self.diffusion, part, count=min(250, count - start), steps=self.config.sample_steps,
+                    guidance=self.config.guidance, generator=generator,
+                ).cpu()
+            )  # fmt: skip
+        return torch.cat(images), labels
+
+    def save(self, folder: Path) -> None:
+        """The checkpoint of the run."""
+        shape = dict(zip(("hidden_size", "depth", "num_heads", "patch_size"), PRESETS[self.config.model], strict=True))
+        settings = {"model": {**shape, **self.model_settings}, "diffusion": self.diffusion_settings}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "ema_updates": self.ema.n_averaged,
+            "random_state": torch.get_rng_state(),
+            "steps": self.config.steps,
+        }
+        save_checkpoint(folder / "checkpoint", self.model, self.ema.module, settings, state)
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Trains, writes the run's folder and prints what is in it. Returns the final numbers."""
+    config.validate()
+    images = load_images(config.data)
+    if len(images.train) < config.batch_size:
+        raise ValueError(f"batch_size is {config.batch_size}; {config.data} has {len(images.train)} training images")
+    trainer = Trainer(config, images)
+    folder = make_run_folder(config)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    environment = {"torch": torch.__version__, "python": platform.python_version(), "device": str(trainer.device)}
+    (folder / "config.json").write_text(json.dumps({**settings, "environment": environment}, indent=2) + "\n")
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"{config.model} ({config.routing}), {parameters / 1e6:.2f} M parameters, on {trainer.device} in "
+        f"{str(trainer.dtype).removeprefix('torch.')}: {len(images.train)} training images of {config.data}",
+        flush=True,
+    )
+    started = time.perf_counter()
+    rows = trainer.fit(folder)
+    training_seconds = time.perf_counter() - started
+    trainer.save(folder)
+    plot_loss(folder / "loss.png", rows)
+    if config.routing == "switch":
+        plot_routing(folder / "routing.png", trainer.ema.module)
+    tail = rows[-max(1, len(rows) // 10) :]
+    summary: dict[str, Any] = {
+        "training_seconds": training_seconds,
+        **{name: sum(row[name] for row in tail) / len(tail) for name in ("loss", "mse", "vb", "prior")},
+    }
+    print(
+        f"\ntrained {config.steps} steps in {training_seconds:.0f} s; over the last tenth: "
+        + ", ".join(f"{name} {summary[name]:.3f}" for name in ("loss", "mse", "vb", "prior"))
+        + "\n  (loss = mse of the predicted noise + variational bound of the variance + weighted diffusion prior loss)"
+    )
+    if config.generated:
+        summary |= finish_with_samples(trainer, folder)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\nwritten to {folder}/:")
+    for path in sorted(folder.iterdir()):
+        print(f"  {path.name}{'/' if path.is_dir() else ''}")
+    print(f"more samples: python {Path(sys.argv[0]).parent / 'sample_switch_dit.py'} --run {folder}")
+    return summary
+
+
+def finish_with_samples(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Generates, draws the grid and measures; the measures need labels."""
+    config = trainer.config
+    generated, labels = trainer.generate(config.generated)
+    classes = trainer.images.num_classes if config.conditional else 10
+    shown = generated[: 10 * classes].unflatten(0, (-1, classes)) if len(generated) >= 10 * classes else None
+    grid = generated[:100] if shown is None else shown.transpose(0, 1).flatten(0, 1)
+    names = [i // 10 for i in range(len(grid))] if shown is not None and labels is not None else None
+    title = f"{config.model} ({config.routing}), {config.steps} steps, guidance {config.guidance:g}"
+    plot_samples(folder / "samples.png", grid, names, columns=10, title=title)
+    if labels is None:
+        return {}
+    metrics = evaluate(trainer.images, generated, labels)
+    print(f"\n{metrics.generated} generated images, guidance {config.guidance:g}, {config.sample_steps} DDIM steps:")
+    print(metrics.describe())
+    return asdict(metrics)
