@@ -1,9 +1,11 @@
 """Builds the compiled modules with ninja; torch is not needed for it.
 
-``switch_moe._cpu`` needs g++ (or the compiler that CXX names). ``switch_moe._cuda`` is built too where nvcc is found.
+``switch_moe._cpu`` needs g++ (or the compiler that CXX names). ``switch_moe._cuda`` is built too where nvcc
+is found.
 
-    SWITCH_MOE_CUDA        auto (default): build it where nvcc is found; 0: do not; 1: fail where it cannot be built
-    SWITCH_MOE_CUDA_ARCHS  GPU architectures, default "80 90a 100+PTX"; +PTX adds code that newer GPUs can translate
+    SWITCH_MOE_CUDA        auto (default): build it where nvcc is found; 0: do not; 1: fail where it cannot be
+    built SWITCH_MOE_CUDA_ARCHS  GPU architectures, default "80 90a 100+PTX"; +PTX adds code that newer GPUs
+    can translate
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "80 90a 100+PTX"
-CPU = Extension("switch_moe._cpu", ["csrc/bindings.cpp", "csrc/expert_linear.cpp", "csrc/linear_assignment.cpp",
+CPU = Extension("switch_moe._cpu", ["csrc/bindings.cpp", "csrc/expert_linear.cpp",
+"csrc/linear_assignment.cpp",
                                     "csrc/parallel.cpp"])  # fmt: skip
 CUDA = Extension("switch_moe._cuda", ["csrc/bindings_cuda.cpp", "csrc/linear_assignment.cu"])
 
@@ -70,7 +73,9 @@ def arch_flags(archs: str) -> list[str]:
     for arch in re.split(r"[\s;,]+", archs.strip()):
         match = re.fullmatch(r"(\d{2,3}[af]?)(\+PTX)?", arch)
         if match is None:
-            raise BuildError(f"SWITCH_MOE_CUDA_ARCHS holds {arch!r}; write architectures like 80, 90a or 100+PTX")
+            raise BuildError(
+                f"SWITCH_MOE_CUDA_ARCHS holds {arch!r}; write architectures like 80, 90a or 100+PTX"
+            )
         number, ptx = match.groups()
         flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
         if ptx:
@@ -90,9 +95,11 @@ class NinjaBuild(build_ext):
         nvcc, why_no_cuda = cuda_choice()
         archs = os.environ.get("SWITCH_MOE_CUDA_ARCHS", DEFAULT_ARCHS)
         outputs = self._compile(nvcc, archs)
-        built = f"built {', '.join(sorted(path.name for path in outputs))} in {time.perf_counter() - started:.0f} s"
-        cuda = f"CUDA: sm_{archs.replace(' ', ' sm_')} with {nvcc}" if nvcc else f"no CUDA module: {why_no_cuda}"
-        print(f"switch_moe: {built}; {cuda}", flush=True)
+        names = ", ".join(sorted(path.name for path in outputs))
+        cuda = f"no CUDA module: {why_no_cuda}"
+        if nvcc:
+            cuda = f"CUDA for sm_{archs.replace(' ', ' sm_')} with {nvcc}"
+        print(f"switch_moe: built {names} in {time.perf_counter() - started:.0f} s; {cuda}", flush=True)
 
     def get_outputs(self) -> list[str]:
         return [self.get_ext_fullpath(extension.name) for extension in self._chosen(cuda_choice()[0])]

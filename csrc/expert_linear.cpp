@@ -16,8 +16,9 @@
 namespace switch_moe {
 namespace {
 
-// Elements that one task owns. 2,048 floats are 8 KiB: the tiles of P, W and dW of three experts (56 KiB) stay
-// in the second-level cache over all routes, and the fewest tiles (72 at D=384) still spread over many cores.
+// Elements that one task owns. 2,048 floats are 8 KiB: the tiles of P, W and dW of three experts (56 KiB)
+// stay in the second-level cache over all routes, and the fewest tiles (72 at D=384) still spread over many
+// cores.
 constexpr int64_t kTile = 2048;
 constexpr int64_t kLanes = 16;  // independent float sums, one AVX-512 register
 
@@ -66,9 +67,9 @@ inline __attribute__((always_inline)) float dot(const float* a, const T* b, int6
 }
 
 template <typename T>
-inline __attribute__((always_inline)) void merge_tile(const T* weight, const int32_t* index, const float* gate,
-                                                      int64_t elements, int64_t routes, int64_t top_k,
-                                                      int64_t begin, int64_t n, T* merged) {
+inline __attribute__((always_inline)) void merge_tile(const T* weight, const int32_t* index,
+                                                      const float* gate, int64_t elements, int64_t routes,
+                                                      int64_t top_k, int64_t begin, int64_t n, T* merged) {
     float acc[kTile];
     for (int64_t r = 0; r < routes; ++r) {
         for (int64_t j = 0; j < top_k; ++j) {
@@ -99,18 +100,17 @@ inline __attribute__((always_inline)) void backward_tile(const T* grad_merged, c
 }
 
 // target_clones needs plain functions, so there is one per type and direction.
-#define SWITCH_MOE_TILES(T)                                                                                      \
-    SWITCH_MOE_VECTORISED void merge_tile_##T(const T* weight, const int32_t* index, const float* gate,          \
-                                              int64_t elements, int64_t routes, int64_t top_k, int64_t begin,    \
-                                              int64_t n, T* merged) {                                            \
-        merge_tile(weight, index, gate, elements, routes, top_k, begin, n, merged);                              \
-    }                                                                                                            \
-    SWITCH_MOE_VECTORISED void backward_tile_##T(const T* grad_merged, const T* weight, const int32_t* index,    \
-                                                 const float* gate, int64_t elements, int64_t routes,            \
-                                                 int64_t top_k, int64_t begin, int64_t n, float* grad_weight,    \
-                                                 float* partial) {                                               \
-        backward_tile(grad_merged, weight, index, gate, elements, routes, top_k, begin, n, grad_weight,          \
-                      partial);                                                                                  \
+#define SWITCH_MOE_TILES(T)                                                                               \
+    SWITCH_MOE_VECTORISED void merge_tile_##T(const T* weight, const int32_t* index, const float* gate,   \
+                                              int64_t elements, int64_t routes, int64_t top_k,            \
+                                              int64_t begin, int64_t n, T* merged) {                      \
+        merge_tile(weight, index, gate, elements, routes, top_k, begin, n, merged);                       \
+    }                                                                                                     \
+    SWITCH_MOE_VECTORISED void backward_tile_##T(                                                         \
+        const T* grad_merged, const T* weight, const int32_t* index, const float* gate, int64_t elements, \
+        int64_t routes, int64_t top_k, int64_t begin, int64_t n, float* grad_weight, float* partial) {    \
+        backward_tile(grad_merged, weight, index, gate, elements, routes, top_k, begin, n, grad_weight,   \
+                      partial);                                                                           \
     }
 using Float32 = float;
 SWITCH_MOE_TILES(Float32)
@@ -154,7 +154,8 @@ void merge_experts(const void* weight, const int32_t* index, const float* gate, 
                    int64_t routes, int64_t top_k, int threads, void* merged) {
     switch (dtype) {
         case DType::float32:
-            return merge<float>(merge_tile_Float32, weight, index, gate, elements, routes, top_k, threads, merged);
+            return merge<float>(merge_tile_Float32, weight, index, gate, elements, routes, top_k, threads,
+                                merged);
         case DType::bfloat16:
             return merge<BFloat16>(merge_tile_BFloat16, weight, index, gate, elements, routes, top_k, threads,
                                    merged);
@@ -169,8 +170,8 @@ void merge_experts_backward(const void* grad_merged, const void* weight, const i
             return backward<float>(backward_tile_Float32, grad_merged, weight, index, gate, elements, routes,
                                    top_k, threads, grad_weight, grad_gate);
         case DType::bfloat16:
-            return backward<BFloat16>(backward_tile_BFloat16, grad_merged, weight, index, gate, elements, routes,
-                                      top_k, threads, grad_weight, grad_gate);
+            return backward<BFloat16>(backward_tile_BFloat16, grad_merged, weight, index, gate, elements,
+                                      routes, top_k, threads, grad_weight, grad_gate);
     }
 }
 

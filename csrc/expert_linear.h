@@ -21,8 +21,9 @@ void merge_experts(
     void* merged  // [R, E] dtype
 );
 
-// With P_r = dL/dV_r: dW_e += sum_{r, j: index[r, j] = e} gate[r, j] * P_r and dgate[r, j] = <P_r, W_index[r, j]>.
-// Each tile of E is summed by one thread in the order of r, so results do not depend on the thread count.
+// With P_r = dL/dV_r: dW_e += sum_{r, j: index[r, j] = e} gate[r, j] * P_r and dgate[r, j] = <P_r, W_index[r,
+// j]>. Each tile of E is summed by one thread in the order of r, so results do not depend on the thread
+// count.
 void merge_experts_backward(
     // inputs
     const void* grad_merged,  // [R, E] dtype

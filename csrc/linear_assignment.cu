@@ -1,14 +1,14 @@
 // Linear assignment on the GPU: one warp, shortest augmenting paths (see linear_assignment.h).
 //
-// The state of a problem of up to 1,024 rows is 38 KiB and stays in shared memory; costs are read from global memory
-// once for every row that a search visits. Lane i owns columns i, i + 32, ... A search step relaxes one row of costs,
-// then the warp agrees on the nearest unseen column. Nothing waits for the host.
-#include "linear_assignment_cuda.h"
-
+// The state of a problem of up to 1,024 rows is 38 KiB and stays in shared memory; costs are read from global
+// memory once for every row that a search visits. Lane i owns columns i, i + 32, ... A search step relaxes
+// one row of costs, then the warp agrees on the nearest unseen column. Nothing waits for the host.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "linear_assignment_cuda.h"
 
 namespace switch_moe {
 namespace {

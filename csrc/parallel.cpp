@@ -15,8 +15,9 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 // torch keeps an OpenMP pool whose threads spin for a while after each of its own parallel regions. A second
-// pool would fight those spinning threads for the cores. torch loads its OpenMP runtime into the global symbol
-// scope, so its entry point is found by name, whatever the file is called; libiomp5 exports the same name.
+// pool would fight those spinning threads for the cores. torch loads its OpenMP runtime into the global
+// symbol scope, so its entry point is found by name, whatever the file is called; libiomp5 exports the same
+// name.
 GompParallel find_torch_pool() {
 #if defined(__unix__) || defined(__APPLE__)
     return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from switch_moe.ops import expert_linear
 from switch_moe.ops._dispatch import BACKENDS, check_shape, check_top_k
+from switch_moe.ops.expert_linear import expert_linear
 from switch_moe.reference.expert_mlp import expert_mlp
 from switch_moe.router import Routing, route
 
@@ -20,15 +20,16 @@ class SwitchMoE(nn.Module):
 
     Args:
         hidden_size: D. num_experts: M. top_k: experts per sample, 1 to M.
-        expert: ``linear`` (D to D, Switch-DiT's), ``mlp`` (GELU) or ``swiglu``; the last two have a hidden layer.
+        expert: ``linear`` (D to D, Switch-DiT's), ``mlp`` (GELU) or ``swiglu``; the last two have a hidden
+            layer.
         expert_hidden_size: width of that hidden layer, 4 D by default; only with ``mlp`` and ``swiglu``.
         bias: whether the experts have biases. The router always has one.
-        backend: of the experts, see :func:`switch_moe.ops.expert_linear`; ``mlp`` and ``swiglu`` have the reference
-            path only.
+        backend: of the experts, see :func:`switch_moe.ops.expert_linear`; ``mlp`` and ``swiglu`` have the
+            reference path only.
 
-    Parameters: ``router_weight [M, D]``, ``router_bias [M]``, and ``weight [M, D, D]``, ``bias [M, D]`` for linear
-    experts; ``weight_in [M, D, H]``, ``bias_in``, ``weight_out [M, H, D]``, ``bias_out`` for the others (2H for
-    SwiGLU's input). Keep the router in float32: gates are computed in float32 always.
+    Parameters: ``router_weight [M, D]``, ``router_bias [M]``, and ``weight [M, D, D]``, ``bias [M, D]`` for
+    linear experts; ``weight_in [M, D, H]``, ``bias_in``, ``weight_out [M, H, D]``, ``bias_out`` for the
+    others (2H for SwiGLU's input). Keep the router in float32: gates are computed in float32 always.
 
     Raises ``ValueError`` for a setting out of range.
     """
@@ -50,11 +51,17 @@ class SwitchMoE(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
         if expert == "linear" and expert_hidden_size is not None:
-            raise ValueError(f"expert_hidden_size is {expert_hidden_size}; linear experts have no hidden layer")
+            raise ValueError(
+                f"expert_hidden_size is {expert_hidden_size}; linear experts have no hidden layer"
+            )
         if expert != "linear" and backend not in ("auto", "reference"):
             raise ValueError(f"backend is {backend!r}; {expert} experts have the reference path only")
         hidden = 4 * hidden_size if expert_hidden_size is None else expert_hidden_size
-        for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts), ("expert_hidden_size", hidden)):
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_experts", num_experts),
+            ("expert_hidden_size", hidden),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         check_top_k(top_k, num_experts)
@@ -121,7 +128,9 @@ class SwitchMoE(nn.Module):
         if self.expert == "linear":
             return expert_linear(x, self.weight, self.bias, index, gate, modulate, backend=self.backend)
         gated = self.expert == "swiglu"
-        mixture = expert_mlp(x, self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated)
+        mixture = expert_mlp(
+            x, self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated
+        )
         return x + x * mixture if modulate else mixture
 
     def extra_repr(self) -> str:

@@ -13,7 +13,9 @@ import torch  # noqa: F401
 
 
 class NativeModule:
-    """A compiled module that may be absent: ``reason`` says why and what to do, and is None where it loaded."""
+    """A compiled module that may be absent: ``reason`` says why and what to do, and is None where it
+    loaded.
+    """
 
     def __init__(self, name: str, remedy: str) -> None:
         self.module: ModuleType | None = None
@@ -34,5 +36,6 @@ class NativeModule:
 
 cpu = NativeModule("switch_moe._cpu", "build it with: pip install -e .  (needs g++)")
 cuda = NativeModule(
-    "switch_moe._cuda", "build it where nvcc is (CUDA_HOME names the toolkit) with: SWITCH_MOE_CUDA=1 pip install -e ."
+    "switch_moe._cuda",
+    "build it where nvcc is (CUDA_HOME names the toolkit) with: SWITCH_MOE_CUDA=1 pip install -e .",
 )

@@ -1,20 +1,22 @@
-"""The diffusion prior of Switch-DiT: which timesteps should share experts (arXiv 2403.09176, diffusion prior loss)."""
+"""The diffusion prior of Switch-DiT: which timesteps should share experts (arXiv 2403.09176, diffusion prior
+loss).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from switch_moe.ops import linear_assignment
 from switch_moe.ops._dispatch import check_shape, check_top_k
+from switch_moe.ops.linear_assignment import linear_assignment
 from switch_moe.reference.diffusion_prior import jensen_shannon, matching_cost, prior_table
 
 
 class DiffusionPrior(nn.Module):
     """Pulls the routers towards a table in which neighbouring timesteps share most of their experts.
 
-    The table fixes how much any two timesteps share, not which expert is which, so each expert of the model is
-    first matched to the column of the table that it resembles most.
+    The table fixes how much any two timesteps share, not which expert is which, so each expert of the model
+    is first matched to the column of the table that it resembles most.
 
     Args:
         depth: blocks, L. num_experts: experts per block, M. top_k: chosen per block, k.
@@ -35,7 +37,12 @@ class DiffusionPrior(nn.Module):
         for name, value in (("depth", depth), ("num_timesteps", num_timesteps)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self.depth, self.num_experts, self.top_k, self.num_timesteps = depth, num_experts, top_k, num_timesteps
+        self.depth, self.num_experts, self.top_k, self.num_timesteps = (
+            depth,
+            num_experts,
+            top_k,
+            num_timesteps,
+        )
         self.alpha = alpha
         table = prior_table(num_timesteps, depth * num_experts, depth * top_k, alpha)
         self.register_buffer("table", table, persistent=False)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from switch_moe.ops import timestep_gate
+from switch_moe.ops.timestep_gate import timestep_gate
 
 
 class Routing(NamedTuple):
@@ -31,22 +31,32 @@ class Routing(NamedTuple):
 class HasRouter(Protocol):
     """What :func:`route` needs of a layer; :class:`switch_moe.SwitchMoE` has it."""
 
-    router_weight: Tensor  # [M, D] float32
-    router_bias: Tensor  # [M] float32
-    top_k: int
+    @property
+    def router_weight(self) -> Tensor:
+        """[M, D] float32."""
+
+    @property
+    def router_bias(self) -> Tensor:
+        """[M] float32."""
+
+    @property
+    def top_k(self) -> int:
+        """Experts per sample."""
 
 
 def route(layers: Sequence[HasRouter], embedding: Tensor) -> Routing:
     """The routing of all ``layers`` for timestep embeddings ``[B, D]``, in one call of ``timestep_gate``.
 
-    All layers must have the same ``top_k`` and number of experts (``ValueError``). ``SwitchMoE.forward`` takes
-    ``routing=result.block(i)``.
+    All layers must have the same ``top_k`` and number of experts (``ValueError``). ``SwitchMoE.forward``
+    takes ``routing=result.block(i)``.
     """
     if not layers:
         raise ValueError("layers is empty; there must be at least one layer to route for")
     kinds = sorted({(layer.top_k, layer.router_weight.shape[0]) for layer in layers})
     if len(kinds) > 1:
-        raise ValueError(f"layers have (top_k, experts) {kinds}; all layers routed together must have the same")
+        raise ValueError(
+            f"layers have (top_k, experts) {kinds}; all layers routed together must have the same"
+        )
     weight = torch.stack([layer.router_weight for layer in layers]).float()
     bias = torch.stack([layer.router_bias for layer in layers]).float()
     return Routing(*timestep_gate(embedding, weight, bias, layers[0].top_k))

@@ -24,7 +24,9 @@ def load_model(name: str) -> tuple[SwitchDiT, dict[str, torch.Tensor]]:
     tensors, sizes = golden(name)
     sizes["routing"] = {"DMoE": "switch", "DTR": "dtr"}[sizes["routing"]]
     model = SwitchDiT(**sizes)
-    official = {key.removeprefix("state_dict."): v for key, v in tensors.items() if key.startswith("state_dict.")}
+    official = {
+        key.removeprefix("state_dict."): v for key, v in tensors.items() if key.startswith("state_dict.")
+    }
     model.load_state_dict(convert_official_state_dict(official))
     return model.eval(), tensors
 
@@ -142,14 +144,18 @@ def test_ddim_sample(name: str) -> None:
     model, tensors = load_model(name)
     z = tensors["ddim_z"]
     labels = tensors["cfg_y"][: len(z)]
-    out = sample(model, GaussianDiffusion("linear"), labels, steps=10, scheduler="ddim", guidance=1.5, start=z)
+    out = sample(
+        model, GaussianDiffusion("linear"), labels, steps=10, scheduler="ddim", guidance=1.5, start=z
+    )
     assert_close("DDIM sample", out, tensors["ddim_sample"], 1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_conversion_round_trip(name: str) -> None:
     model, tensors = load_model(name)
-    official = {key.removeprefix("state_dict."): v for key, v in tensors.items() if key.startswith("state_dict.")}
+    official = {
+        key.removeprefix("state_dict."): v for key, v in tensors.items() if key.startswith("state_dict.")
+    }
     back = convert_to_official_state_dict(model.state_dict(), model.routing)
     assert set(back) == set(official)
     for key, value in official.items():

@@ -1,7 +1,7 @@
 """Checkpoints: a folder with the weights as safetensors, and beside them what resuming needs.
 
-    model.safetensors  the trained weights           training.pt  optimizer state, step and random state
-    ema.safetensors    their moving average          config.json  the model's settings and the diffusion process
+model.safetensors  the trained weights           training.pt  optimizer state, step and random state
+ema.safetensors    their moving average          config.json  the model's settings and the diffusion process
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from switch_dit.model import SwitchDiT
 def save_checkpoint(
     folder: Path, model: nn.Module, ema: nn.Module, settings: dict[str, Any], training_state: dict[str, Any]
 ) -> None:
-    """Writes the whole folder beside its place first, then swaps: an interruption leaves the old one intact."""
+    """Writes the whole folder beside its place first, then swaps: an interruption leaves the old one
+    intact.
+    """
     draft = folder.with_name(folder.name + ".new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     for name, module in (("model", model), ("ema", ema)):
-        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, draft / f"{name}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in module.state_dict().items()},
+            draft / f"{name}.safetensors",
+        )
     torch.save(training_state, draft / "training.pt")
     (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     previous = folder.with_name(folder.name + ".old")
@@ -39,7 +44,8 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, weights: str = "ema") -> tuple[SwitchDiT, GaussianDiffusion]:
-    """The model in evaluation mode, with its moving average (``ema``) or trained (``model``) weights, and its process.
+    """The model in evaluation mode, with its moving average (``ema``) or trained (``model``) weights, and its
+    process.
 
     Raises ``FileNotFoundError`` where the folder or a file in it is missing.
     """

@@ -11,7 +11,12 @@ from torch import Tensor
 from switch_dit.model import dtr_mask
 from switch_moe import DiffusionPrior
 
-_NAMES = {"f_gate.1.weight": "router_weight", "f_gate.1.bias": "router_bias", "experts.w": "weight", "experts.b": "bias"}
+_NAMES = {
+    "f_gate.1.weight": "router_weight",
+    "f_gate.1.bias": "router_bias",
+    "experts.w": "weight",
+    "experts.b": "bias",
+}
 _OFFICIAL_NAMES = {ours: official for official, ours in _NAMES.items()}
 
 
@@ -27,14 +32,18 @@ def convert_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
         elif router[2] in _NAMES:
             converted[f"blocks.{router[1]}.moe.{_NAMES[router[2]]}"] = value
         else:
-            raise ValueError(f"state_dict holds {name!r}; routers of the official code have {', '.join(_NAMES)}")
+            raise ValueError(
+                f"state_dict holds {name!r}; routers of the official code have {', '.join(_NAMES)}"
+            )
     return converted
 
 
 def convert_to_official_state_dict(
     state_dict: Mapping[str, Tensor], routing: str, top_k: int = 2, num_timesteps: int = 1000
 ) -> dict[str, Tensor]:
-    """SwitchDiT's names to the official ones, with the tables that the official code keeps beside its weights."""
+    """SwitchDiT's names to the official ones, with the tables that the official code keeps beside its
+    weights.
+    """
     converted = {}
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
     for name, value in state_dict.items():

@@ -63,18 +63,26 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.dtype != np.uint8:
-        raise ValueError(f"images in {data!r} are {images.dtype} {images.shape}; they must be square uint8 [n, H, W, C]")
+        raise ValueError(
+            f"images in {data!r} are {images.dtype} {images.shape}; they must be square uint8 [n, H, W, C]"
+        )
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"labels in {data!r} are {labels.dtype} {labels.shape}; they must be {len(images)} integers >= 0")
+        raise ValueError(
+            f"labels in {data!r} are {labels.dtype} {labels.shape}; they must be {len(images)} integers >= 0"
+        )
     counts = np.bincount(labels)
     if counts.min() < 5:
         rare = int(counts.argmin())
-        raise ValueError(f"labels in {data!r} hold class {rare} {counts[rare]} times; each class needs 5 or more")
+        raise ValueError(
+            f"labels in {data!r} hold class {rare} {counts[rare]} times; each class needs 5 or more"
+        )
     return images / 127.5 - 1.0, labels
 
 
 def batches(count: int, batch_size: int, seed: int, first_step: int = 0):
-    """Endless shuffled index batches int64 [batch_size]; what a step gets depends only on the seed and the step."""
+    """Endless shuffled index batches int64 [batch_size]; what a step gets depends only on the seed and the
+    step.
+    """
     per_epoch = count // batch_size
     step = first_step
     while True:

@@ -1,7 +1,7 @@
 """Gaussian diffusion: schedules, the forward process and the hybrid loss with learned variance.
 
-DDPM: Ho et al. (arXiv 2006.11239). Learned variance, cosine schedule, hybrid loss and respacing: Nichol and Dhariwal
-(arXiv 2102.09672). Sampling is in :mod:`switch_dit.sampling`, with diffusers' schedulers.
+DDPM: Ho et al. (arXiv 2006.11239). Learned variance, cosine schedule, hybrid loss and respacing: Nichol and
+Dhariwal (arXiv 2102.09672). Sampling is in :mod:`switch_dit.sampling`, with diffusers' schedulers.
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ class GaussianDiffusion:
         weighting: str = "constant",
         betas: np.ndarray | None = None,
     ) -> None:
-        self.betas = betas_of(schedule, num_timesteps) if betas is None else np.asarray(betas, dtype=np.float64)
+        self.betas = (
+            betas_of(schedule, num_timesteps) if betas is None else np.asarray(betas, dtype=np.float64)
+        )
         self.num_timesteps = len(self.betas)
         self.weighting = weighting
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         previous = np.append(1.0, self.alphas_cumprod[:-1])
         posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
-        # At t = 0 the posterior has no variance; its logarithm takes the value of t = 1 (as in the official code).
+        # At t = 0 the posterior has no variance; its logarithm takes the value of t = 1 (as in the official
+        # code).
         first = posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         self._tables = {
             "signal": np.sqrt(self.alphas_cumprod),
@@ -76,12 +79,18 @@ class GaussianDiffusion:
         match = re.fullmatch(r"min_snr_(\d+(?:\.\d+)?)", weighting)
         if match and float(match[1]) > 0:
             return np.minimum(snr, float(match[1])) / snr
-        raise ValueError(f"weighting is {weighting!r}; it must be constant, p2 or min_snr_<gamma>, like min_snr_5")
+        raise ValueError(
+            f"weighting is {weighting!r}; it must be constant, p2 or min_snr_<gamma>, like min_snr_5"
+        )
 
     def respaced(self, steps: int) -> tuple[GaussianDiffusion, Tensor]:
-        """The process through ``steps`` evenly spaced timesteps, and those timesteps, int64 [steps] rising."""
+        """The process through ``steps`` evenly spaced timesteps, and those timesteps, int64 [steps]
+        rising.
+        """
         if not 1 <= steps <= self.num_timesteps:
-            raise ValueError(f"steps is {steps}; it must be between 1 and the {self.num_timesteps} trained timesteps")
+            raise ValueError(
+                f"steps is {steps}; it must be between 1 and the {self.num_timesteps} trained timesteps"
+            )
         kept = np.round(np.linspace(self.num_timesteps - 1, 0, steps))[::-1].astype(np.int64)
         alphas_cumprod = self.alphas_cumprod[kept]
         betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
@@ -106,7 +115,8 @@ class GaussianDiffusion:
     def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Mean, log variance and predicted x_start of p(x_{t-1} | x_t) from an output with 2C channels.
 
-        The second half of the channels interpolates the log variance between its bounds (arXiv 2102.09672, eq. 15).
+        The second half of the channels interpolates the log variance between its bounds (arXiv 2102.09672,
+        eq. 15).
         """
         noise, v = model_output.chunk(2, dim=1)
         share = (v + 1) / 2
@@ -120,7 +130,8 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Losses per sample, float32 [B]: ``mse``, weighted, and ``vb`` where the variance is learned.
 
-        ``vb`` is in bits per dimension and trains the variance only: the mean is detached (arXiv 2102.09672, eq. 16).
+        ``vb`` is in bits per dimension and trains the variance only: the mean is detached (arXiv 2102.09672,
+        eq. 16).
         """
         model_output = model_output.float()
         predicted = model_output[:, : x_t.shape[1]]
@@ -132,7 +143,9 @@ class GaussianDiffusion:
         return losses
 
     def variational_bound(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The term of the variational bound at t, bits per dimension [B]: a KL divergence, at t = 0 a likelihood."""
+        """The term of the variational bound at t, bits per dimension [B]: a KL divergence, at t = 0 a
+        likelihood.
+        """
         model = self.p_mean_variance(model_output, x_t, t)
         true_mean = self.q_posterior_mean(x_start, x_t, t)
         true_log_variance = self._at("min_log_variance", t, x_t)

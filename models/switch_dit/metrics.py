@@ -1,7 +1,7 @@
 """Are the generated images what was asked for, and do they look like the real ones?
 
-Both measures use a small classifier fitted on the real training images. Small images are what it is meant for; FID
-on natural images needs an Inception network.
+Both measures use a small classifier fitted on the real training images. Small images are what it is meant
+for; FID on natural images needs an Inception network.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from switch_dit.data import Images
 
 _MEANING = {
     "conditional_accuracy": "share of generated images that the classifier reads as the label asked for",
-    "classifier_accuracy": "the same classifier on real held-out images: about what perfect samples would get",
-    "frechet_distance": "generated against real held-out images, in the classifier's features; 0 is identical",
-    "frechet_floor": "the same distance between two halves of the real images: what sampling noise alone gives",
+    "classifier_accuracy": "the same classifier on real held-out images: what perfect samples would get",
+    "frechet_distance": "generated against held-out real images, in the classifier's features; 0 is best",
+    "frechet_floor": "the same distance between two halves of the real images, by sampling noise alone",
 }
 
 
@@ -40,7 +40,9 @@ class Classifier:
     def __init__(self, images: Tensor, labels: Tensor, features: int = 64) -> None:
         from sklearn.neural_network import MLPClassifier
 
-        self._model = MLPClassifier((features,), alpha=1e-2, max_iter=300, early_stopping=False, random_state=0)
+        self._model = MLPClassifier(
+            (features,), alpha=1e-2, max_iter=300, early_stopping=False, random_state=0
+        )
         self._model.fit(_pixels(images), labels.numpy())
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
@@ -57,7 +59,9 @@ def _pixels(images: Tensor) -> np.ndarray:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of Gaussians fitted to features [n, d] and [m, d] (FID's formula, arXiv 1706.08500)."""
+    """Frechet distance of Gaussians fitted to features [n, d] and [m, d] (FID's formula, arXiv
+    1706.08500).
+    """
     mean_difference = a.mean(0) - b.mean(0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)
@@ -76,7 +80,9 @@ def evaluate(images: Images, generated: Tensor, labels: Tensor) -> Metrics:
     return Metrics(
         conditional_accuracy=classifier.accuracy(generated, labels),
         classifier_accuracy=classifier.accuracy(images.held_out, images.held_out_labels),
-        frechet_distance=frechet_distance(classifier.features(generated), classifier.features(images.held_out)),
+        frechet_distance=frechet_distance(
+            classifier.features(generated), classifier.features(images.held_out)
+        ),
         frechet_floor=frechet_distance(real[order[:half]], real[order[half:]]),
         generated=len(generated),
     )

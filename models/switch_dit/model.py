@@ -1,6 +1,7 @@
 """SwitchDiT: DiT with a timestep-routed mixture of experts at the start of every block.
 
-Park et al., "Switch Diffusion Transformer", ECCV 2024 (arXiv 2403.09176); DiT: Peebles and Xie (arXiv 2212.09748);
+Park et al., "Switch Diffusion Transformer", ECCV 2024 (arXiv 2403.09176); DiT: Peebles and Xie (arXiv
+2212.09748);
 DTR: Park et al. (arXiv 2310.07138).
 
 Legend: B samples, C channels, H, W image size, p patch size, T = (H/p)(W/p) tokens, D hidden size, L blocks,
@@ -33,7 +34,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
         half = frequencies // 2
         rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("rates", rates, persistent=False)
@@ -99,8 +102,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A DiT block with adaLN-Zero whose branches read a routed copy ``r`` of the tokens.
 
-    The papers write ``r`` (``x (1 + m(x))`` for Switch-DiT, ``x * mask`` for DTR), the block on ``r``, and a skip
-    ``x - r`` past it. The skip cancels: ``out = x + gate_msa Attention(..) + gate_mlp MLP(..)``.
+    The papers write ``r`` (``x (1 + m(x))`` for Switch-DiT, ``x * mask`` for DTR), the block on ``r``, and a
+    skip ``x - r`` past it. The skip cancels: ``out = x + gate_msa Attention(..) + gate_mlp MLP(..)``.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, moe: SwitchMoE | None) -> None:
@@ -113,8 +116,12 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, routing: Routing | None, mask: Tensor | None) -> Tensor:
-        """x [B, T, D], condition c [B, D]; routing of this block (Switch-DiT) or channel mask [B, D] (DTR)."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        """x [B, T, D], condition c [B, D]; routing of this block (Switch-DiT) or channel mask [B, D]
+        (DTR).
+        """
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )
         r = x
         if self.moe is not None:
             r = self.moe(x, routing=routing, modulate=True)
@@ -145,7 +152,8 @@ class SwitchDiT(nn.Module):
     Args:
         input_size: image (or latent) height = width. patch_size: p, divides it. in_channels: C.
         hidden_size: D, a multiple of 4 and of num_heads. depth: L. num_heads, mlp_ratio: as in DiT.
-        num_classes: 0 makes an unconditional model. class_dropout_prob: labels replaced by the null label in training.
+        num_classes: 0 makes an unconditional model. class_dropout_prob: labels replaced by the null label in
+            training.
         learn_sigma: predict 2C channels, the noise and the interpolation of its log variance.
         num_experts, top_k: of every block's SwitchMoE. num_timesteps: N.
 
@@ -175,7 +183,9 @@ class SwitchDiT(nn.Module):
         if input_size % patch_size:
             raise ValueError(f"patch_size is {patch_size}; it must divide input_size, {input_size}")
         if hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f"hidden_size is {hidden_size}; it must be a multiple of 4 and of num_heads, {num_heads}")
+            raise ValueError(
+                f"hidden_size is {hidden_size}; it must be a multiple of 4 and of num_heads, {num_heads}"
+            )
         if not 0 <= class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob is {class_dropout_prob}; it must be between 0 and 1")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -230,11 +240,15 @@ class SwitchDiT(nn.Module):
         return self.route(self.t_embedder(timesteps))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], t [B] in [0, N), labels y [B] to [B, C or 2C, H, W]: noise, then variance if learned."""
+        """x [B, C, H, W], t [B] in [0, N), labels y [B] to [B, C or 2C, H, W]: noise, then variance if
+        learned.
+        """
         return self._forward(x, t, y)[0]
 
     def forward_with_prior(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The output of ``forward`` and the diffusion prior loss (a scalar, zero without experts), for training."""
+        """The output of ``forward`` and the diffusion prior loss (a scalar, zero without experts), for
+        training.
+        """
         out, routing = self._forward(x, t, y)
         if routing is None:
             return out, torch.zeros((), device=x.device)
@@ -245,7 +259,8 @@ class SwitchDiT(nn.Module):
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598) on all channels of the noise.
 
-        The first half of the batch has the labels, the second half the null label; both see the first half's x.
+        The first half of the batch has the labels, the second half the null label; both see the first half's
+        x.
         """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y)
@@ -273,7 +288,9 @@ class SwitchDiT(nn.Module):
 
 
 def sincos_positions(hidden_size: int, grid: int) -> Tensor:
-    """Fixed 2D sine-cosine positions [grid * grid, D]: a quarter of the channels each for sin and cos of x and y."""
+    """Fixed 2D sine-cosine positions [grid * grid, D]: a quarter of the channels each for sin and cos of x
+    and y.
+    """
     quarter = hidden_size // 4
     rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates  # [grid, D/4]
@@ -284,7 +301,9 @@ def sincos_positions(hidden_size: int, grid: int) -> Tensor:
 
 
 def dtr_mask(num_timesteps: int, hidden_size: int) -> Tensor:
-    """DTR's channel mask, float32 0/1 [N, D]: floor(0.8 D) neighbouring channels, sliding with the timestep."""
+    """DTR's channel mask, float32 0/1 [N, D]: floor(0.8 D) neighbouring channels, sliding with the
+    timestep.
+    """
     on = math.floor(DTR_CHANNELS_ON * hidden_size)
     fraction = torch.arange(num_timesteps, dtype=torch.float64) / max(num_timesteps - 1, 1)
     first = torch.round(fraction**DTR_ALPHA * (hidden_size - on))[:, None]
@@ -294,7 +313,7 @@ def dtr_mask(num_timesteps: int, hidden_size: int) -> Tensor:
 
 # hidden size, depth, heads of every published size; "tiny" is the default run's. Names are "<size>/<patch>".
 SIZES = {
-    "tiny": (192, 4, 6),
+    "tiny": (128, 6, 4),
     "S": (384, 12, 6),
     "B": (768, 12, 12),
     "L": (1024, 24, 16),

@@ -26,7 +26,9 @@ def _save(plt, figure, path: Path) -> None:
 
 
 def plot_samples(path: Path, images: Tensor, labels: list[int] | None, columns: int, title: str) -> None:
-    """A grid of images [n, C, H, W] in [-1, 1], row by row; each row is named by its label where all agree."""
+    """A grid of images [n, C, H, W] in [-1, 1], row by row; each row is named by its label where all
+    agree.
+    """
     plt = _pyplot()
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(
@@ -68,8 +70,9 @@ def plot_loss(path: Path, stats: list[dict]) -> None:
 
 @torch.no_grad()
 def plot_routing(path: Path, model: SwitchDiT) -> None:
-    """Left: the experts that each timestep uses, block by block, with their gates. Right: the share of experts that
-    two timesteps have in common, over all blocks. Below: the same for the prior that training pulls towards.
+    """Left: the experts that each timestep uses, block by block, with their gates. Right: the share of
+    experts that two timesteps have in common, over all blocks. Below: the same for the prior that training
+    pulls towards.
     """
     plt = _pyplot()
     routing = model.routing_table()
@@ -87,7 +90,9 @@ def plot_routing(path: Path, model: SwitchDiT) -> None:
     )
     for (left, right), (title, use, choice) in zip(axes, rows, strict=True):
         left.imshow(np.asarray(use), aspect="auto", interpolation="nearest", cmap="magma", vmin=0, vmax=1)
-        left.set_yticks(np.arange(depth) * experts + (experts - 1) / 2, [f"block {i}" for i in range(depth)], fontsize=7)
+        left.set_yticks(
+            np.arange(depth) * experts + (experts - 1) / 2, [f"block {i}" for i in range(depth)], fontsize=7
+        )
         for boundary in range(1, depth):
             left.axhline(boundary * experts - 0.5, color="white", linewidth=0.6)
         left.set_title(title, fontsize=9)

@@ -1,7 +1,7 @@
 """Sampling with diffusers' schedulers.
 
-DDIM and DDPM walk the respaced process (every kept timestep follows the one before it), so their coefficients are
-those of the official code for any number of steps; DPM-Solver++ chooses its own timesteps.
+DDIM and DDPM walk the respaced process (every kept timestep follows the one before it), so their coefficients
+are those of the official code for any number of steps; DPM-Solver++ chooses its own timesteps.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def make_scheduler(
         else:
             variance = "learned_range" if learn_sigma else "fixed_small"
             scheduler = DDPMScheduler(variance_type=variance, **settings)
+        # The cosine schedule ends at abar = 2e-9; diffusers' float32 product of 1 - beta would round it to 0.
+        scheduler.alphas_cumprod = torch.from_numpy(respaced.alphas_cumprod).float()
     scheduler.set_timesteps(steps)
     return scheduler, trained_timestep
 
@@ -64,7 +66,8 @@ def sample(
     """Images (or latents) float32 [n, C, H, W] from noise.
 
     Args:
-        labels: int64 [n] on the model's device; None for an unconditional model, which takes ``count`` instead.
+        labels: int64 [n] on the model's device; None for an unconditional model, which takes ``count``
+            instead.
         steps: model evaluations (twice as many samples each where there is guidance).
         scheduler: ``ddim`` (eta 0), ``ddpm`` (with the learned variance) or ``dpm-solver++``.
         guidance: classifier-free scale; 1 is none. generator: of noise, on the CPU, for any device.
@@ -72,11 +75,17 @@ def sample(
     """
     if (labels is None) != (model.num_classes == 0):
         raise ValueError(f"labels is {labels}; the model has {model.num_classes} classes")
-    if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes:
+    if (
+        labels is not None
+        and len(labels)
+        and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes
+    ):
         raise ValueError(f"labels holds {labels.tolist()}; each must be in [0, {model.num_classes})")
     guided = labels is not None and guidance != 1
     if guided and model.y_embedder.dropout == 0:
-        raise ValueError(f"guidance is {guidance}; a model trained with class_dropout_prob 0 has no null label, use 1")
+        raise ValueError(
+            f"guidance is {guidance}; a model trained with class_dropout_prob 0 has no null label, use 1"
+        )
     device = model.pos_embed.device
     n = len(labels) if labels is not None else count or 0
     shape = (n, model.in_channels, model.input_size, model.input_size)

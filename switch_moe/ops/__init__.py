@@ -1,7 +1,7 @@
 """The operations: each a public function over backends that compute the same thing.
 
-Legend: B samples, T tokens per sample, D hidden size (Din, Dout where they differ), M experts, k experts chosen
-per sample (``top_k``), L blocks, N diffusion timesteps.
+Legend: B samples, T tokens per sample, D hidden size (Din, Dout where they differ), M experts, k experts
+chosen per sample (``top_k``), L blocks, N diffusion timesteps.
 """
 
 from switch_moe.ops.expert_linear import expert_linear

@@ -18,9 +18,11 @@ BACKENDS = ("auto", "reference", "native", "triton")
 def register(
     schema: str, fake: Callable[..., Any], key: str = "CPU"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Define the operator ``switch_moe::<schema>``; the decorated function computes it for the dispatch key ``key``.
+    """Define the operator ``switch_moe::<schema>``; the decorated function computes it for the dispatch key
+    ``key``.
 
-    define/impl with the autograd.Function outside the operator costs half the host time of torch.library.custom_op.
+    define/impl with the autograd.Function outside the operator costs half the host time of
+    torch.library.custom_op.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,8 +47,8 @@ def native_reason(device_type: str) -> str | None:
 def choose(op: str, backend: str, device: torch.device, native_devices: tuple[str, ...]) -> str:
     """'native' or 'reference' for a call of ``op`` on ``device``.
 
-    ``auto`` takes the compiled kernels where there are some for the device. A backend that is named and cannot run
-    raises ``RuntimeError``: nothing is silently replaced.
+    ``auto`` takes the compiled kernels where there are some for the device. A backend that is named and
+    cannot run raises ``RuntimeError``: nothing is silently replaced.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
@@ -82,7 +84,9 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None
 def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
     """``TypeError`` unless the type of ``tensor`` is one of ``allowed``."""
     if tensor.dtype not in allowed:
-        raise TypeError(f"{name} is {tensor.dtype}; it must be {' or '.join(str(dtype) for dtype in allowed)}")
+        raise TypeError(
+            f"{name} is {tensor.dtype}; it must be {' or '.join(str(dtype) for dtype in allowed)}"
+        )
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

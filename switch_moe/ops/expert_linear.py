@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from switch_moe.reference.expert_linear import expert_linear as reference_expert
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # csrc/expert_linear.h
 
-# Merged weights are formed and used a few samples at a time. More samples at a time read the expert weights less
-# often, but past 32 MiB malloc maps fresh pages for every call: at (16, 256, 768) float32 forward+backward cost
-# 1.36 (8 MiB), 1.22 (16), 1.08 (24) and 1.46 (48) times nn.Linear, on a CPU with 32 MiB of third-level cache.
-_MERGED_BYTES = 24 << 20
+# Merged weights are formed and used for a few samples at a time, in a workspace that is kept from call to
+# call: fresh memory for every call cost more than the merge itself (12 ms against 1 ms for 19 MB, page by
+# page). Every round of samples passes over the M experts and their gradients again, so a round takes many
+# samples for each expert, up to a size that the third-level cache may hold.
+_ROUTES_PER_EXPERT = 8
+_WORKSPACE_BYTES = 24 << 20
+_workspaces = threading.local()
 
 
 def expert_linear(
@@ -31,11 +35,12 @@ def expert_linear(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """``m(x_b) = sum_j gate_bj (x_b W_index_bj + b_index_bj)``: a mixture of linear experts, gated per sample.
+    """``m(x_b) = sum_j gate_bj (x_b W_index_bj + b_index_bj)``: a mixture of linear experts, gated per
+    sample.
 
-    Switch-DiT (arXiv 2403.09176), the mixture at the start of a block. Experts are linear and gates belong to a
-    sample, so the mixture is one product with ``V_b = sum_j gate_bj W_j``; its backward takes two more products.
-    For few tokens the samples are grouped by expert instead, see :func:`merging_pays`.
+    Switch-DiT (arXiv 2403.09176), the mixture at the start of a block. Experts are linear and gates belong to
+    a sample, so the mixture is one product with ``V_b = sum_j gate_bj W_j``; its backward takes two more
+    products. For few tokens the samples are grouped by expert instead, see :func:`merging_pays`.
 
     Args:
         x: tokens, ``[B, T, Din]`` float32, bfloat16 or float16.
@@ -44,17 +49,18 @@ def expert_linear(
         expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``.
         expert_gate: their gates, ``[B, k]`` float32.
         modulate: return ``x * (1 + m(x))`` instead of ``m(x)``; needs Din = Dout.
-        backend: ``auto``, ``native`` (compiled, CPU) or ``reference`` (plain PyTorch, any device, also float64).
+        backend: ``auto``, ``native`` (compiled, CPU) or ``reference`` (plain PyTorch, any device, also
+            float64).
 
     Returns:
-        ``[B, T, Dout]`` in the type of ``x``; differentiable in ``x``, ``weight``, ``bias`` and ``expert_gate``.
+        ``[B, T, Dout]`` in the type of ``x``; differentiable in ``x``, ``weight``, ``bias``, ``expert_gate``.
 
     Raises:
         ValueError: a shape, device or index does not fit. TypeError: a type does not.
         RuntimeError: the named backend cannot run here.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -64,7 +70,7 @@ def expert_linear(
         if backend == "native":
             check_dtype("x", x, *NATIVE_DTYPES)
         path = "reference"
-    if path == "reference":
+    if path == "reference" or x.numel() == 0 or weight.numel() == 0:
         return reference_expert_linear(x, weight, bias, expert_index, expert_gate, modulate)
     out: Tensor = _ExpertLinear.apply(x, weight, bias, expert_index.to(torch.int32), expert_gate, modulate)
     return out
@@ -81,7 +87,9 @@ def _check(
     check_shape("expert_index", expert_index, (batch, "k"))
     check_shape("expert_gate", expert_gate, tuple(expert_index.shape))
     check_dtype("expert_index", expert_index, torch.int32, torch.int64)
-    check_dtype("expert_gate", expert_gate, torch.float32, *([torch.float64] if x.dtype == torch.float64 else []))
+    check_dtype(
+        "expert_gate", expert_gate, torch.float32, *([torch.float64] if x.dtype == torch.float64 else [])
+    )
     same_type = [("weight", weight)]
     if bias is not None:
         check_shape("bias", bias, (num_experts, d_out))
@@ -92,7 +100,9 @@ def _check(
     for name, tensor in [*same_type, ("expert_index", expert_index), ("expert_gate", expert_gate)]:
         check_device(name, tensor, x.device)
     if expert_index.shape[1] < 1:
-        raise ValueError(f"expert_index has shape {tuple(expert_index.shape)}; at least one expert must be chosen")
+        raise ValueError(
+            f"expert_index has shape {tuple(expert_index.shape)}; at least one expert must be chosen"
+        )
     if modulate and d_in != d_out:
         raise ValueError(f"modulate needs square experts; weight has shape {tuple(weight.shape)}")
 
@@ -110,17 +120,20 @@ class _ExpertLinear(torch.autograd.Function):
         return torch.addcmul(x, x, mixture) if modulate else mixture
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, index, gate, mixture = ctx.saved_tensors
         grad_mixture = grad_out * x if ctx.modulate else grad_out
-        wanted = list(ctx.needs_input_grad[:3]) + [ctx.needs_input_grad[4]]
+        wanted = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]]
         wanted[2] = wanted[2] and bias is not None
         grad_x, grad_weight, grad_bias, grad_gate = torch.ops.switch_moe.expert_linear_backward(
             grad_mixture, x, weight, bias, index, gate, wanted
         )
         if ctx.modulate and wanted[0]:
             grad_x = grad_x.add_(grad_out).addcmul_(grad_out, mixture)
-        found = [grad if want else None for grad, want in zip((grad_x, grad_weight, grad_bias), wanted, strict=False)]
+        found = [
+            grad if want else None
+            for grad, want in zip((grad_x, grad_weight, grad_bias), wanted, strict=False)
+        ]
         return (*found, None, grad_gate if wanted[3] else None, None)
 
 
@@ -129,7 +142,13 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor,
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, wanted: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = (x.shape, weight.shape, (weight.shape[0], weight.shape[2]), gate.shape)
     like = (x, weight, weight, gate)
@@ -138,29 +157,33 @@ def _fake_backward(
 
 
 def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int) -> bool:
-    """Whether one product with merged experts beats ``top_k`` products over samples grouped by expert, on a CPU.
+    """Whether one product with merged experts beats ``top_k`` products over samples grouped by expert, on a
+    CPU.
 
-    Merging saves k - 1 products of ``tokens`` rows and costs passes over a ``[Din, Dout]`` weight per sample. The
-    passes cost more the further the merged weights leave the cache, so the break-even grows with the weight.
+    Merging saves k - 1 products of ``tokens`` rows and the gather and scatter around all k; it costs passes
+    over k + 1 weights ``[Din, Dout]`` for each sample (or group of samples with the same gates). The
+    constants are fitted to ``benchmarks/sweep_merging.py`` on two cores of a Zen 4 server. They put the
+    break-even of k = 2 at T = 17, 26 and 62 for D = 192, 384 and 1152 (measured: 18, 18 to 36 by type, 57)
+    and that of k = 1 and 4 at T = 91 and 19 for D = 384 (measured: 50 to 240, 15).
     """
-    return tokens * (top_k - 1) * 12 >= math.sqrt(d_in * d_out)
+    return tokens - 8 >= (top_k + 1) / (1.2 * top_k - 1) * math.sqrt(d_in * d_out) / 46
 
 
-@register("expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor gate) -> Tensor", _fake_forward)
+@register(
+    "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor gate) -> Tensor", _fake_forward
+)
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
     x, weight, bias, index, gate = _prepare(x, weight, bias, index, gate)
     batch, tokens, d_in = x.shape
-    out = x.new_empty(batch, tokens, weight.shape[2])
-    if x.numel() and out.numel():
-        with torch.autocast("cpu", enabled=False):
-            if x.dtype == torch.float16:  # torch's float16 products on a CPU are 40 times slower than float32
-                bias = None if bias is None else bias.float()
-                return _forward(x.float(), weight.float(), bias, index, gate).half()
-            routes, order, counts = _share_routes(index, gate)
-            if merging_pays(batch * tokens / len(counts), index.shape[1], d_in, weight.shape[2]):
-                return _merged_forward(x, weight, bias, index[routes], gate[routes], order, counts, out)
-            return _grouped_forward(x, weight, bias, index, gate)
-    return out.zero_()
+    with torch.autocast("cpu", enabled=False):
+        if x.dtype == torch.float16:  # torch's float16 products on a CPU are 40 times slower than float32
+            bias = None if bias is None else bias.float()
+            out: Tensor = _forward(x.float(), weight.float(), bias, index, gate).half()
+            return out
+        routes, order, counts = _share_routes(index, gate)
+        if merging_pays(batch * tokens / len(counts), index.shape[1], d_in, weight.shape[2]):
+            return _merged_forward(x, weight, bias, index[routes], gate[routes], order, counts)
+        return _grouped_forward(x, weight, bias, index, gate)
 
 
 def _prepare(
@@ -170,7 +193,9 @@ def _prepare(
     if index.numel():
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"expert_index holds {low} to {high}; it must stay in [0, {weight.shape[0]}), the experts")
+            raise ValueError(
+                f"expert_index holds {low} to {high}; it must stay in [0, {weight.shape[0]}), the experts"
+            )
     bias = None if bias is None else bias.contiguous()
     return x.contiguous(), weight.contiguous(), bias, index.contiguous(), gate.contiguous()
 
@@ -178,8 +203,10 @@ def _prepare(
 def _share_routes(index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Samples that share a timestep share experts and gates, and then a merged weight.
 
-    Returns a sample of each route [R], the samples in the order of their routes [B], and samples per route. Where
-    fewer than half of the samples would be saved, every sample is its own route: one batched product is faster.
+    Returns a sample of each route [R], the samples in the order of their routes [B], and samples per route.
+    Where
+    fewer than half of the samples would be saved, every sample is its own route: one batched product is
+        faster.
     """
     batch = index.shape[0]
     every = torch.arange(batch)
@@ -203,14 +230,30 @@ def _merge(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
 
 
 def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
-    fit = _MERGED_BYTES // (weight[0].numel() * weight.element_size())
-    return weight.new_empty(max(1, min(routes, fit)), *weight.shape[1:])
+    """Room for the merged weights of as many routes as one step of the loops takes, kept from call to
+    call.
+    """
+    size = weight[0].numel()
+    fit = _WORKSPACE_BYTES // (size * weight.element_size())
+    count = max(1, min(routes, _ROUTES_PER_EXPERT * len(weight), fit))
+    kept: Tensor | None = getattr(_workspaces, str(weight.dtype), None)
+    if kept is None or kept.numel() < count * size:
+        kept = weight.new_empty(count * size)
+        setattr(_workspaces, str(weight.dtype), kept)
+    return kept[: count * size].view(count, *weight.shape[1:])
 
 
 def _merged_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, order: Tensor, counts: list[int],
-    out: Tensor,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    order: Tensor,
+    counts: list[int],
+) -> Tensor:
+    """index and gate are those of the routes [R, k]; order and counts come from :func:`_share_routes`."""
+    out = x.new_empty(*x.shape[:2], weight.shape[2])
     shared = len(counts) < x.shape[0]
     gather = shared and len(counts) > 1
     xs = x[order] if gather else x
@@ -229,7 +272,9 @@ def _merged_forward(
     if gather:
         out = torch.empty_like(out).index_copy_(0, order, out)
     if v_RO is not None:
-        v_BO = v_RO if not shared else torch.empty_like(out[:, 0]).index_copy_(0, order, _repeat(v_RO, counts))
+        v_BO = (
+            v_RO if not shared else torch.empty_like(out[:, 0]).index_copy_(0, order, _repeat(v_RO, counts))
+        )
         out += v_BO[:, None]
     return out
 
@@ -256,7 +301,13 @@ def _grouped_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
     _fake_backward,
 )
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, wanted: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
     grad = grad.contiguous()
@@ -283,12 +334,12 @@ def _backward(
 def _merged_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx_b = dm_b V_b^T, P_b = x_b^T dm_b, dW_e = sum_b g_be P_b and dg_be = <P_b, W_e>: two products in all."""
+    """dx_b = dm_b V_b^T, P_b = x_b^T dm_b, dW_e = sum_b g_be P_b and dg_be = <P_b, W_e>: two products in
+    all.
+    """
     grad_x = torch.empty_like(x) if wanted[0] else x.new_empty(0)
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32)
     grad_gate = torch.zeros_like(gate)
-    if not x.numel() or not grad.numel():
-        return grad_x.zero_(), _wanted(grad_weight.to(weight.dtype), wanted[1]), _wanted(grad_gate, wanted[3])
     buffer = _merged_buffer(weight, len(x))
     for b in range(0, len(x), len(buffer)):
         chunk = slice(b, min(b + len(buffer), len(x)))
@@ -297,7 +348,9 @@ def _merged_backward(
             _merge(weight, index[chunk], gate[chunk], v_BIO)
             torch.bmm(grad[chunk], v_BIO.transpose(1, 2), out=grad_x[chunk])
         if wanted[1] or wanted[3]:
-            p_BIO = torch.bmm(x[chunk].transpose(1, 2), grad[chunk], out=v_BIO)  # V is used up: P takes its place
+            p_BIO = torch.bmm(
+                x[chunk].transpose(1, 2), grad[chunk], out=v_BIO
+            )  # V is used up: P takes its place
             native.cpu.require().merge_experts_backward(
                 p_BIO.data_ptr(), weight.data_ptr(), index[chunk].data_ptr(), gate[chunk].data_ptr(),
                 _DTYPE_CODE[weight.dtype], weight[0].numel(), *index[chunk].shape, torch.get_num_threads(),
@@ -313,7 +366,9 @@ def _wanted(grad: Tensor, wanted: bool) -> Tensor:
 def _grouped_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per expert e with its samples b: z_b = dm_b W_e^T, dx_b += g_be z_b, dg_be = <x_b, z_b>, dW_e = (g x)^T dm."""
+    """Per expert e with its samples b: z_b = dm_b W_e^T, dx_b += g_be z_b, dg_be = <x_b, z_b>, dW_e = (g x)^T
+    dm.
+    """
     tokens, d_in, d_out = x.shape[1], *weight.shape[1:]
     grad_x = torch.zeros(x.shape)  # float32 over the sum of k experts, rounded once
     grad_weight = torch.zeros_like(weight)
@@ -328,4 +383,8 @@ def _grouped_backward(
         if wanted[1]:
             scaled = (x_e * gate_e).to(x.dtype).view(-1, d_in)
             torch.mm(scaled.t(), grad_e.view(-1, d_out), out=grad_weight[e])
-    return _wanted(grad_x.to(x.dtype), wanted[0]), _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])
+    return (
+        _wanted(grad_x.to(x.dtype), wanted[0]),
+        _wanted(grad_weight, wanted[1]),
+        _wanted(grad_gate, wanted[3]),
+    )

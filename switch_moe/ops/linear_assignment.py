@@ -13,21 +13,21 @@ from switch_moe.reference.linear_assignment import linear_assignment as referenc
 def linear_assignment(cost: Tensor, *, backend: str = "auto") -> Tensor:
     """The assignment of rows to columns at the least total cost.
 
-    Shortest augmenting paths, O(n^3): Jonker and Volgenant, Computing 38, 1987. Integer costs are solved exactly,
-    floating costs in float64.
+    Shortest augmenting paths, O(n^3): Jonker and Volgenant, Computing 38, 1987. Integer costs are solved
+    exactly, floating costs in float64.
 
     Args:
         cost: ``[n, n]``, any real type. +inf forbids a pair.
         backend: ``auto``, ``native`` (compiled) or ``reference`` (plain PyTorch).
 
     Returns:
-        int64 ``[n]`` on the device of ``cost``: the column of each row. Equal optima: any one of them, the same
-        every time.
+        int64 ``[n]`` on the device of ``cost``: the column of each row. Equal optima: any one of them, the
+        same every time.
 
     Raises:
-        ValueError: ``cost`` is not square, holds NaN or -inf, has no finite assignment, or holds integers so large
-            that sums overflow int64. A compiled GPU solve does not wait for the host: it cannot raise, and returns
-            -1 everywhere for such costs.
+        ValueError: ``cost`` is not square, holds NaN or -inf, has no finite assignment, or holds integers so
+            large that sums overflow int64. A compiled GPU solve does not wait for the host: it cannot raise,
+            and returns -1 everywhere for such costs.
         RuntimeError: the named backend cannot run here.
     """
     if cost.dim() != 2 or cost.shape[0] != cost.shape[1]:
@@ -50,7 +50,9 @@ def _check_values(cost: Tensor) -> None:
     else:
         largest = max(abs(int(bound)) for bound in cost.aminmax())
         if 4 * cost.shape[0] * largest > torch.iinfo(torch.int64).max:
-            raise ValueError(f"cost holds {largest}; sums over {cost.shape[0]} rows overflow int64, scale it down")
+            raise ValueError(
+                f"cost holds {largest}; sums over {cost.shape[0]} rows overflow int64, scale it down"
+            )
 
 
 def _fake(cost: Tensor) -> Tensor:

@@ -16,18 +16,21 @@ def timestep_gate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``p = softmax(SiLU(e) W^T + b)`` for every block, and its ``top_k`` largest entries, not renormalised.
 
-    Switch-DiT (arXiv 2403.09176), the timestep-based gating network. Computed in float32 whatever autocast says.
+    Switch-DiT (arXiv 2403.09176), the timestep-based gating network. Computed in float32 whatever autocast
+    says.
 
     Args:
         embedding: timestep embeddings, ``[N', D]`` of any floating type.
         weight: router weights of the L blocks, ``[L, M, D]`` float32.
         bias: ``[L, M]`` float32.
         top_k: experts chosen per timestep, 1 to M.
-        backend: ``auto`` or ``reference``. Both are plain PyTorch here; ``auto`` has its gradient written out.
+        backend: ``auto`` or ``reference``. Both are plain PyTorch here; ``auto`` has its gradient written
+            out.
 
     Returns:
-        ``probs [L, N', M]`` float32, ``expert_index [L, N', k]`` int32 by falling probability (the lowest index
-        wins a tie) and ``expert_gate [L, N', k]`` float32. Differentiable from ``probs`` and ``expert_gate``.
+        ``probs [L, N', M]`` float32, ``expert_index [L, N', k]`` int32 by falling probability (the lowest
+        index wins a tie) and ``expert_gate [L, N', k]`` float32. Differentiable from ``probs`` and
+        ``expert_gate``.
 
     Raises:
         ValueError: a shape, device or top_k does not fit. TypeError: a type does not.
@@ -67,7 +70,9 @@ class _TimestepGate(torch.autograd.Function):
         return (*found, None)
 
 
-def _fake_forward(embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(
+    embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     depth, num_experts, _ = weight.shape
     rows = embedding.shape[0]
     return (
@@ -80,7 +85,11 @@ def _fake_forward(embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int) -
 def _fake_backward(
     grad_probs: Tensor, grad_gate: Tensor, embedding: Tensor, weight: Tensor, probs: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return embedding.new_empty(embedding.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
+    return (
+        embedding.new_empty(embedding.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[:2]),
+    )
 
 
 @register(
@@ -95,8 +104,8 @@ def _forward(embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tup
 
 
 @register(
-    "timestep_gate_backward(Tensor grad_probs, Tensor grad_gate, Tensor embedding, Tensor weight, Tensor probs, "
-    "Tensor index) -> (Tensor, Tensor, Tensor)",
+    "timestep_gate_backward(Tensor grad_probs, Tensor grad_gate, Tensor embedding, Tensor weight, "
+    "Tensor probs, Tensor index) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     key="CompositeExplicitAutograd",
 )

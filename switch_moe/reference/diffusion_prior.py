@@ -11,8 +11,8 @@ _EPSILON = 1e-6  # inside the logarithms, as in the official code
 def prior_table(num_timesteps: int, slots: int, active: int, alpha: float) -> Tensor:
     """0/1 table ``[N, slots]``: row t has ones in columns ``i_t .. i_t + active - 1``.
 
-    ``i_t = round((t / (N - 1)) ** alpha * (slots - active))``: neighbouring timesteps share most of their columns,
-    and the columns move fastest at large t. Float32.
+    ``i_t = round((t / (N - 1)) ** alpha * (slots - active))``: neighbouring timesteps share most of their
+    columns, and the columns move fastest at large t. Float32.
     """
     fraction = torch.arange(num_timesteps, dtype=torch.float64) / max(num_timesteps - 1, 1)
     first = torch.round(fraction**alpha * (slots - active))[:, None]
@@ -21,13 +21,17 @@ def prior_table(num_timesteps: int, slots: int, active: int, alpha: float) -> Te
 
 
 def matching_cost(selected: Tensor, table: Tensor) -> Tensor:
-    """``C[a, b] = sum_t |selected[t, a] - table[t, b]|`` of two 0/1 tables ``[N, S]``, as float32 ``[S, S]``."""
+    """``C[a, b] = sum_t |selected[t, a] - table[t, b]|`` of two 0/1 tables ``[N, S]``, as float32 ``[S,
+    S]``.
+    """
     both = selected.t() @ table  # counts up to N: exact in float32
     return selected.sum(0)[:, None] + table.sum(0) - 2 * both
 
 
 def jensen_shannon(q: Tensor, u: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the rows of ``q`` and ``u [B, S]``, natural logarithm, mean over the batch."""
+    """Jensen-Shannon divergence of the rows of ``q`` and ``u [B, S]``, natural logarithm, mean over the
+    batch.
+    """
     middle = torch.log((q + u) / 2 + _EPSILON)
     of_q = (q * (torch.log(q + _EPSILON) - middle)).sum(-1)
     of_u = (u * (torch.log(u + _EPSILON) - middle)).sum(-1)

@@ -7,12 +7,17 @@ from torch import Tensor
 
 
 def expert_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, expert_gate: Tensor, modulate: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_index: Tensor,
+    expert_gate: Tensor,
+    modulate: bool = False,
 ) -> Tensor:
     """``m(x_b) = sum_j gate_bj (x_b W_j + b_j)``, or ``x (1 + m(x))`` with ``modulate``. Differentiable.
 
-    Shapes as in :func:`switch_moe.ops.expert_linear`. Products and sums are in the type of ``x``; the gates stay
-    float32 until they scale an expert's output.
+    Shapes as in :func:`switch_moe.ops.expert_linear`. Products and sums are in the type of ``x``; the gates
+    stay float32 until they scale an expert's output.
     """
     mixture = torch.zeros((), dtype=x.dtype, device=x.device)
     for j in range(expert_index.shape[1]):

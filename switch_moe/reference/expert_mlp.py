@@ -21,7 +21,8 @@ def expert_mlp(
 
     Args:
         x: ``[B, T, D]``. expert_index, expert_gate: ``[B, k]``, gates float32.
-        weight_in: ``[M, D, H]``, or ``[M, D, 2H]`` with ``gated``; bias_in: ``[M, H]`` or ``[M, 2H]``, or None.
+        weight_in: ``[M, D, H]``, or ``[M, D, 2H]`` with ``gated``; bias_in: ``[M, H]`` or ``[M, 2H]``, or
+            None.
         weight_out: ``[M, H, D]``; bias_out: ``[M, D]``, or None.
         gated: SwiGLU, ``SiLU(a) * b`` of the two halves (arXiv 2002.05202), instead of GELU (tanh).
 

@@ -1,4 +1,6 @@
-"""Specification of :func:`switch_moe.ops.linear_assignment`: shortest augmenting paths, one vector step per column."""
+"""Specification of :func:`switch_moe.ops.linear_assignment`: shortest augmenting paths, one vector step per
+column.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,62 @@
+"""``python -m switch_moe``: versions, devices and backends, and how to turn on what is off."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from switch_moe import __version__, native
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> str:
+    cpu = f"CPU with {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        return f"{cpu}; no GPU ({why})"
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        gpus.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    return f"{cpu}; GPUs: {', '.join(gpus)}"
+
+
+def _cuda_state() -> str:
+    if native.cuda.module is None:
+        return f"off: {native.cuda.reason}"
+    built = f"built for sm_{native.cuda.module.architectures.replace(' ', ' sm_')}"
+    if not torch.cuda.is_available():
+        return f"off: {built}, but there is no GPU here; it needs one and a torch with CUDA"
+    return f"on: {built} (linear_assignment)"
+
+
+def main() -> None:
+    """Prints the report."""
+    lines = {
+        "switch_moe": f"{__version__} in {__file__.rsplit('/', 2)[0]}",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "devices": _devices(),
+        "reference": "on: plain PyTorch, every operation, any device",
+        "native cpu": "on: expert_linear, linear_assignment"
+        if native.cpu.reason is None
+        else f"off: {native.cpu.reason}",
+        "native cuda": _cuda_state(),
+        "triton kernels": "off: this version has none; GPU tensors take the reference path",
+    }
+    for name, text in lines.items():
+        sys.stdout.write(f"{name:15} {text}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Problems that the assignment solvers are tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def problems(count: int, largest: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Square float64 costs: random, negative, tied, all equal, of low rank, banded with +inf, padded
+    rectangles.
+    """
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        n = int(rng.integers(1, largest + 1))
+        kind = i % 8
+        if kind == 0:
+            yield rng.random((n, n))
+        elif kind == 1:
+            yield rng.normal(size=(n, n)) * 10.0 ** rng.integers(-3, 7)
+        elif kind == 2:
+            yield rng.integers(0, 3, (n, n)).astype(float)
+        elif kind == 3:
+            yield np.full((n, n), float(rng.integers(-5, 5)))
+        elif kind == 4:
+            yield np.outer(rng.integers(0, 4, n), rng.integers(0, 4, n)).astype(float)
+        elif kind == 5:  # infeasible pairs, with a permutation that stays feasible
+            cost = rng.random((n, n))
+            cost[rng.random((n, n)) < 0.6] = np.inf
+            cost[np.arange(n), rng.permutation(n)] = rng.random(n)
+            yield cost
+        elif kind == 6:  # a rectangle of m x n made square with rows of zeros
+            cost = np.zeros((n, n))
+            rows = int(rng.integers(0, n + 1))
+            cost[:rows] = rng.integers(0, 50, (rows, n))
+            yield cost
+        else:
+            yield rng.integers(-1000, 1000, (n, n)).astype(float)
+
+
+def total(cost: np.ndarray, column: np.ndarray) -> float:
+    """The cost of an assignment, after checking that it is one."""
+    assert sorted(column.tolist()) == list(range(len(cost))), "not a permutation"
+    return float(cost[np.arange(len(cost)), column].sum())

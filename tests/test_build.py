@@ -1,0 +1,84 @@
+"""setup.py: its choices and its errors, without compiling anything."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("SWITCH_MOE_CUDA", "SWITCH_MOE_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("switch_moe_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_nvcc(folder: Path) -> Path:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("")
+    return nvcc
+
+
+def test_every_source_is_compiled(build: ModuleType) -> None:
+    sources = {
+        str(path.relative_to(ROOT)) for kind in ("*.cpp", "*.cu") for path in (ROOT / "csrc").glob(kind)
+    }
+    assert {*build.CPU.sources, *build.CUDA.sources} == sources
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_nvcc_by_variable(
+    build: ModuleType, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = fake_nvcc(tmp_path)
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert build.cuda_choice() == (nvcc, "")
+    monkeypatch.setenv("SWITCH_MOE_CUDA", "0")
+    assert build.cuda_choice() == (None, "SWITCH_MOE_CUDA=0")
+
+
+def test_no_nvcc(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    nvcc, why = build.cuda_choice()
+    assert nvcc is None
+    assert "nvcc was not found in CUDA_HOME" in why
+    monkeypatch.setenv("SWITCH_MOE_CUDA", "1")
+    with pytest.raises(SystemExit, match="SWITCH_MOE_CUDA=1, but nvcc was not found in CUDA_HOME"):
+        build.cuda_choice()
+
+
+def test_wrong_choice(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCH_MOE_CUDA", "yes")
+    with pytest.raises(SystemExit, match="SWITCH_MOE_CUDA is 'yes'; it must be auto, 0 or 1"):
+        build.cuda_choice()
+
+
+def test_architectures(build: ModuleType) -> None:
+    assert build.arch_flags("80 90a;100+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    with pytest.raises(SystemExit, match="SWITCH_MOE_CUDA_ARCHS holds 'sm_80'; write architectures like 80"):
+        build.arch_flags("sm_80")
+
+
+def test_no_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler was found .*apt-get install g\+\+"):
+        build.find_compiler()
+    monkeypatch.setenv("CXX", "/opt/none/g++")
+    with pytest.raises(SystemExit, match=r"CXX=/opt/none/g\+\+ was not found"):
+        build.find_compiler()

@@ -1,0 +1,350 @@
+"""expert_linear: forward and every gradient against the float64 reference, on both CPU paths."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import assert_close, relative_rms
+from torch import Tensor
+
+from switch_moe import native
+from switch_moe.ops import expert_linear
+from switch_moe.reference.expert_linear import expert_linear as reference
+
+op = importlib.import_module("switch_moe.ops.expert_linear")  # the package's attribute is the function
+
+# B, T, Din, Dout, M, k: merged and grouped, odd sizes, one token, one sample, sizes past a tile of the merge
+SHAPES = [
+    (5, 70, 48, 40, 3, 2),
+    (5, 3, 48, 40, 3, 2),
+    (4, 201, 33, 33, 8, 4),
+    (3, 7, 17, 17, 3, 1),
+    (6, 200, 16, 16, 3, 1),
+    (1, 1, 5, 3, 2, 2),
+    (1, 64, 130, 130, 4, 3),
+    (40, 33, 8, 8, 16, 16),
+    (30, 64, 24, 24, 2, 2),
+]
+NAMES = ("x", "weight", "bias", "gate")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty holds NaN, and so does the workspace: whatever is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    for kept in vars(op._workspaces).values():
+        kept.fill_(float("nan"))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """x, weight, bias, gate (unit-scale outputs), then the index and a gradient of the output."""
+    batch, tokens, d_in, d_out, experts, top_k = shape
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, tokens, d_in, generator=generator).to(dtype)
+    weight = (torch.randn(experts, d_in, d_out, generator=generator) / d_in**0.5).to(dtype)
+    bias = torch.randn(experts, d_out, generator=generator).to(dtype)
+    gate = torch.rand(batch, top_k, generator=generator)
+    index = torch.rand(batch, experts, generator=generator).argsort(1)[:, :top_k].int()
+    grad = torch.randn(batch, tokens, d_out, generator=generator).to(dtype)
+    return [x, weight, bias, gate], index, grad
+
+
+def forward_backward(function, tensors: list[Tensor], index: Tensor, grad: Tensor, modulate: bool, **options):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    x, weight, bias, gate = leaves
+    out = function(x, weight, bias, index, gate, modulate, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def check_against_reference(
+    tensors: list[Tensor], index: Tensor, grad: Tensor, modulate: bool = False, **options: str
+) -> None:
+    dtype = tensors[0].dtype
+    actual = forward_backward(expert_linear, tensors, index, grad, modulate, **options)
+    exact = forward_backward(reference, [t.double() for t in tensors], index, grad.double(), modulate)
+    same_type = forward_backward(reference, tensors, index, grad, modulate)
+    for name, a, e, s in zip(("out", *NAMES), actual, exact, same_type, strict=True):
+        assert a.dtype == s.dtype, name
+        if dtype == torch.float32:
+            assert_close(name, a, e, 1e-5)
+        else:
+            # A gradient of a few numbers may be lucky in one type: half a rounding step is always allowed.
+            assert_close(name, a, e, max(1.5 * relative_rms(s, e), torch.finfo(dtype).eps / 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = make_inputs(shape, dtype)
+    for modulate in [False, True] if shape[2] == shape[3] else [False]:
+        check_against_reference(*inputs, modulate=modulate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("shape", [(9, 20, 40, 24, 3, 2), (64, 2, 48, 48, 3, 2), (3, 2, 70, 70, 5, 5)])
+def test_both_paths(shape, merged: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "merging_pays", lambda *_: merged)
+    check_against_reference(*make_inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_expert_for_nobody_and_one_for_everybody(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "merging_pays", lambda *_: merged)
+    tensors, index, grad = make_inputs((6, 10, 16, 16, 4, 2), torch.float32)
+    index[:, 0], index[:, 1] = 2, torch.tensor([0, 3, 0, 3, 0, 3])
+    check_against_reference(tensors, index, grad)
+    gradients = forward_backward(expert_linear, tensors, index, grad, False)
+    assert gradients[2][1].count_nonzero() == 0
+    assert gradients[3][1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_one_expert_twice_and_zero_gates(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "merging_pays", lambda *_: merged)
+    tensors, index, grad = make_inputs((4, 10, 16, 16, 3, 2), torch.float32)
+    index[0] = 1
+    tensors[3][1] = 0
+    check_against_reference(tensors, index, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(0, 8, 4, 4, 3, 2), (2, 0, 4, 4, 3, 2), (2, 40, 4, 0, 3, 2), (2, 40, 0, 4, 3, 2)]
+)
+def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensors, index, grad = make_inputs((*shape[:2], max(shape[2], 1), *shape[3:]), dtype)
+    tensors[0], tensors[1] = tensors[0][:, :, : shape[2]], tensors[1][:, : shape[2]]
+    actual = forward_backward(expert_linear, tensors, index, grad, False)
+    expected = forward_backward(reference, tensors, index, grad, False)
+    for name, a, e in zip(("out", *NAMES), actual, expected, strict=True):
+        assert_close(name, a, e, 1e-2)
+
+
+def test_without_bias() -> None:
+    (x, weight, _, gate), index, _ = make_inputs((3, 50, 12, 20, 3, 2), torch.float32)
+    out = expert_linear(x, weight, None, index, gate)
+    assert_close("out", out, reference(x.double(), weight.double(), None, index, gate.double()), 1e-5)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_only_wanted_gradients(frozen: int) -> None:
+    tensors, index, grad = make_inputs((3, 50, 12, 12, 3, 2), torch.float32)
+    every = forward_backward(expert_linear, tensors, index, grad, True)[1:]
+    for wanted in ([i for i in range(4) if i != frozen], [frozen]):
+        leaves = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate(tensors)]
+        out = expert_linear(leaves[0], leaves[1], leaves[2], index, leaves[3], modulate=True)
+        found = torch.autograd.grad(out, [leaves[i] for i in wanted], grad)
+        for i, gradient in zip(wanted, found, strict=True):
+            assert_close(NAMES[i], gradient, every[i], 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [4, 90])
+def test_strides_do_not_matter(tokens: int) -> None:
+    (x, weight, bias, gate), index, _ = make_inputs((4, tokens, 24, 24, 3, 2), torch.float32)
+    expected = forward_backward(expert_linear, [x, weight, bias, gate], index, torch.ones_like(x), False)
+    strided = [x.transpose(0, 2).contiguous().transpose(0, 2), weight.transpose(1,
+    2).contiguous().transpose(1, 2),
+               bias.t().contiguous().t(), gate.t().contiguous().t()]  # fmt: skip
+    leaves = [tensor.detach().requires_grad_() for tensor in strided]
+    out = expert_linear(leaves[0], leaves[1], leaves[2], index.long().t().contiguous().t(), leaves[3])
+    out.sum().backward()  # the gradient of a sum is an expanded scalar
+    for name, a, e in zip(("out", *NAMES), [out, *[leaf.grad for leaf in leaves]], expected, strict=True):
+        assert_close(name, a, e, 1e-6)
+
+
+def test_samples_that_share_a_timestep_share_one_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = []
+    original = op._merge
+
+    def counting(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+        if weight.dim() == 3:
+            merged.append(len(index))
+        return original(weight, index, gate, out)
+
+    monkeypatch.setattr(op, "_merge", counting)
+    tensors, index, grad = make_inputs((12, 40, 16, 16, 3, 2), torch.float32)
+    for routes, expected in [([0] * 12, 1), ([0, 1, 2] * 4, 3), (list(range(12)), 12)]:
+        merged.clear()
+        shared = [*tensors[:3], tensors[3][routes]]
+        with torch.no_grad():
+            expert_linear(shared[0], shared[1], shared[2], index[routes], shared[3])
+        assert sum(merged) == expected
+        check_against_reference(shared, index[routes], grad)
+
+
+def test_a_broken_merge_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = op._merge
+    monkeypatch.setattr(op, "_merge", lambda w, i, gate, out: original(w, i, gate * 1.001, out))
+    with pytest.raises(AssertionError, match="relative RMS"):
+        check_against_reference(*make_inputs(SHAPES[0], torch.float32))
+
+
+def test_gradients_do_not_depend_on_threads() -> None:
+    inputs = make_inputs((7, 60, 96, 96, 3, 2), torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        p = torch.randn(7, 96, 96, generator=torch.Generator().manual_seed(0))
+        (_, weight, _, gate), index, _ = inputs
+        grad_weight, grad_gate = torch.zeros_like(weight), torch.zeros_like(gate)
+        native.cpu.require().merge_experts_backward(
+            p.data_ptr(), weight.data_ptr(), index.data_ptr(), gate.data_ptr(), 0, 96 * 96, 7, 2, threads,
+            grad_weight.data_ptr(), grad_gate.data_ptr(),
+        )  # fmt: skip
+        found.append((grad_weight, grad_gate))
+    torch.set_num_threads(before)
+    for (weight_a, gate_a), (weight_b, gate_b) in pairwise(found):
+        assert torch.equal(weight_a, weight_b)
+        assert torch.equal(gate_a, gate_b)
+
+
+@pytest.mark.parametrize("tokens", [3, 80])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(tokens: int, dtype: torch.dtype) -> None:
+    torch.use_deterministic_algorithms(False)
+    (x, weight, bias, gate), index, grad = make_inputs((4, tokens, 12, 12, 3, 2), dtype)
+    operators = torch.ops.switch_moe
+    torch.library.opcheck(operators.expert_linear.default, (x, weight, bias, index, gate))
+    torch.library.opcheck(operators.expert_linear.default, (x, weight, None, index, gate))
+    for wanted in ([True] * 4, [True, False, True, False], [False, True, False, True]):
+        torch.library.opcheck(
+            operators.expert_linear_backward.default, (grad, x, weight, bias, index, gate, wanted)
+        )
+
+
+@pytest.mark.parametrize(
+    ("modulate", "autocast", "backend"),
+    [
+        (False, False, "aot_eager"),
+        (False, True, "aot_eager"),
+        (True, False, "inductor"),
+        (True, True, "inductor"),
+    ],
+)
+def test_compile_fullgraph(modulate: bool, autocast: bool, backend: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    tensors, index, grad = make_inputs((4, 80, 16, 16, 3, 2), torch.float32)
+
+    def function(*arguments) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return expert_linear(*arguments)
+
+    if autocast:
+        grad = grad.bfloat16()
+    eager = forward_backward(function, tensors, index, grad, modulate)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    compiled = forward_backward(compiled, tensors, index, grad, modulate)
+    for name, a, e in zip(("out", *NAMES), compiled, eager, strict=True):
+        assert a.dtype == e.dtype
+        assert_close(name, a, e, 1e-2 if autocast else 1e-5)
+
+
+def test_autocast_computes_in_the_lower_type() -> None:
+    tensors, index, grad = make_inputs((4, 80, 16, 16, 3, 2), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, *gradients = forward_backward(expert_linear, tensors, index, grad.bfloat16(), False)
+    lower = forward_backward(
+        expert_linear, [*[t.bfloat16() for t in tensors[:3]], tensors[3]], index, grad.bfloat16(), False
+    )
+    assert out.dtype == torch.bfloat16
+    for name, a, e in zip(("out", *NAMES), [out, *gradients], lower, strict=True):
+        assert_close(name, a.to(e.dtype), e, 0)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@pytest.mark.parametrize("modulate", [False, True])
+def test_reference_gradients(modulate: bool) -> None:
+    tensors, index, _ = make_inputs((2, 3, 4, 4, 3, 2), torch.float64)
+    leaves = [tensor.double().requires_grad_() for tensor in tensors]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+        return expert_linear(x, weight, bias, index, gate, modulate)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3)}, ValueError, r"x has shape \(2, 3\); it must be \[B, T, Din\]"),
+        ({"x": torch.zeros(2, 3, 4, dtype=torch.int32)}, TypeError, "x is torch.int32; it must be"),
+        (
+            {"weight": torch.zeros(3, 5, 4)},
+            ValueError,
+            r"weight has shape \(3, 5, 4\); it must be \[M, 4, Dout\]",
+        ),
+        (
+            {"weight": torch.zeros(3, 4, 4).bfloat16()},
+            TypeError,
+            "weight is torch.bfloat16 and x is torch.float32",
+        ),
+        ({"bias": torch.zeros(3, 5)}, ValueError, r"bias has shape \(3, 5\); it must be \[3, 4\]"),
+        (
+            {"expert_index": torch.zeros(2, 2)},
+            TypeError,
+            "expert_index is torch.float32; it must be torch.int32",
+        ),
+        (
+            {"expert_index": torch.full((2, 2), 3, dtype=torch.int32)},
+            ValueError,
+            r"expert_index holds 3 to 3; .*\[0, 3\)",
+        ),
+        (
+            {"expert_index": torch.full((2, 2), -1, dtype=torch.int32)},
+            ValueError,
+            "expert_index holds -1 to -1",
+        ),
+        (
+            {"expert_gate": torch.zeros(2, 1)},
+            ValueError,
+            r"expert_gate has shape \(2, 1\); it must be \[2, 2\]",
+        ),
+        (
+            {"expert_gate": torch.zeros(2, 2).bfloat16()},
+            TypeError,
+            "expert_gate is torch.bfloat16; it must be",
+        ),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "backend is 'cuda'; it must be one of auto, reference, native, triton",
+        ),
+        ({"backend": "triton"}, RuntimeError, "no Triton kernel in this version; use backend="),
+        (
+            {"weight": torch.zeros(3, 4, 5), "bias": None, "modulate": True},
+            ValueError,
+            "modulate needs square experts",
+        ),
+        ({"x": torch.zeros(2, 3, 4, device="meta")}, ValueError, "weight is on cpu; it must be on meta"),
+    ],
+)
+def test_errors(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {
+        "x": torch.zeros(2, 3, 4), "weight": torch.zeros(3, 4, 4), "bias": torch.zeros(3, 4),
+        "expert_index": torch.zeros(2, 2, dtype=torch.int32), "expert_gate": torch.zeros(2, 2),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        expert_linear(**{**arguments, **change})
+
+
+def test_a_missing_backend_raises_and_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        native, "cpu", native.NativeModule("switch_moe._absent", "build it with: make install")
+    )
+    (x, weight, bias, gate), index, _ = make_inputs(SHAPES[0], torch.float32)
+    with pytest.raises(RuntimeError, match=r"switch_moe\._absent is not built; build it with: make install"):
+        expert_linear(x, weight, bias, index, gate, backend="native")
+    out = expert_linear(x, weight, bias, index, gate)
+    assert torch.equal(out, reference(x, weight, bias, index, gate))

@@ -1,0 +1,99 @@
+"""DiffusionPrior and the routing that feeds it; parity with the official numbers is in test_golden.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+
+from switch_moe import DiffusionPrior, SwitchMoE, route
+
+
+def test_table() -> None:
+    table = DiffusionPrior(12, 3, 2).table
+    assert table.shape == (1000, 36)
+    assert (table.sum(1) == 24).all()
+    assert table[0, :24].all()
+    assert table[-1, -24:].all()
+
+
+def test_match_recovers_a_permutation() -> None:
+    prior = DiffusionPrior(4, 3, 2, num_timesteps=200)
+    shuffled = torch.randperm(12)
+    assignment = prior.match(prior.table[:, shuffled])
+    assert torch.equal(prior.table[:, assignment], prior.table[:, shuffled])
+
+
+def test_ties_break_at_random_and_follow_the_seed() -> None:
+    prior = DiffusionPrior(4, 3, 2, num_timesteps=50)
+    selected = torch.ones(50, 12)  # all columns alike: every matching is optimal
+    torch.manual_seed(1)
+    first, second = prior.match(selected), prior.match(selected)
+    torch.manual_seed(1)
+    assert torch.equal(prior.match(selected), first)
+    assert not torch.equal(first, second)
+
+
+def test_loss_is_zero_only_for_the_prior() -> None:
+    prior = DiffusionPrior(4, 3, 2)
+    t, assignment = torch.tensor([0, 500, 999]), torch.randperm(12)
+    exact = prior.table[t][:, assignment] * 4 / 8
+    assert prior.loss(exact, t, assignment).abs() < 1e-6
+    assert prior.loss(exact.flip(1), t, assignment) > 0.01
+
+
+def test_loss_gradient_in_float64_terms() -> None:
+    prior = DiffusionPrior(2, 3, 1, num_timesteps=20)
+    t, assignment = torch.tensor([3, 19, 0]), torch.randperm(6)
+    probs = torch.softmax(torch.randn(3, 2, 3), -1).flatten(1).requires_grad_()
+    loss = prior.loss(probs, t, assignment)
+    (gradient,) = torch.autograd.grad(loss, probs)
+
+    def exact(p: torch.Tensor) -> torch.Tensor:
+        q, u = p.double() / 2, prior.table[t][:, assignment].double() / 2
+        log_middle = ((q + u) / 2 + 1e-6).log()
+        return 0.5 * (q * ((q + 1e-6).log() - log_middle) + u * ((u + 1e-6).log() - log_middle)).sum(1).mean()
+
+    leaf = probs.detach().double().requires_grad_()
+    assert_close("loss", loss, exact(leaf), 1e-5)
+    assert_close("gradient", gradient, torch.autograd.grad(exact(leaf), leaf)[0], 1e-5)
+
+
+def test_compile_fullgraph() -> None:
+    prior = DiffusionPrior(4, 3, 2, num_timesteps=100)
+    layers = [SwitchMoE(16) for _ in range(4)]
+    embedding, t = torch.randn(100, 16), torch.tensor([3, 60])
+
+    def loss(embedding: torch.Tensor) -> torch.Tensor:
+        routing = route(layers, embedding)
+        assignment = prior.match(routing.selected())
+        return prior.loss(routing.probs.transpose(0, 1).flatten(1)[t], t, assignment)
+
+    for layer in layers:
+        torch.nn.init.normal_(layer.router_weight)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")  # eager's random numbers break ties
+    torch.manual_seed(0)
+    found = compiled(embedding)
+    torch.manual_seed(0)
+    assert_close("loss", found, loss(embedding), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"depth": 0}, "depth is 0; it must be at least 1"),
+        ({"top_k": 4}, "top_k is 4; it must be between 1 and the number of experts, 3"),
+        ({"num_timesteps": 0}, "num_timesteps is 0"),
+    ],
+)
+def test_errors(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffusionPrior(**{"depth": 2, "num_experts": 3, "top_k": 2, **settings})
+
+
+def test_shape_errors() -> None:
+    prior = DiffusionPrior(2, 3, 2, num_timesteps=10)
+    with pytest.raises(ValueError, match=r"selected has shape \(5, 6\); it must be \[10, 6\]"):
+        prior.match(torch.zeros(5, 6))
+    with pytest.raises(ValueError, match=r"probs has shape \(2, 5\); it must be \[B, 6\]"):
+        prior.loss(torch.zeros(2, 5), torch.zeros(2).long(), torch.arange(6))

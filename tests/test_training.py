@@ -1,0 +1,272 @@
+"""The main job on a model of a few thousand weights: what it writes, that it repeats, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close
+from PIL import Image
+from safetensors.torch import load_file
+from switch_dit import model as model_module
+from switch_dit import sample_cli, train
+from switch_dit.checkpoint import load_checkpoint, save_checkpoint
+from switch_dit.data import batches, load_images
+from switch_dit.metrics import Classifier, evaluate, frechet_distance
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model_module.PRESETS, "tiny/4", (24, 2, 3, 4))
+
+
+def config(output: Path, **settings) -> train.TrainConfig:
+    defaults = {
+        "model": "tiny/4",
+        "steps": 12,
+        "batch_size": 16,
+        "log_every": 4,
+        "generated": 100,
+        "sample_steps": 2,
+    }
+    return train.TrainConfig(**{**defaults, "output": output, **settings})
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = train.run(config(tmp_path))
+    run = tmp_path / "digits"
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "stats.jsonl", "samples.png", "loss.png", "routing.png", "checkpoint", "summary.json",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert all({"loss", "mse", "vb", "prior", "lr", "images_per_second"} <= set(row) for row in rows)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["mse"] + row["vb"] + row["prior"], rel=1e-4)
+    for picture in ("samples.png", "loss.png", "routing.png"):
+        pixels = np.asarray(Image.open(run / picture).convert("L"))
+        assert pixels.std() > 5, picture
+    assert json.loads((run / "config.json").read_text())["steps"] == 12
+    assert 0 <= summary["conditional_accuracy"] <= 1
+    assert summary["classifier_accuracy"] > 0.95
+    printed = capsys.readouterr().out
+    assert str(run) in printed
+    for word in ("conditional_accuracy", "frechet_floor", "samples.png", "mse"):
+        assert word in printed
+
+    assert set(load_file(run / "checkpoint" / "ema.safetensors")) == set(
+        load_file(run / "checkpoint" / "model.safetensors")
+    )
+    path = sample_cli.run(sample_cli.SampleConfig(run=run, labels=(3, 5), count=4, steps=2, seed=1))
+    again = sample_cli.run(sample_cli.SampleConfig(run=run, labels=(3, 5), count=4, steps=2, seed=1))
+    assert path != again
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
+
+
+def test_the_same_seed_gives_bitwise_the_same_losses(tmp_path: Path) -> None:
+    for _ in range(2):
+        train.run(config(tmp_path, generated=0))
+    train.run(config(tmp_path, generated=0, seed=1, name="other"))
+    assert losses(tmp_path / "digits") == losses(tmp_path / "digits-2")
+    assert losses(tmp_path / "digits") != losses(tmp_path / "other")
+
+
+@pytest.mark.parametrize("settings", [{"routing": "dtr"}, {"routing": "none"}, {"learn_sigma": False},
+                                      {"conditional": False, "guidance": 1.0}, {"precision": "bfloat16"},
+                                      {"weighting": "min_snr_5", "schedule": "cosine"}])  # fmt: skip
+def test_variants(tmp_path: Path, settings: dict) -> None:
+    train.run(config(tmp_path, **settings))
+    assert all(np.isfinite(losses(tmp_path / "digits")))
+    assert (tmp_path / "digits" / "samples.png").exists()
+    assert (tmp_path / "digits" / "routing.png").exists() == (settings.get("routing") not in ("dtr", "none"))
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    train.run(config(tmp_path, steps=150, batch_size=64, lr=5e-3, log_every=10, generated=0))
+    found = losses(tmp_path / "digits")
+    assert found[-1] < 0.5 * found[0]
+
+
+def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model_module.PRESETS, "tiny/4", (24, 1, 3, 4))
+    images = load_images("digits")
+    terms = []
+    for compiled in (False, True):
+        trainer = train.Trainer(config(tmp_path, compile=compiled, label_dropout=0.0, guidance=1.0), images)
+        for number in range(2):
+            torch.manual_seed(number)
+            out = trainer.step(number, torch.arange(16) + number)
+        terms.append(torch.stack([out["mse"], out["vb"]]))
+    assert_close("losses", terms[1], terms[0], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0; it must be positive"),
+        ({"lr": -1.0}, "lr is -1.0; it must be positive"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"batch_size": 5000}, "batch_size is 5000; digits has 1437 training images"),
+        ({"top_k": 4}, r"top_k is 4; it must be in \[1, num_experts = 3\]"),
+        ({"model": "M/2"}, "model is 'M/2'; it must be one of tiny/2"),
+        ({"model": "tiny/16"}, "model is 'tiny/16'"),
+        ({"weighting": "snr"}, "weighting is 'snr'; it must be constant, p2 or min_snr"),
+        ({"data": "cats"}, "data is 'cats'; it must be digits or the path of an .npz file"),
+        ({"device": "cuda:77"}, "device is 'cuda:77'; torch cannot use it here"),
+        ({"label_dropout": 1.0}, r"label_dropout is 1.0; it must be in \[0, 1\)"),
+        ({"label_dropout": 0.0}, "label_dropout is 0, so there is no null label"),
+        ({"name": "a/b"}, "name is 'a/b'; it must be a folder name"),
+        ({"name": "taken"}, "name is 'taken'; .*exists, choose another"),
+        ({"sample_steps": 1001}, r"sample_steps is 1001; it must be in \[1, 1000\]"),
+    ],
+)
+def test_wrong_settings_fail_before_anything_is_written(tmp_path: Path, settings: dict, message: str) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ValueError, match=message):
+        train.run(config(tmp_path, **settings))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_commands(tmp_path: Path) -> None:
+    def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        full = [sys.executable, str(ROOT / "models" / script), *arguments]
+        return subprocess.run(full, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    shown = command("train_switch_dit.py", "--help")
+    assert shown.returncode == 0
+    for setting in ("--routing", "--lr", "--compile", "--output"):
+        assert setting in shown.stdout
+    failed = command("train_switch_dit.py", "--steps", "-3")
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == "error: steps is -3; it must be positive"
+    failed = command("sample_switch_dit.py", "--run", "nowhere")
+    assert failed.returncode == 1
+    assert "nowhere/checkpoint is no checkpoint: config.json is missing" in failed.stderr
+
+
+def test_checkpoint_replaces_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {
+        "input_size": 8,
+        "in_channels": 1,
+        "hidden_size": 24,
+        "depth": 1,
+        "num_heads": 3,
+        "num_classes": 4,
+    }
+    model = model_module.SwitchDiT(**settings)
+    both = {"model": settings, "diffusion": {"schedule": "cosine"}}
+    save_checkpoint(tmp_path / "checkpoint", model, model, both, {"step": 1})
+    before = load_checkpoint(tmp_path / "checkpoint")[0].state_dict()
+    torch.nn.init.ones_(model.blocks[0].moe.weight)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path / "checkpoint", model, model, both, {"step": 2})
+    after, diffusion = load_checkpoint(tmp_path / "checkpoint")
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert diffusion.num_timesteps == 1000
+    assert not after.training
+
+
+def test_batches_depend_on_seed_and_step_only() -> None:
+    stream = batches(50, 16, seed=3)
+    first = [next(stream) for _ in range(7)]
+    resumed = batches(50, 16, seed=3, first_step=5)
+    assert torch.equal(first[5], next(resumed))
+    assert torch.equal(first[6], next(resumed))
+    assert len(set(torch.cat(first[:3]).tolist())) == 48
+
+
+def test_digits_split() -> None:
+    images = load_images("digits")
+    assert images.train.shape == (1437, 1, 8, 8)
+    assert len(images.held_out) == 360
+    assert images.train.min() == -1
+    assert images.train.max() == 1
+    assert images.held_out_labels.bincount().min() >= 34
+
+
+def test_own_images(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    np.savez(path, images=rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8), labels=labels)
+    images = load_images(str(path))
+    assert images.train.shape == (32, 3, 4, 4)
+    train.run(config(tmp_path / "runs", data=str(path), generated=20))
+    assert (tmp_path / "runs" / "own" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((4, 4, 4), np.uint8)}, "has no array labels"),
+        ({"images": np.zeros((4, 4, 5), np.uint8), "labels": np.zeros(4, int)}, "must be square uint8"),
+        ({"images": np.zeros((4, 4, 4)), "labels": np.zeros(4, int)}, "must be square uint8"),
+        ({"images": np.zeros((4, 4, 4), np.uint8), "labels": np.zeros(5, int)}, "must be 4 integers"),
+        (
+            {"images": np.zeros((6, 4, 4), np.uint8), "labels": np.array([0, 0, 0, 0, 0, 2])},
+            "class 1 0 times",
+        ),
+    ],
+)
+def test_own_images_errors(tmp_path: Path, arrays: dict, message: str) -> None:
+    np.savez(tmp_path / "own.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_images(str(tmp_path / "own.npz"))
+
+
+def test_frechet_distance() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(4000, 5))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + 2) == pytest.approx(20, rel=1e-6)
+    assert frechet_distance(a, 3 * a - 2 * a.mean(0)) == pytest.approx(
+        4 * np.cov(a, rowvar=False).trace(), rel=1e-6
+    )
+
+
+def test_metrics_tell_good_from_bad() -> None:
+    images = load_images("digits")
+    good = evaluate(images, images.held_out, images.held_out_labels)
+    assert good.conditional_accuracy == good.classifier_accuracy > 0.95
+    assert good.frechet_distance == pytest.approx(0, abs=1e-6)
+    mislabelled = evaluate(images, images.held_out, images.held_out_labels.roll(1))
+    assert mislabelled.conditional_accuracy < 0.3
+    noise = evaluate(images, torch.randn_like(images.held_out), images.held_out_labels)
+    assert noise.frechet_distance > 10 * noise.frechet_floor
+
+
+def test_classifier_repeats() -> None:
+    images = load_images("digits")
+    first, second = (
+        Classifier(images.train, images.train_labels).features(images.held_out) for _ in range(2)
+    )
+    assert np.array_equal(first, second)
+
+
+def test_learning_rate() -> None:
+    settings = train.TrainConfig(steps=100, warmup=10, lr=1.0)
+    assert train.learning_rate(settings, 0) == pytest.approx(0.1, rel=1e-3)
+    assert train.learning_rate(settings, 99) < 1e-3
+    assert train.learning_rate(replace(settings, lr_decay=False), 99) == 1.0
+
+
+def test_precision_and_device() -> None:
+    cpu = torch.device("cpu")
+    has_amx = torch.cpu._is_amx_tile_supported()
+    assert train.resolve_precision("auto", cpu) == (torch.bfloat16 if has_amx else torch.float32)
+    assert train.resolve_precision("bfloat16", cpu) == torch.bfloat16
+    assert train.resolve_device("cpu") == cpu
