@@ -1,17 +1,16 @@
 """Builds the compiled modules with ninja; torch is not needed for it.
 
-``switch_moe._cpu`` needs g++ (or the compiler that CXX names). ``switch_moe._cuda`` is built too where nvcc
-is found.
+``switch_moe._cpu`` needs g++ (or the compiler that CXX names). ``switch_moe._cuda`` is built where nvcc is found.
 
-    SWITCH_MOE_CUDA        auto (default): build it where nvcc is found; 0: do not; 1: fail where it cannot be
-    built SWITCH_MOE_CUDA_ARCHS  GPU architectures, default "80 90a 100+PTX"; +PTX adds code that newer GPUs
-    can translate
+    SWITCH_MOE_CUDA        auto (default): build it where that works; 0: do not; 1: fail where it cannot be built
+    SWITCH_MOE_CUDA_ARCHS  GPU architectures, default "80 90a 100+PTX"; +PTX lets newer GPUs translate
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,10 +23,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "80 90a 100+PTX"
-CPU = Extension("switch_moe._cpu", ["csrc/bindings.cpp", "csrc/expert_linear.cpp",
-"csrc/linear_assignment.cpp",
-                                    "csrc/parallel.cpp"])  # fmt: skip
-CUDA = Extension("switch_moe._cuda", ["csrc/bindings_cuda.cpp", "csrc/linear_assignment.cu"])
+CPU_SOURCES = ["bindings.cpp", "expert_linear.cpp", "linear_assignment.cpp", "parallel.cpp"]
+CUDA_SOURCES = ["bindings_cuda.cpp", "linear_assignment.cu"]
+CPU = Extension("switch_moe._cpu", [f"csrc/{name}" for name in CPU_SOURCES])
+CUDA = Extension("switch_moe._cuda", [f"csrc/{name}" for name in CUDA_SOURCES])
 
 
 class BuildError(SystemExit):
@@ -68,91 +67,107 @@ def cuda_choice() -> tuple[Path | None, str]:
     return nvcc, "" if nvcc else why
 
 
-def arch_flags(archs: str) -> list[str]:
-    flags = []
-    for arch in re.split(r"[\s;,]+", archs.strip()):
-        match = re.fullmatch(r"(\d{2,3}[af]?)(\+PTX)?", arch)
-        if match is None:
+def cuda_archs() -> list[str]:
+    """What SWITCH_MOE_CUDA_ARCHS names, separated by spaces, commas or semicolons."""
+    archs = re.split(r"[\s;,]+", os.environ.get("SWITCH_MOE_CUDA_ARCHS", DEFAULT_ARCHS).strip())
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch):
             raise BuildError(
                 f"SWITCH_MOE_CUDA_ARCHS holds {arch!r}; write architectures like 80, 90a or 100+PTX"
             )
-        number, ptx = match.groups()
-        flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
-        if ptx:
-            flags += [f"-gencode=arch=compute_{number},code=compute_{number}"]
+    return archs
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
 
 def escape(path: Path | str) -> str:
+    """For a path in build.ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def command(*words: str) -> str:
+    """For words of a shell command in build.ninja."""
+    return " ".join(shlex.quote(str(word)) for word in words).replace("$", "$$")
+
+
 class NinjaBuild(build_ext):
-    """Writes one build.ninja for all extensions and runs it."""
+    """Writes one build.ninja for both modules and runs it."""
 
     def run(self) -> None:
         started = time.perf_counter()
         nvcc, why_no_cuda = cuda_choice()
-        archs = os.environ.get("SWITCH_MOE_CUDA_ARCHS", DEFAULT_ARCHS)
-        outputs = self._compile(nvcc, archs)
-        names = ", ".join(sorted(path.name for path in outputs))
-        cuda = f"no CUDA module: {why_no_cuda}"
-        if nvcc:
-            cuda = f"CUDA for sm_{archs.replace(' ', ' sm_')} with {nvcc}"
-        print(f"switch_moe: built {names} in {time.perf_counter() - started:.0f} s; {cuda}", flush=True)
+        outputs = {extension.name: self._output(extension) for extension in (CPU, CUDA)}
+        folder = self._write_ninja_file(nvcc, outputs)
+        if not self._ninja(folder, outputs[CPU.name]):
+            raise BuildError("compiling the CPU module failed, the compiler's messages are above")
+        if nvcc and not self._ninja(folder, outputs[CUDA.name]):
+            why_no_cuda = f"{nvcc} failed, its messages are above"
+            if os.environ.get("SWITCH_MOE_CUDA") == "1":
+                raise BuildError(f"SWITCH_MOE_CUDA=1, but {why_no_cuda}")
+            nvcc = None
+        if nvcc is None:
+            outputs.pop(CUDA.name).unlink(missing_ok=True)  # an older build's
+        seconds = time.perf_counter() - started
+        cuda = f"CUDA for {' '.join(cuda_archs())} with {nvcc}" if nvcc else f"no CUDA module: {why_no_cuda}"
+        print(f"switch_moe: built {' and '.join(outputs)} in {seconds:.0f} s; {cuda}", flush=True)
+        self._built = list(outputs.values())
 
     def get_outputs(self) -> list[str]:
-        return [self.get_ext_fullpath(extension.name) for extension in self._chosen(cuda_choice()[0])]
+        return [str(output) for output in getattr(self, "_built", [])]
 
-    def _chosen(self, nvcc: Path | None) -> list[Extension]:
-        return [CPU, CUDA] if nvcc else [CPU]
+    def _output(self, extension: Extension) -> Path:
+        output = Path(self.get_ext_fullpath(extension.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return output
 
-    def _compile(self, nvcc: Path | None, archs: str) -> list[Path]:
+    def _ninja(self, folder: Path, output: Path) -> bool:
+        return subprocess.run([*find_ninja(), "-C", str(folder), str(output)], check=False).returncode == 0
+
+    def _write_ninja_file(self, nvcc: Path | None, outputs: dict[str, Path]) -> Path:
         import pybind11
 
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        includes = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-        include_flags = " ".join(f"-isystem {escape(path)}" for path in includes)
-        define = f'-DSWITCH_MOE_CUDA_ARCHS=\\"{archs}\\"'.replace(" ", r"\ ")
-        undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
-        lines = [
-            "ninja_required_version = 1.5",
-            f"cxx = {escape(find_compiler())}",
-            f"nvcc = {escape(nvcc or 'nvcc')}",
-            f"cflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra {include_flags}",
-            "rule cpp",
-            f"  command = $cxx $cflags {define} -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "rule cu",
-            f"  command = $nvcc -O3 -std=c++17 --threads 0 {' '.join(arch_flags(archs))} -Xcompiler -fPIC "
-            "-Xcompiler -fvisibility=hidden -ccbin $cxx -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "rule link_cpp",
-            f"  command = $cxx -shared {undefined} $in -o $out -lpthread -ldl",
-            "rule link_cu",
-            "  command = $nvcc -shared -cudart static -ccbin $cxx $in -o $out",
-        ]
-        outputs = []
-        for extension in self._chosen(nvcc):
-            output = Path(self.get_ext_fullpath(extension.name)).resolve()
-            output.parent.mkdir(parents=True, exist_ok=True)
+        cxx = find_compiler()
+        includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+        common = ["-O3", "-std=c++17"]
+        host = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *includes]
+        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        rules = {
+            "cpp": f"{cxx} {command(*host)} -MMD -MF $out.d -c $in -o $out",
+            "link_cpp": f"{cxx} -shared {command(*undefined)} $in -o $out -lpthread -ldl",
+        }
+        modules = [(CPU, "link_cpp")]
+        if nvcc:
+            archs = cuda_archs()
+            host.append(f'-DSWITCH_MOE_CUDA_ARCHS="{" ".join(archs)}"')
+            device = [*common, "--threads=0", *arch_flags(archs), "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            compiler = ["-ccbin", cxx.split()[0]]
+            rules["cpp"] = f"{cxx} {command(*host)} -MMD -MF $out.d -c $in -o $out"
+            rules["cu"] = f"{command(nvcc, *device, *compiler)} -MD -MF $out.d -c $in -o $out"
+            rules["link_cu"] = f"{command(nvcc, '-shared', '-cudart', 'static', *compiler)} $in -o $out"
+            modules.append((CUDA, "link_cu"))
+        lines = ["ninja_required_version = 1.5"]
+        for name, text in rules.items():
+            lines += [f"rule {name}", f"  command = {text}"]
+            if not name.startswith("link"):
+                lines.append("  depfile = $out.d")
+        for extension, link in modules:
             objects = []
-            for source in extension.sources:
-                name = escape(folder / f"{Path(source).name}.o")
-                rule = "cu" if source.endswith(".cu") else "cpp"
-                lines.append(f"build {name}: {rule} {escape(ROOT / source)}")
-                objects.append(name)
-            link = "link_cu" if extension is CUDA else "link_cpp"
-            lines.append(f"build {escape(output)}: {link} {' '.join(objects)}")
-            outputs.append(output)
+            for source in map(Path, extension.sources):
+                objects.append(escape(folder / f"{source.name}.o"))
+                lines.append(f"build {objects[-1]}: {source.suffix[1:]} {escape(ROOT / source)}")
+            lines.append(f"build {escape(outputs[extension.name])}: {link} {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        try:
-            subprocess.run([*find_ninja(), "-C", str(folder)], check=True)
-        except subprocess.CalledProcessError:
-            advice = "; SWITCH_MOE_CUDA=0 leaves the CUDA module out" if nvcc else ""
-            raise BuildError(f"the compiler failed, its messages are above{advice}") from None
-        return outputs
+        return folder
 
 
 def find_ninja() -> list[str]:

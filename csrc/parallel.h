@@ -7,7 +7,7 @@
 namespace switch_moe {
 
 // Calls task(i) once for every i in [0, count), on up to `threads` threads. The order is unspecified, so a
-// task writes only to what it owns. Throws what std::thread throws when no thread can be started.
+// task writes only to what it owns.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
 }  // namespace switch_moe

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from switch_moe.ops._dispatch import BACKENDS, check_shape, check_top_k
 from switch_moe.ops.expert_linear import expert_linear
-from switch_moe.reference.expert_mlp import expert_mlp
+from switch_moe.ops.expert_mlp import expert_mlp
 from switch_moe.router import Routing, route
 
 EXPERTS = ("linear", "mlp", "swiglu")

@@ -62,7 +62,8 @@ class DiffusionPrior(nn.Module):
         slots = self.table.shape[1]
         of_model = torch.randperm(slots, device=selected.device)
         of_table = torch.randperm(slots, device=selected.device)
-        cost = matching_cost(selected.to(self.table.dtype)[:, of_model], self.table[:, of_table])
+        with torch.autocast(selected.device.type, enabled=False):  # the cost counts timesteps exactly
+            cost = matching_cost(selected.to(self.table.dtype)[:, of_model], self.table[:, of_table])
         found = linear_assignment(cost.to(torch.int64))
         return torch.empty_like(found).index_copy_(0, of_model, of_table[found])
 

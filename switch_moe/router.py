@@ -57,6 +57,11 @@ def route(layers: Sequence[HasRouter], embedding: Tensor) -> Routing:
         raise ValueError(
             f"layers have (top_k, experts) {kinds}; all layers routed together must have the same"
         )
+    sizes = sorted({layer.router_weight.shape[1] for layer in layers})
+    if sizes != [embedding.shape[-1]]:
+        raise ValueError(
+            f"embedding has shape {tuple(embedding.shape)}; the layers' hidden sizes are {sizes}"
+        )
     weight = torch.stack([layer.router_weight for layer in layers]).float()
     bias = torch.stack([layer.router_bias for layer in layers]).float()
     return Routing(*timestep_gate(embedding, weight, bias, layers[0].top_k))

@@ -64,15 +64,26 @@ def test_wrong_choice(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
         build.cuda_choice()
 
 
-def test_architectures(build: ModuleType) -> None:
-    assert build.arch_flags("80 90a;100+PTX") == [
+@pytest.mark.parametrize("archs", ["80 90a 100+PTX", "80;90a;100+PTX", " 80, 90a,100+PTX "])
+def test_architectures(build: ModuleType, monkeypatch: pytest.MonkeyPatch, archs: str) -> None:
+    monkeypatch.setenv("SWITCH_MOE_CUDA_ARCHS", archs)
+    assert build.arch_flags(build.cuda_archs()) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",
     ]
+
+
+def test_wrong_architectures(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCH_MOE_CUDA_ARCHS", "sm_80")
     with pytest.raises(SystemExit, match="SWITCH_MOE_CUDA_ARCHS holds 'sm_80'; write architectures like 80"):
-        build.arch_flags("sm_80")
+        build.cuda_archs()
+
+
+def test_words_with_spaces_and_dollars_survive_the_shell(build: ModuleType) -> None:
+    assert build.command("a b", "$HOME", 'D="80 90a"') == """'a b' '$$HOME' 'D="80 90a"'"""
+    assert build.escape("/my code/c:d$") == "/my$ code/c$:d$$"
 
 
 def test_no_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ class GaussianDiffusion:
         # At t = 0 the posterior has no variance; its logarithm takes the value of t = 1 (as in the official
         # code).
         first = posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
         self._tables = {
             "signal": np.sqrt(self.alphas_cumprod),
             "noise": np.sqrt(1 - self.alphas_cumprod),
@@ -97,8 +98,11 @@ class GaussianDiffusion:
         return GaussianDiffusion(betas=betas, weighting=self.weighting), torch.from_numpy(kept.copy())
 
     def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        values = torch.as_tensor(self._tables[table], dtype=torch.float32, device=t.device)[t]
-        return values.view(-1, *[1] * (like.dim() - 1))
+        """Entries of a table at t, float32, shaped to broadcast over ``like``; tables move to a device once."""
+        key = (table, t.device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.as_tensor(self._tables[table], dtype=torch.float32, device=t.device)
+        return self._on_device[key][t].view(-1, *[1] * (like.dim() - 1))
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for x_start and noise [B, C, H, W], t int64 [B] (DDPM eq. 4)."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switch_moe import DiffusionPrior, Routing, SwitchMoE, route
+from switch_moe.prior import prior_table
 
 ROUTINGS = ("switch", "dtr", "none")
 DTR_CHANNELS_ON = 0.8  # share of channels that a timestep uses
@@ -178,6 +179,33 @@ class SwitchDiT(nn.Module):
         num_timesteps: int = 1000,
     ) -> None:
         super().__init__()
+        self.settings = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "num_classes": num_classes,
+            "class_dropout_prob": class_dropout_prob,
+            "learn_sigma": learn_sigma,
+            "routing": routing,
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "num_timesteps": num_timesteps,
+        }
+        for name in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "mlp_ratio",
+        ):
+            if not self.settings[name] > 0:
+                raise ValueError(f"{name} is {self.settings[name]}; it must be positive")
         if routing not in ROUTINGS:
             raise ValueError(f"routing is {routing!r}; it must be one of {', '.join(ROUTINGS)}")
         if input_size % patch_size:
@@ -304,11 +332,7 @@ def dtr_mask(num_timesteps: int, hidden_size: int) -> Tensor:
     """DTR's channel mask, float32 0/1 [N, D]: floor(0.8 D) neighbouring channels, sliding with the
     timestep.
     """
-    on = math.floor(DTR_CHANNELS_ON * hidden_size)
-    fraction = torch.arange(num_timesteps, dtype=torch.float64) / max(num_timesteps - 1, 1)
-    first = torch.round(fraction**DTR_ALPHA * (hidden_size - on))[:, None]
-    channel = torch.arange(hidden_size)
-    return ((channel >= first) & (channel < first + on)).float()
+    return prior_table(num_timesteps, hidden_size, math.floor(DTR_CHANNELS_ON * hidden_size), DTR_ALPHA)
 
 
 # hidden size, depth, heads of every published size; "tiny" is the default run's. Names are "<size>/<patch>".

@@ -62,6 +62,7 @@ def sample(
     guidance: float = 1.5,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
+    batch_size: int = 250,
 ) -> Tensor:
     """Images (or latents) float32 [n, C, H, W] from noise.
 
@@ -72,6 +73,7 @@ def sample(
         scheduler: ``ddim`` (eta 0), ``ddpm`` (with the learned variance) or ``dpm-solver++``.
         guidance: classifier-free scale; 1 is none. generator: of noise, on the CPU, for any device.
         start: the noise to begin with, [n, C, H, W], instead of drawing it.
+        batch_size: samples at a time.
     """
     if (labels is None) != (model.num_classes == 0):
         raise ValueError(f"labels is {labels}; the model has {model.num_classes} classes")
@@ -81,16 +83,36 @@ def sample(
         and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes
     ):
         raise ValueError(f"labels holds {labels.tolist()}; each must be in [0, {model.num_classes})")
-    guided = labels is not None and guidance != 1
-    if guided and model.y_embedder.dropout == 0:
+    if labels is not None and guidance != 1 and model.y_embedder.dropout == 0:
         raise ValueError(
             f"guidance is {guidance}; a model trained with class_dropout_prob 0 has no null label, use 1"
         )
-    device = model.pos_embed.device
-    n = len(labels) if labels is not None else count or 0
+    if labels is None and (count is None or count < 0):
+        raise ValueError(f"count is {count}; it must say how many samples, as there are no labels")
+    n = len(labels) if labels is not None else int(count or 0)
     shape = (n, model.in_channels, model.input_size, model.input_size)
-    x = torch.randn(shape, generator=generator).to(device) if start is None else start
+    x = torch.randn(shape, generator=generator).to(model.pos_embed.device) if start is None else start
+    parts = []
+    for begin in range(0, n, batch_size):
+        part = slice(begin, begin + batch_size)
+        classes = None if labels is None else labels[part]
+        parts.append(_sample_batch(model, diffusion, x[part], classes, steps, scheduler, guidance, generator))
+    return torch.cat(parts) if parts else x
+
+
+def _sample_batch(
+    model: SwitchDiT,
+    diffusion: GaussianDiffusion,
+    x: Tensor,
+    labels: Tensor | None,
+    steps: int,
+    scheduler: str,
+    guidance: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    n, device = len(x), x.device
     stepper, trained_timestep = make_scheduler(scheduler, diffusion, steps, model.learn_sigma)
+    guided = labels is not None and guidance != 1
     both = torch.cat([labels, torch.full_like(labels, model.num_classes)]) if guided else labels
     for step in stepper.timesteps.tolist():
         t = torch.full((2 * n if guided else n,), trained_timestep[step], device=device)

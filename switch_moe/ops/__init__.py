@@ -5,7 +5,8 @@ chosen per sample (``top_k``), L blocks, N diffusion timesteps.
 """
 
 from switch_moe.ops.expert_linear import expert_linear
+from switch_moe.ops.expert_mlp import expert_mlp
 from switch_moe.ops.linear_assignment import linear_assignment
 from switch_moe.ops.timestep_gate import timestep_gate
 
-__all__ = ["expert_linear", "linear_assignment", "timestep_gate"]
+__all__ = ["expert_linear", "expert_mlp", "linear_assignment", "timestep_gate"]

@@ -59,9 +59,9 @@ def choose(op: str, backend: str, device: torch.device, native_devices: tuple[st
     if device.type not in native_devices:
         if backend == "auto":
             return "reference"
+        only = f", only for {' and '.join(native_devices)} tensors" if native_devices else ""
         raise RuntimeError(
-            f"{op} has no compiled kernel for {device.type} tensors, only for {', '.join(native_devices)}; "
-            "use backend='auto' or 'reference'"
+            f"{op} has no compiled kernel for {device.type} tensors{only}; use backend='auto' or 'reference'"
         )
     reason = native_reason(device.type)
     if reason is None:
@@ -99,3 +99,13 @@ def check_top_k(top_k: int, num_experts: int) -> None:
     """``ValueError`` unless 1 <= top_k <= num_experts."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}; it must be between 1 and the number of experts, {num_experts}")
+
+
+def check_expert_index(index: Tensor, num_experts: int) -> None:
+    """``ValueError`` unless every index is in ``[0, num_experts)``; reads the values, so only for CPU tensors."""
+    if index.numel():
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= num_experts:
+            raise ValueError(
+                f"expert_index holds {low} to {high}; it must stay in [0, {num_experts}), the experts"
+            )

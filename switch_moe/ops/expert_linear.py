@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from switch_moe import native
-from switch_moe.ops._dispatch import check_device, check_dtype, check_shape, choose, register
+from switch_moe.ops._dispatch import (
+    check_device,
+    check_dtype,
+    check_expert_index,
+    check_shape,
+    choose,
+    register,
+)
 from switch_moe.reference.expert_linear import expert_linear as reference_expert_linear
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,9 +78,13 @@ def expert_linear(
         if backend == "native":
             check_dtype("x", x, *NATIVE_DTYPES)
         path = "reference"
+    # Out-of-range int64 indices stay out of range in int32, where the operator finds them.
+    expert_index = expert_index.clamp(-1, weight.shape[0]).to(torch.int32)
     if path == "reference" or x.numel() == 0 or weight.numel() == 0:
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_expert_index(expert_index, weight.shape[0])
         return reference_expert_linear(x, weight, bias, expert_index, expert_gate, modulate)
-    out: Tensor = _ExpertLinear.apply(x, weight, bias, expert_index.to(torch.int32), expert_gate, modulate)
+    out: Tensor = _ExpertLinear.apply(x, weight, bias, expert_index, expert_gate, modulate)
     return out
 
 
@@ -120,6 +132,7 @@ class _ExpertLinear(torch.autograd.Function):
         return torch.addcmul(x, x, mixture) if modulate else mixture
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, index, gate, mixture = ctx.saved_tensors
         grad_mixture = grad_out * x if ctx.modulate else grad_out
@@ -190,12 +203,7 @@ def _prepare(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Contiguous arguments, with every index in range: the compiled kernels check nothing."""
-    if index.numel():
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(
-                f"expert_index holds {low} to {high}; it must stay in [0, {weight.shape[0]}), the experts"
-            )
+    check_expert_index(index, weight.shape[0])
     bias = None if bias is None else bias.contiguous()
     return x.contiguous(), weight.contiguous(), bias, index.contiguous(), gate.contiguous()
 
@@ -209,7 +217,7 @@ def _share_routes(index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, list[int
         faster.
     """
     batch = index.shape[0]
-    every = torch.arange(batch)
+    every = torch.arange(batch, device=index.device)
     keys = torch.cat([index, gate.view(torch.int32)], dim=1)
     if torch.equal(keys, keys[:1].expand_as(keys)):
         return every[:1], every, [batch]
@@ -238,7 +246,8 @@ def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
     count = max(1, min(routes, _ROUTES_PER_EXPERT * len(weight), fit))
     kept: Tensor | None = getattr(_workspaces, str(weight.dtype), None)
     if kept is None or kept.numel() < count * size:
-        kept = weight.new_empty(count * size)
+        with torch.inference_mode(False):  # a tensor born in inference mode could not serve training later
+            kept = torch.empty(count * size, dtype=weight.dtype, device=weight.device)
         setattr(_workspaces, str(weight.dtype), kept)
     return kept[: count * size].view(count, *weight.shape[1:])
 
@@ -280,13 +289,15 @@ def _merged_forward(
 
 
 def _repeat(rows: Tensor, counts: list[int]) -> Tensor:
-    return rows.repeat_interleave(torch.tensor(counts), dim=0)
+    return rows.repeat_interleave(torch.tensor(counts, device=rows.device), dim=0)
 
 
 def _grouped_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
     batch, tokens, d_in = x.shape
     num_experts, _, d_out = weight.shape
-    out = torch.zeros(batch, tokens, d_out)  # float32 over the sum of k experts, rounded once
+    out = x.new_zeros(
+        batch, tokens, d_out, dtype=torch.float32
+    )  # float32 over the sum of k experts, rounded once
     for e in range(num_experts):
         rows, slot = (index == e).nonzero(as_tuple=True)
         x_e = x[rows].view(-1, d_in)
@@ -370,7 +381,7 @@ def _grouped_backward(
     dm.
     """
     tokens, d_in, d_out = x.shape[1], *weight.shape[1:]
-    grad_x = torch.zeros(x.shape)  # float32 over the sum of k experts, rounded once
+    grad_x = x.new_zeros(x.shape, dtype=torch.float32)  # float32 over the sum of k experts, rounded once
     grad_weight = torch.zeros_like(weight)
     grad_gate = torch.zeros_like(gate)
     for e in range(len(weight)):

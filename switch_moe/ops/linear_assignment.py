@@ -18,7 +18,8 @@ def linear_assignment(cost: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         cost: ``[n, n]``, any real type. +inf forbids a pair.
-        backend: ``auto``, ``native`` (compiled) or ``reference`` (plain PyTorch).
+        backend: ``auto``, ``native`` (compiled; up to 1,024 rows on a GPU) or ``reference`` (plain PyTorch).
+            Where the GPU kernels are not built, ``auto`` solves on the CPU, and waits for it.
 
     Returns:
         int64 ``[n]`` on the device of ``cost``: the column of each row. Equal optima: any one of them, the
@@ -35,10 +36,13 @@ def linear_assignment(cost: Tensor, *, backend: str = "auto") -> Tensor:
     if cost.is_complex() or cost.dtype == torch.bool:
         raise TypeError(f"cost is {cost.dtype}; it must be a real floating or integer type")
     if choose("linear_assignment", backend, cost.device, native_devices=("cpu", "cuda")) == "native":
-        found: Tensor = torch.ops.switch_moe.linear_assignment(cost.detach())
-        return found
-    _check_values(cost)
-    return reference_linear_assignment(cost.detach())
+        column: Tensor = torch.ops.switch_moe.linear_assignment(cost.detach())
+    elif backend == "auto" and cost.device.type != "cpu" and native.cpu.reason is None:
+        column = torch.ops.switch_moe.linear_assignment(cost.detach().cpu()).to(cost.device)
+    else:
+        _check_values(cost)
+        column = reference_linear_assignment(cost.detach())
+    return column
 
 
 def _check_values(cost: Tensor) -> None:
@@ -64,7 +68,7 @@ def _cpu(cost: Tensor) -> Tensor:
     _check_values(cost)
     n = cost.shape[0]
     exact = cost.to(torch.float64 if cost.is_floating_point() else torch.int64).contiguous()
-    column = torch.empty(n, dtype=torch.int64)
+    column = torch.empty(n, dtype=torch.int64, device=cost.device)
     solve = native.cpu.require().linear_assignment
     if not solve(exact.data_ptr(), not cost.is_floating_point(), n, column.data_ptr()):
         raise ValueError("cost has no assignment of finite total cost")

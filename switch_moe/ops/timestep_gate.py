@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from switch_moe.ops._dispatch import check_device, check_dtype, check_shape, check_top_k, choose, register
 from switch_moe.reference.timestep_gate import timestep_gate as reference_timestep_gate
@@ -64,6 +65,7 @@ class _TimestepGate(torch.autograd.Function):
         return probs, index, gate
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_probs, _, grad_gate = grads
         found = torch.ops.switch_moe.timestep_gate_backward(grad_probs, grad_gate, *ctx.saved_tensors)

@@ -1,4 +1,4 @@
-"""Two-layer experts with per-sample gates, in plain PyTorch."""
+"""Specification of :func:`switch_moe.ops.expert_mlp`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,7 @@ def expert_mlp(
     expert_gate: Tensor,
     gated: bool,
 ) -> Tensor:
-    """``m(x_b) = sum_j gate_bj MLP_index_bj(x_b)``. Differentiable.
-
-    Args:
-        x: ``[B, T, D]``. expert_index, expert_gate: ``[B, k]``, gates float32.
-        weight_in: ``[M, D, H]``, or ``[M, D, 2H]`` with ``gated``; bias_in: ``[M, H]`` or ``[M, 2H]``, or
-            None.
-        weight_out: ``[M, H, D]``; bias_out: ``[M, D]``, or None.
-        gated: SwiGLU, ``SiLU(a) * b`` of the two halves (arXiv 2002.05202), instead of GELU (tanh).
-
-    Returns:
-        ``[B, T, D]`` in the type of ``x``.
-    """
+    """``m(x_b) = sum_j gate_bj MLP_index_bj(x_b)``. Differentiable; shapes as in the operation."""
     mixture = torch.zeros((), dtype=x.dtype, device=x.device)
     for j in range(expert_index.shape[1]):
         chosen = expert_index[:, j].long()
