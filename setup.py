@@ -1,8 +1,8 @@
 """Builds the compiled modules with ninja; torch is not needed for it.
 
-``switch_moe._cpu`` needs g++ (or the compiler that CXX names). ``switch_moe._cuda`` is built where nvcc is found.
+``switch_moe._cpu`` needs g++, or the compiler that CXX names. ``switch_moe._cuda`` needs nvcc too.
 
-    SWITCH_MOE_CUDA        auto (default): build it where that works; 0: do not; 1: fail where it cannot be built
+    SWITCH_MOE_CUDA        auto (default): build it where that works; 0: do not; 1: fail where it does not
     SWITCH_MOE_CUDA_ARCHS  GPU architectures, default "80 90a 100+PTX"; +PTX lets newer GPUs translate
 """
 

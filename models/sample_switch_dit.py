@@ -1,8 +1,7 @@
 """Makes a grid of samples from the checkpoint of a run.
 
 python models/sample_switch_dit.py --run runs/digits
-python models/sample_switch_dit.py --run runs/digits --labels 3 5 --count 16 --scheduler dpm-solver++ --steps
-20
+python models/sample_switch_dit.py --run runs/digits --labels 3 5 --scheduler dpm-solver++ --steps 20
 """
 
 import sys
@@ -15,7 +14,7 @@ def main() -> None:
     config = tyro.cli(SampleConfig, description=__doc__)
     try:
         run(config)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -15,7 +15,7 @@ def main() -> None:
     config = tyro.cli(TrainConfig, description=__doc__)
     try:
         run(config)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

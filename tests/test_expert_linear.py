@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from collections.abc import Iterator
 from itertools import pairwise
@@ -188,6 +189,50 @@ def test_a_broken_merge_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "_merge", lambda w, i, gate, out: original(w, i, gate * 1.001, out))
     with pytest.raises(AssertionError, match="relative RMS"):
         check_against_reference(*make_inputs(SHAPES[0], torch.float32))
+
+
+def test_a_broken_backward_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        merge_experts = staticmethod(native.cpu.require().merge_experts)
+
+        @staticmethod
+        def merge_experts_backward(*arguments: int) -> None:
+            native.cpu.module.merge_experts_backward(*arguments)
+            ctypes.c_float.from_address(arguments[-1]).value *= 1.01  # the first gate's gradient
+
+    class Module:
+        require = Broken
+
+    monkeypatch.setattr(op, "native", type("native", (), {"cpu": Module}))
+    with pytest.raises(AssertionError, match="gate: relative RMS"):
+        check_against_reference(*make_inputs(SHAPES[0], torch.float32))
+
+
+def test_inference_first_and_training_afterwards() -> None:
+    vars(op._workspaces).clear()
+    tensors, index, grad = make_inputs(SHAPES[0], torch.float32)
+    with torch.inference_mode():
+        expert_linear(tensors[0], tensors[1], tensors[2], index, tensors[3])
+    check_against_reference(tensors, index, grad)
+
+
+def test_second_derivatives_are_refused() -> None:
+    (x, weight, bias, gate), index, _ = make_inputs(SHAPES[0], torch.float32)
+    x.requires_grad_()
+    out = expert_linear(x, weight, bias, index, gate)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("tokens", [2, 90])
+def test_default_types_do_not_leak_in(tokens: int) -> None:
+    inputs = make_inputs((4, tokens, 12, 12, 3, 2), torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        check_against_reference(*inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_gradients_do_not_depend_on_threads() -> None:

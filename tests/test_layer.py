@@ -40,8 +40,13 @@ def test_fresh_layer_is_the_identity_in_its_block(settings: dict) -> None:
 def test_all_tokens_of_a_sample_take_the_same_experts() -> None:
     layer, e = make(num_experts=4, top_k=2), torch.randn(2, 16)
     x = torch.randn(2, 5, 16)
-    order = torch.tensor([3, 1, 4, 0, 2])
-    assert_close("permuted", layer(x[:, order], e), layer(x, e)[:, order], 1e-6)
+    changed = x.clone()
+    changed[:, 2] *= -3
+    out, out_changed = layer(x, e), layer(changed, e)
+    others = [0, 1, 3, 4]
+    assert_close("other tokens", out_changed[:, others], out[:, others], 1e-6)
+    bias = layer(torch.zeros_like(x), e)[:, 2]  # with the same experts and gates the layer is affine
+    assert_close("changed token", out_changed[:, 2] - bias, -3 * (out[:, 2] - bias), 1e-5)
 
 
 @pytest.mark.parametrize("settings", KINDS)
@@ -165,5 +170,9 @@ def test_forward_errors() -> None:
         layer(torch.zeros(2, 3, 8), e)
     with pytest.raises(ValueError, match=r"layers have \(top_k, experts\) \[\(1, 3\), \(2, 3\)\]"):
         route([layer, SwitchMoE(16, top_k=1)], e)
+    with pytest.raises(
+        ValueError, match=r"embedding has shape \(2, 8\); the layers' hidden sizes are \[16\]"
+    ):
+        route([layer], torch.zeros(2, 8))
     with pytest.raises(ValueError, match="layers is empty"):
         route([], e)

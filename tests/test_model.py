@@ -120,9 +120,10 @@ def test_label_dropout() -> None:
 
 def test_labels_do_not_route() -> None:
     model = randomised()
-    e = model.t_embedder(torch.tensor([3, 3]))
-    first, second = model.route(e).probs.unbind(1)
-    assert torch.equal(first, second)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    first, second = (model._forward(x, t, torch.tensor(y)) for y in ([0, 1], [4, 2]))
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[1].probs, second[1].probs)
 
 
 def test_guidance_of_one_is_none_and_covers_all_channels() -> None:
@@ -163,8 +164,8 @@ def test_compile_fullgraph(autocast: bool) -> None:
         [(n, p) for n, p in model.named_parameters() if p.requires_grad], found, eager, strict=True
     ):
         assert (a is None) == (e is None), name
-        if a is not None and not autocast:
-            assert_close(name, a, e, 1e-4)
+        if a is not None and (e.norm() > 1e-4 or not autocast):
+            assert_close(name, a, e, 0.1 if autocast else 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +176,8 @@ def test_compile_fullgraph(autocast: bool) -> None:
         ({"hidden_size": 25}, "hidden_size is 25; it must be a multiple of 4 and of num_heads, 3"),
         ({"class_dropout_prob": 1.5}, "class_dropout_prob is 1.5; it must be between 0 and 1"),
         ({"top_k": 9}, "top_k is 9"),
+        ({"depth": 0}, "depth is 0; it must be positive"),
+        ({"num_heads": 0}, "num_heads is 0; it must be positive"),
     ],
 )
 def test_errors(settings: dict, message: str) -> None:

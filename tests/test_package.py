@@ -26,6 +26,8 @@ def test_import_brings_torch_and_nothing_heavier() -> None:
     before, after = python(f"import sys, torch; {modules} import switch_moe; {modules}").splitlines()
     added = {name.split(".")[0] for name in set(after.split()) - set(before.split())}
     assert added <= {"switch_moe"} | set(sys.stdlib_module_names) | {"torch"}, added
+    heavy = [name for name in after.split() if name.startswith(("torch._dynamo", "torch._inductor"))]
+    assert set(heavy) <= set(before.split())
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +82,10 @@ def test_readme_commands_are_what_ci_runs() -> None:
     commands = re.findall(r"^pip install .*", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert 'pip install -e ".[test]" && pytest' in commands
     assert "pip install -e . && python models/train_switch_dit.py" in commands
+    pattern = re.search(r"grep -E '(.*)' README.md", (ROOT / ".ci" / "run").read_text())[1]
+    found = re.findall(pattern, (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert found == ['pip install -e ".[test]" && pytest']
+    assert "PLACEHOLDER" not in (ROOT / "README.md").read_text()
 
 
 def test_core_never_imports_models() -> None:

@@ -24,6 +24,19 @@ def test_match_recovers_a_permutation() -> None:
     assert torch.equal(prior.table[:, assignment], prior.table[:, shuffled])
 
 
+def test_matching_is_exact_under_autocast() -> None:
+    torch.manual_seed(0)
+    prior = DiffusionPrior(6, 3, 2)
+    selected = (torch.rand(1000, 18) < 0.6).float()
+
+    def cost() -> float:
+        return float((selected - prior.table[:, prior.match(selected)]).abs().sum())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = cost()
+    assert lower == cost()
+
+
 def test_ties_break_at_random_and_follow_the_seed() -> None:
     prior = DiffusionPrior(4, 3, 2, num_timesteps=50)
     selected = torch.ones(50, 12)  # all columns alike: every matching is optimal

@@ -114,7 +114,7 @@ def test_compile_fullgraph(autocast: bool) -> None:
         ),
         ({"top_k": 0}, ValueError, "top_k is 0; it must be between 1 and the number of experts, 3"),
         ({"top_k": 4}, ValueError, "top_k is 4; it must be between 1"),
-        ({"backend": "native"}, RuntimeError, "timestep_gate has no compiled kernel for cpu"),
+        ({"backend": "native"}, RuntimeError, "timestep_gate has no compiled kernel for cpu tensors; use"),
     ],
 )
 def test_errors(change: dict, error: type[Exception], message: str) -> None:
@@ -126,3 +126,8 @@ def test_errors(change: dict, error: type[Exception], message: str) -> None:
     }
     with pytest.raises(error, match=message):
         timestep_gate(**{**arguments, **change})
+
+
+def test_reference_gradients() -> None:
+    leaves = [tensor.double().requires_grad_() for tensor in make_inputs((2, 3, 3, 4, 2))]
+    assert torch.autograd.gradcheck(lambda e, w, b: reference(e, w, b, 2)[::2], leaves)

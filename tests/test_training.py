@@ -129,14 +129,47 @@ def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pyt
         ({"label_dropout": 0.0}, "label_dropout is 0, so there is no null label"),
         ({"name": "a/b"}, "name is 'a/b'; it must be a folder name"),
         ({"name": "taken"}, "name is 'taken'; .*exists, choose another"),
+        ({"generated": 1}, "generated is 1; it must be 0, or at least 10"),
+        ({"seed": 2**40}, r"seed is 1099511627776; it must be in \[0, 2\*\*32\)"),
+        ({"lr": float("inf")}, "lr is inf; it must be positive"),
+        ({"output": Path(__file__)}, "output is .*test_training.py; it must be a folder"),
+        (
+            {"model": "tiny/8", "data": "OWN"},
+            "model is 'tiny/8'; its patch size must divide the images' 4 pixels",
+        ),
         ({"sample_steps": 1001}, r"sample_steps is 1001; it must be in \[1, 1000\]"),
     ],
 )
 def test_wrong_settings_fail_before_anything_is_written(tmp_path: Path, settings: dict, message: str) -> None:
-    (tmp_path / "taken").mkdir()
+    runs = tmp_path / "runs"
+    (runs / "taken").mkdir(parents=True)
+    if settings.get("data") == "OWN":
+        own = tmp_path / "own.npz"
+        np.savez(own, images=np.zeros((40, 4, 4), np.uint8), labels=np.arange(40) % 2)
+        settings = {**settings, "data": str(own)}
     with pytest.raises(ValueError, match=message):
-        train.run(config(tmp_path, **settings))
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+        train.run(config(**{"output": runs, **settings}))
+    assert [path.name for path in runs.iterdir()] == ["taken"]
+
+
+def test_a_diverging_loss_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step .*; a smaller lr may help"):
+        train.run(config(tmp_path, lr=1e30))
+    assert "NaN" not in (tmp_path / "digits" / "stats.jsonl").read_text()
+
+
+def test_an_interrupted_run_keeps_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = train.Trainer.step
+
+    def interrupt_at_three(self, number, chosen):
+        if number == 3:
+            raise KeyboardInterrupt
+        return original(self, number, chosen)
+
+    monkeypatch.setattr(train.Trainer, "step", interrupt_at_three)
+    with pytest.raises(SystemExit, match=r"interrupted; the weights so far are in .*checkpoint"):
+        train.run(config(tmp_path))
+    assert load_checkpoint(tmp_path / "digits" / "checkpoint", "model")[0].routing == "switch"
 
 
 def test_commands(tmp_path: Path) -> None:
@@ -180,13 +213,13 @@ def test_checkpoint_replaces_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not after.training
 
 
-def test_batches_depend_on_seed_and_step_only() -> None:
+def test_batches_follow_the_seed() -> None:
     stream = batches(50, 16, seed=3)
     first = [next(stream) for _ in range(7)]
-    resumed = batches(50, 16, seed=3, first_step=5)
-    assert torch.equal(first[5], next(resumed))
-    assert torch.equal(first[6], next(resumed))
-    assert len(set(torch.cat(first[:3]).tolist())) == 48
+    again = batches(50, 16, seed=3)
+    assert all(torch.equal(batch, next(again)) for batch in first)
+    assert not torch.equal(first[0], next(batches(50, 16, seed=4)))
+    assert len(set(torch.cat(first[:3]).tolist())) == 48  # an epoch takes no image twice
 
 
 def test_digits_split() -> None:

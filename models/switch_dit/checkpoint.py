@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with the weights as safetensors, and beside them what resuming needs.
+"""Checkpoints: a folder with the weights as safetensors and the rest beside them.
 
 model.safetensors  the trained weights           training.pt  optimizer state, step and random state
 ema.safetensors    their moving average          config.json  the model's settings and the diffusion process
@@ -22,9 +22,7 @@ from switch_dit.model import SwitchDiT
 def save_checkpoint(
     folder: Path, model: nn.Module, ema: nn.Module, settings: dict[str, Any], training_state: dict[str, Any]
 ) -> None:
-    """Writes the whole folder beside its place first, then swaps: an interruption leaves the old one
-    intact.
-    """
+    """Writes the whole folder beside its place, then swaps: a failure while writing leaves the old one."""
     draft = folder.with_name(folder.name + ".new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

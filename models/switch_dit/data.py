@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"images in {data!r} are {images.dtype} {images.shape}; they must be square uint8 [n, H, W, C]"
         )
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(labels) or labels.min() < 0:
         raise ValueError(
             f"labels in {data!r} are {labels.dtype} {labels.shape}; they must be {len(images)} integers >= 0"
         )
@@ -79,15 +81,11 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
     return images / 127.5 - 1.0, labels
 
 
-def batches(count: int, batch_size: int, seed: int, first_step: int = 0):
+def batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Endless shuffled index batches int64 [batch_size]; what a step gets depends only on the seed and the
     step.
     """
     per_epoch = count // batch_size
-    step = first_step
-    while True:
-        epoch, position = divmod(step, per_epoch)
+    for epoch in itertools.count():
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        for start in range(position * batch_size, per_epoch * batch_size, batch_size):
-            yield order[start : start + batch_size]
-            step += 1
+        yield from order[: per_epoch * batch_size].split(batch_size)

@@ -98,7 +98,7 @@ class GaussianDiffusion:
         return GaussianDiffusion(betas=betas, weighting=self.weighting), torch.from_numpy(kept.copy())
 
     def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        """Entries of a table at t, float32, shaped to broadcast over ``like``; tables move to a device once."""
+        """float32 entries of a table at t, to broadcast over ``like``; a table moves to a device once."""
         key = (table, t.device)
         if key not in self._on_device:
             self._on_device[key] = torch.as_tensor(self._tables[table], dtype=torch.float32, device=t.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -99,12 +100,14 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises ``ValueError`` that names the setting, its value and what would be right."""
         positive = ("steps", "batch_size", "log_every", "sample_steps", "num_experts", "lr", "guidance")
-        bounds = {name: (lambda value: value > 0, "positive") for name in positive}
+        bounds = {name: (lambda value: 0 < value < math.inf, "positive") for name in positive}
         bounds |= {
-            name: (lambda value: value >= 0, "0 or more")
-            for name in ("warmup", "weight_decay", "prior_weight", "generated", "seed")
+            name: (lambda value: 0 <= value < math.inf, "0 or more")
+            for name in ("warmup", "weight_decay", "prior_weight")
         }
         bounds |= {
+            "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
+            "generated": (lambda value: value == 0 or value >= 10, "0, or at least 10 to measure anything"),
             "label_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
             "ema_decay": (lambda value: 0 <= value < 1, "in [0, 1)"),
             "top_k": (
@@ -114,11 +117,13 @@ class TrainConfig:
             "model": (lambda value: value in PRESETS, f"one of {', '.join(PRESETS)}"),
             "sample_steps": (lambda value: 1 <= value <= 1000, "in [1, 1000]"),
             "name": (lambda value: Path(value).name == value, "a folder name without separators"),
+            "output": (_can_hold_runs, "a folder that can be written to"),
         }
         for name, (fits, wanted) in bounds.items():
             value = getattr(self, name)
-            if not (fits(value) and value == value):
-                raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+            if not fits(value):
+                shown = str(value) if isinstance(value, Path) else repr(value)
+                raise ValueError(f"{name} is {shown}; it must be {wanted}")
         if self.conditional and self.label_dropout == 0 and self.guidance != 1:
             raise ValueError(
                 "label_dropout is 0, so there is no null label to guide with; guidance must be 1"
@@ -127,6 +132,12 @@ class TrainConfig:
         resolve_device(self.device)
         if self.name and (self.output / self.name).exists():
             raise ValueError(f"name is {self.name!r}; {self.output / self.name} exists, choose another")
+
+
+def _can_hold_runs(folder: Path) -> bool:
+    """Whether runs can be made in ``folder``, which need not exist."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -180,7 +191,12 @@ class Trainer:
         self.dtype = resolve_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         channels, height = images.train.shape[1:3]
-        self.model_settings = {
+        patch_size = PRESETS[config.model][3]
+        if height % patch_size:
+            raise ValueError(
+                f"model is {config.model!r}; its patch size must divide the images' {height} pixels"
+            )
+        model_settings = {
             "input_size": height,
             "in_channels": channels,
             "num_classes": images.num_classes if config.conditional else 0,
@@ -190,9 +206,10 @@ class Trainer:
             "num_experts": config.num_experts,
             "top_k": config.top_k,
         }
-        self.model = create_model(config.model, **self.model_settings).to(self.device)
+        self.model = create_model(config.model, **model_settings).to(self.device)
         self.diffusion_settings = {"schedule": config.schedule, "weighting": config.weighting}
         self.diffusion = GaussianDiffusion(**self.diffusion_settings)
+        self.updates = 0
         self.ema = AveragedModel(self.model, multi_avg_fn=self._average)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -205,11 +222,13 @@ class Trainer:
         self.train_labels = images.train_labels.to(self.device)
 
     @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        """An exponential moving average whose decay starts low, so that the first weights are soon
-        forgotten.
+    def _average(self, averaged: list[Tensor], current: list[Tensor], count: object) -> None:
+        """An exponential moving average whose decay starts low, so that the first weights are soon forgotten.
+
+        The steps are counted here: ``count`` is a tensor, and reading it would wait for a GPU.
         """
-        decay = min(self.config.ema_decay, (1 + int(count)) / (10 + int(count)))
+        self.updates += 1
+        decay = min(self.config.ema_decay, self.updates / (9 + self.updates))
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def loss_terms(self, x_start: Tensor, y: Tensor | None) -> dict[str, Tensor]:
@@ -259,6 +278,10 @@ class Trainer:
                     continue
                 now, since = time.perf_counter(), done - logged
                 means = {name: float(value) / since for name, value in sums.items()}
+                if not math.isfinite(means["loss"]):
+                    raise FloatingPointError(
+                        f"the loss is {means['loss']} at step {done}; a smaller lr may help"
+                    )
                 rate = since * config.batch_size / (now - logged_at)
                 rows.append(
                     {"step": done, **means, "lr": learning_rate(config, number), "images_per_second": rate}
@@ -277,29 +300,23 @@ class Trainer:
 
     def generate(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Samples of the moving average on the CPU, the classes in turn, and their labels."""
-        model = self.ema.module.eval()
-        generator = torch.Generator().manual_seed(self.config.seed)
         labels = torch.arange(count) % self.images.num_classes if self.config.conditional else None
-        images = []
-        for start in tqdm(range(0, count, 250), desc="sampling", unit="batch"):
-            part = None if labels is None else labels[start : start + 250].to(self.device)
-            images.append(
-                sample(
-                    model, self.diffusion, part, count=min(250, count - start),
-                    steps=self.config.sample_steps, guidance=self.config.guidance, generator=generator,
-                ).cpu()
-            )  # fmt: skip
-        return torch.cat(images), labels
+        images = sample(
+            self.ema.module.eval(),
+            self.diffusion,
+            None if labels is None else labels.to(self.device),
+            count=count,
+            steps=self.config.sample_steps,
+            guidance=self.config.guidance,
+            generator=torch.Generator().manual_seed(self.config.seed),
+        )
+        return images.cpu(), labels
 
     def save(self, folder: Path) -> None:
         """The checkpoint of the run."""
-        shape = dict(
-            zip(("hidden_size", "depth", "num_heads", "patch_size"), PRESETS[self.config.model], strict=True)
-        )
-        settings = {"model": {**shape, **self.model_settings}, "diffusion": self.diffusion_settings}
+        settings = {"model": self.model.settings, "diffusion": self.diffusion_settings}
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "ema_updates": self.ema.n_averaged,
             "random_state": torch.get_rng_state(),
             "steps": self.config.steps,
         }
@@ -332,7 +349,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
         flush=True,
     )
     started = time.perf_counter()
-    rows = trainer.fit(folder)
+    try:
+        rows = trainer.fit(folder)
+    except KeyboardInterrupt:
+        trainer.save(folder)
+        raise SystemExit(f"\ninterrupted; the weights so far are in {folder / 'checkpoint'}/") from None
     training_seconds = time.perf_counter() - started
     trainer.save(folder)
     plot_loss(folder / "loss.png", rows)

@@ -102,7 +102,7 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 
 def check_expert_index(index: Tensor, num_experts: int) -> None:
-    """``ValueError`` unless every index is in ``[0, num_experts)``; reads the values, so only for CPU tensors."""
+    """``ValueError`` unless all are in ``[0, num_experts)``; reads the values, so for CPU tensors only."""
     if index.numel():
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= num_experts:

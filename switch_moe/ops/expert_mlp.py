@@ -25,7 +25,7 @@ def expert_mlp(
 
     Args:
         x: tokens, ``[B, T, D]``.
-        weight_in: ``[M, D, H]``, or ``[M, D, 2H]`` with ``gated``. bias_in: ``[M, H]`` or ``[M, 2H]``, or None.
+        weight_in: ``[M, D, H]``, with ``gated`` ``[M, D, 2H]``. bias_in: ``[M, H or 2H]``, or None.
         weight_out: ``[M, H, D]``. bias_out: ``[M, D]``, or None.
         expert_index: chosen experts, ``[B, k]`` int32 or int64. expert_gate: their gates, ``[B, k]`` float32.
         gated: SwiGLU, ``SiLU(a) * b`` of the two halves (arXiv 2002.05202), instead of GELU (tanh).
