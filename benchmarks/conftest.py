@@ -19,7 +19,7 @@ def ratios() -> list[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _RATIOS:
         threads = torch.get_num_threads()
-        terminalreporter.section("ratios, forward + backward, medians taken side by side")
+        terminalreporter.section("ratios of medians taken side by side")
         terminalreporter.write_line(
             f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}"
         )

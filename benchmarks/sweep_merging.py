@@ -1,5 +1,4 @@
-"""Where merging experts beats grouping samples by expert on this CPU: the measurement behind
-``merging_pays``.
+"""Where merging experts beats grouping samples by expert: the measurement behind ``merging_pays``.
 
     python benchmarks/sweep_merging.py                 # forward + backward, ratios grouped / merged
 

@@ -1,8 +1,10 @@
 """Trains Switch-DiT. Without arguments: the tiny model on handwritten digits, a few minutes on two CPU cores.
 
-python models/train_switch_dit.py
-python models/train_switch_dit.py --help
-python models/train_switch_dit.py --routing none --name dense      # the same without experts
+Usage:
+
+    python models/train_switch_dit.py
+    python models/train_switch_dit.py --help
+    python models/train_switch_dit.py --routing none --name dense      # the same without experts
 """
 
 import sys

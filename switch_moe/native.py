@@ -13,9 +13,7 @@ import torch  # noqa: F401
 
 
 class NativeModule:
-    """A compiled module that may be absent: ``reason`` says why and what to do, and is None where it
-    loaded.
-    """
+    """A compiled module that may be absent; ``reason`` then says why and what to do."""
 
     def __init__(self, name: str, remedy: str) -> None:
         self.module: ModuleType | None = None

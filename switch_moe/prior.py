@@ -1,6 +1,4 @@
-"""The diffusion prior of Switch-DiT: which timesteps should share experts (arXiv 2403.09176, diffusion prior
-loss).
-"""
+"""The diffusion prior of Switch-DiT (arXiv 2403.09176): which timesteps should share experts."""
 
 from __future__ import annotations
 

@@ -8,9 +8,7 @@ import numpy as np
 
 
 def problems(count: int, largest: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Square float64 costs: random, negative, tied, all equal, of low rank, banded with +inf, padded
-    rectangles.
-    """
+    """Square float64 costs: random, negative, tied, equal, low rank, banded with +inf, padded."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         n = int(rng.integers(1, largest + 1))

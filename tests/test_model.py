@@ -1,6 +1,4 @@
-"""SwitchDiT: sizes, the cancelled skip, labels, and training it compiled. Official numbers are in
-test_golden.py.
-"""
+"""SwitchDiT: sizes, the cancelled skip, labels, compilation. Parity is in test_golden.py."""
 
 from __future__ import annotations
 
@@ -85,9 +83,7 @@ def test_shapes(routing: str, learn_sigma: bool, num_classes: int) -> None:
 
 
 def test_patches_are_in_their_places() -> None:
-    """The part of the picture that a token carries is where its patch was: a local change has a local
-    gradient.
-    """
+    """A token carries the part of the picture where its patch was: a local change stays local."""
     model = randomised(depth=1, routing="none")
     torch.nn.init.zeros_(model.blocks[0].adaLN_modulation[1].weight)
     torch.nn.init.zeros_(

@@ -1,6 +1,4 @@
-"""Installing and importing: what is imported, the report, the examples of the README and the rules of the
-tree.
-"""
+"""What is imported, the report, the examples of the README and the rules of the tree."""
 
 from __future__ import annotations
 

@@ -41,9 +41,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
 def convert_to_official_state_dict(
     state_dict: Mapping[str, Tensor], routing: str, top_k: int = 2, num_timesteps: int = 1000
 ) -> dict[str, Tensor]:
-    """SwitchDiT's names to the official ones, with the tables that the official code keeps beside its
-    weights.
-    """
+    """From the names of SwitchDiT to the official ones, with the tables the official code stores."""
     converted = {}
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
     for name, value in state_dict.items():

@@ -82,9 +82,7 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Endless shuffled index batches int64 [batch_size]; what a step gets depends only on the seed and the
-    step.
-    """
+    """Endless shuffled batches of indices, int64 [batch_size], from the seed alone."""
     per_epoch = count // batch_size
     for epoch in itertools.count():
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -85,9 +85,7 @@ class GaussianDiffusion:
         )
 
     def respaced(self, steps: int) -> tuple[GaussianDiffusion, Tensor]:
-        """The process through ``steps`` evenly spaced timesteps, and those timesteps, int64 [steps]
-        rising.
-        """
+        """The process through ``steps`` evenly spaced timesteps, and those, int64 [steps] rising."""
         if not 1 <= steps <= self.num_timesteps:
             raise ValueError(
                 f"steps is {steps}; it must be between 1 and the {self.num_timesteps} trained timesteps"
@@ -147,9 +145,7 @@ class GaussianDiffusion:
         return losses
 
     def variational_bound(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The term of the variational bound at t, bits per dimension [B]: a KL divergence, at t = 0 a
-        likelihood.
-        """
+        """The term of the variational bound at t, bits per dimension [B]; a likelihood at t = 0."""
         model = self.p_mean_variance(model_output, x_t, t)
         true_mean = self.q_posterior_mean(x_start, x_t, t)
         true_log_variance = self._at("min_log_variance", t, x_t)

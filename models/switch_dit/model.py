@@ -268,15 +268,11 @@ class SwitchDiT(nn.Module):
         return self.route(self.t_embedder(timesteps))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], t [B] in [0, N), labels y [B] to [B, C or 2C, H, W]: noise, then variance if
-        learned.
-        """
+        """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W]."""
         return self._forward(x, t, y)[0]
 
     def forward_with_prior(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The output of ``forward`` and the diffusion prior loss (a scalar, zero without experts), for
-        training.
-        """
+        """The output of ``forward`` and the diffusion prior loss: a scalar, zero without experts."""
         out, routing = self._forward(x, t, y)
         if routing is None:
             return out, torch.zeros((), device=x.device)
@@ -316,9 +312,7 @@ class SwitchDiT(nn.Module):
 
 
 def sincos_positions(hidden_size: int, grid: int) -> Tensor:
-    """Fixed 2D sine-cosine positions [grid * grid, D]: a quarter of the channels each for sin and cos of x
-    and y.
-    """
+    """Fixed 2D sine-cosine positions [grid * grid, D], a quarter each for sin and cos of x and y."""
     quarter = hidden_size // 4
     rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates  # [grid, D/4]
@@ -329,9 +323,7 @@ def sincos_positions(hidden_size: int, grid: int) -> Tensor:
 
 
 def dtr_mask(num_timesteps: int, hidden_size: int) -> Tensor:
-    """DTR's channel mask, float32 0/1 [N, D]: floor(0.8 D) neighbouring channels, sliding with the
-    timestep.
-    """
+    """The channel mask of DTR, float32 0/1 [N, D]: floor(0.8 D) neighbouring channels slide with t."""
     return prior_table(num_timesteps, hidden_size, math.floor(DTR_CHANNELS_ON * hidden_size), DTR_ALPHA)
 
 

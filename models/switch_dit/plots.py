@@ -26,9 +26,7 @@ def _save(plt, figure, path: Path) -> None:
 
 
 def plot_samples(path: Path, images: Tensor, labels: list[int] | None, columns: int, title: str) -> None:
-    """A grid of images [n, C, H, W] in [-1, 1], row by row; each row is named by its label where all
-    agree.
-    """
+    """A grid of images [n, C, H, W] in [-1, 1], row by row; rows are named where labels are given."""
     plt = _pyplot()
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(

@@ -41,9 +41,7 @@ class SampleConfig:
 
 
 def run(config: SampleConfig) -> Path:
-    """Samples, writes the grid, prints and returns its path. Wrong settings raise before anything is
-    computed.
-    """
+    """Samples, writes the grid, prints and returns its path. Wrong settings raise first."""
     for name in ("count", "steps", "guidance"):
         value = getattr(config, name)
         if not value > 0:

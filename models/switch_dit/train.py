@@ -84,9 +84,7 @@ class TrainConfig:
     output: Path = Path("runs")
     """Folder of all runs."""
     name: str = ""
-    """Folder of this run in output; it must not exist. Empty: named after the data, with a number if
-    taken.
-    """
+    """Folder of this run in output; must not exist. Empty: named after the data, with a number if taken."""
     log_every: int = 20
     """Steps between lines of stats.jsonl."""
     # -- sampling at the end
@@ -232,9 +230,7 @@ class Trainer:
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def loss_terms(self, x_start: Tensor, y: Tensor | None) -> dict[str, Tensor]:
-        """Batch means of the terms, at random timesteps: mse, vb (zero without learned variance) and
-        prior.
-        """
+        """Batch means of mse, vb (zero without learned variance) and prior, at random timesteps."""
         t = torch.randint(self.diffusion.num_timesteps, (len(x_start),), device=self.device)
         noise = torch.randn_like(x_start)
         x_t = self.diffusion.q_sample(x_start, t, noise)

@@ -43,8 +43,7 @@ def expert_linear(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """``m(x_b) = sum_j gate_bj (x_b W_index_bj + b_index_bj)``: a mixture of linear experts, gated per
-    sample.
+    """``m(x_b) = sum_j gate_bj (x_b W_index_bj + b_index_bj)``: linear experts, gated per sample.
 
     Switch-DiT (arXiv 2403.09176), the mixture at the start of a block. Experts are linear and gates belong to
     a sample, so the mixture is one product with ``V_b = sum_j gate_bj W_j``; its backward takes two more
@@ -212,9 +211,8 @@ def _share_routes(index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, list[int
     """Samples that share a timestep share experts and gates, and then a merged weight.
 
     Returns a sample of each route [R], the samples in the order of their routes [B], and samples per route.
-    Where
-    fewer than half of the samples would be saved, every sample is its own route: one batched product is
-        faster.
+    Where fewer than half of the merges would be saved, every sample is its own route: one batched product
+    is faster.
     """
     batch = index.shape[0]
     every = torch.arange(batch, device=index.device)
@@ -238,9 +236,7 @@ def _merge(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
 
 
 def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
-    """Room for the merged weights of as many routes as one step of the loops takes, kept from call to
-    call.
-    """
+    """Room for the merged weights of one round of routes, kept from call to call."""
     size = weight[0].numel()
     fit = _WORKSPACE_BYTES // (size * weight.element_size())
     count = max(1, min(routes, _ROUTES_PER_EXPERT * len(weight), fit))
@@ -345,9 +341,7 @@ def _backward(
 def _merged_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx_b = dm_b V_b^T, P_b = x_b^T dm_b, dW_e = sum_b g_be P_b and dg_be = <P_b, W_e>: two products in
-    all.
-    """
+    """Two products: dx_b = dm_b V_b^T and P_b = x_b^T dm_b; dW_e = sum_b g_be P_b, dg_be = <P_b, W_e>."""
     grad_x = torch.empty_like(x) if wanted[0] else x.new_empty(0)
     grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32)
     grad_gate = torch.zeros_like(gate)
@@ -377,9 +371,7 @@ def _wanted(grad: Tensor, wanted: bool) -> Tensor:
 def _grouped_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per expert e with its samples b: z_b = dm_b W_e^T, dx_b += g_be z_b, dg_be = <x_b, z_b>, dW_e = (g x)^T
-    dm.
-    """
+    """Expert e, its samples b: z_b = dm_b W_e^T, dx_b += g_be z_b, dg_be = <x_b, z_b>, dW_e = (g x)^T dm."""
     tokens, d_in, d_out = x.shape[1], *weight.shape[1:]
     grad_x = x.new_zeros(x.shape, dtype=torch.float32)  # float32 over the sum of k experts, rounded once
     grad_weight = torch.zeros_like(weight)

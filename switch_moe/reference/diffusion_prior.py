@@ -29,9 +29,7 @@ def matching_cost(selected: Tensor, table: Tensor) -> Tensor:
 
 
 def jensen_shannon(q: Tensor, u: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the rows of ``q`` and ``u [B, S]``, natural logarithm, mean over the
-    batch.
-    """
+    """Jensen-Shannon divergence of rows of ``q`` and ``u [B, S]``, natural logarithm, mean over B."""
     middle = torch.log((q + u) / 2 + _EPSILON)
     of_q = (q * (torch.log(q + _EPSILON) - middle)).sum(-1)
     of_u = (u * (torch.log(u + _EPSILON) - middle)).sum(-1)

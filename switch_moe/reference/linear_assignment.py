@@ -1,6 +1,4 @@
-"""Specification of :func:`switch_moe.ops.linear_assignment`: shortest augmenting paths, one vector step per
-column.
-"""
+"""Specification of :func:`switch_moe.ops.linear_assignment`: shortest augmenting paths, a step a column."""
 
 from __future__ import annotations
 
