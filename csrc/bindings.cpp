@@ -20,26 +20,29 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Compiled CPU kernels of switch_moe; call them through switch_moe.ops.";
     m.def(
         "merge_experts",
-        [](uintptr_t weight, uintptr_t index, uintptr_t gate, int dtype, int64_t elements, int64_t routes,
-           int64_t top_k, int threads, uintptr_t merged) {
-            merge_experts(at<void>(weight), at<int32_t>(index), at<float>(gate), static_cast<DType>(dtype),
-                          elements, routes, top_k, threads, at<void>(merged));
+        [](uintptr_t weight, int64_t experts, int64_t elements, uintptr_t index, uintptr_t gate,
+           int64_t routes, int64_t top_k, int dtype, int threads, uintptr_t merged) {
+            merge_experts(at<void>(weight),
+                          {experts, elements, routes, top_k, at<int32_t>(index), at<float>(gate)},
+                          static_cast<DType>(dtype), threads, at<void>(merged));
         },
-        py::arg("weight"), py::arg("index"), py::arg("gate"), py::arg("dtype"), py::arg("elements"),
-        py::arg("routes"), py::arg("top_k"), py::arg("threads"), py::arg("merged"),
+        py::arg("weight"), py::arg("experts"), py::arg("elements"), py::arg("index"), py::arg("gate"),
+        py::arg("routes"), py::arg("top_k"), py::arg("dtype"), py::arg("threads"), py::arg("merged"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "merge_experts_backward",
-        [](uintptr_t grad_merged, uintptr_t weight, uintptr_t index, uintptr_t gate, int dtype,
-           int64_t elements, int64_t routes, int64_t top_k, int threads, uintptr_t grad_weight,
-           uintptr_t grad_gate) {
-            merge_experts_backward(at<void>(grad_merged), at<void>(weight), at<int32_t>(index),
-                                   at<float>(gate), static_cast<DType>(dtype), elements, routes, top_k,
-                                   threads, at<float>(grad_weight), at<float>(grad_gate));
+        [](uintptr_t grad_merged, uintptr_t weight, int64_t experts, int64_t elements, uintptr_t index,
+           uintptr_t gate, int64_t routes, int64_t top_k, bool first, bool last, int dtype, int threads,
+           uintptr_t carry, uintptr_t grad_weight, uintptr_t grad_gate) {
+            merge_experts_backward(at<void>(grad_merged), at<void>(weight),
+                                   {experts, elements, routes, top_k, at<int32_t>(index), at<float>(gate)},
+                                   {first, last}, static_cast<DType>(dtype), threads, at<float>(carry),
+                                   at<void>(grad_weight), at<float>(grad_gate));
         },
-        py::arg("grad_merged"), py::arg("weight"), py::arg("index"), py::arg("gate"), py::arg("dtype"),
-        py::arg("elements"), py::arg("routes"), py::arg("top_k"), py::arg("threads"), py::arg("grad_weight"),
-        py::arg("grad_gate"), py::call_guard<py::gil_scoped_release>());
+        py::arg("grad_merged"), py::arg("weight"), py::arg("experts"), py::arg("elements"), py::arg("index"),
+        py::arg("gate"), py::arg("routes"), py::arg("top_k"), py::arg("first"), py::arg("last"),
+        py::arg("dtype"), py::arg("threads"), py::arg("carry"), py::arg("grad_weight"), py::arg("grad_gate"),
+        py::call_guard<py::gil_scoped_release>());
     m.def(
         "linear_assignment",
         [](uintptr_t cost, bool integer, int64_t n, uintptr_t column) {

@@ -10,30 +10,41 @@ namespace switch_moe {
 
 enum class DType : int { float32 = 0, bfloat16 = 1 };
 
+struct Routes {
+    int64_t experts;       // M
+    int64_t elements;      // E
+    int64_t count;         // R
+    int64_t top_k;         // k
+    const int32_t* index;  // [R, k], each in [0, M)
+    const float* gate;     // [R, k]
+};
+
+// Routes that do not fit the workspace together are worked through in rounds.
+struct Round {
+    bool first, last;
+};
+
 // V_r = sum_j gate[r, j] * weight[index[r, j]], summed in float32 and rounded once.
 void merge_experts(
     // inputs
-    const void* weight,    // [M, E] dtype
-    const int32_t* index,  // [R, k], each in [0, M)
-    const float* gate,     // [R, k]
-    DType dtype, int64_t elements, int64_t routes, int64_t top_k, int threads,
+    const void* weight,  // [M, E] dtype
+    const Routes& routes, DType dtype, int threads,
     // outputs
     void* merged  // [R, E] dtype
 );
 
-// With P_r = dL/dV_r: dW_e += sum_{r, j: index[r, j] = e} gate[r, j] * P_r and dgate[r, j] = <P_r, W_index[r,
-// j]>. Each tile of E is summed by one thread in the order of r, so results do not depend on the thread
-// count.
+// With P_r = dL/dV_r: dW_e = sum_{r, j: index[r, j] = e} gate[r, j] * P_r over the routes of all rounds,
+// summed in float32 and rounded once, and dgate[r, j] = <P_r, W_index[r, j]>. Each tile of E is summed by one
+// thread in the order of r, so results do not depend on the number of threads.
 void merge_experts_backward(
     // inputs
     const void* grad_merged,  // [R, E] dtype
     const void* weight,       // [M, E] dtype
-    const int32_t* index,     // [R, k], each in [0, M)
-    const float* gate,        // [R, k]
-    DType dtype, int64_t elements, int64_t routes, int64_t top_k, int threads,
+    const Routes& routes, Round round, DType dtype, int threads,
     // outputs
-    float* grad_weight,  // [M, E] added to
-    float* grad_gate     // [R, k] written
+    float* carry,       // [M, E] the sum from round to round; not touched by a round that is first and last
+    void* grad_weight,  // [M, E] dtype, written in the last round
+    float* grad_gate    // [R, k]
 );
 
 }  // namespace switch_moe

@@ -99,6 +99,14 @@ def test_both_paths(shape, merged: bool, dtype: torch.dtype, monkeypatch: pytest
     check_against_reference(*make_inputs(shape, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routes_in_a_round", [1, 2, 3])
+def test_rounds(routes_in_a_round: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    itemsize = 4 if dtype == torch.float16 else dtype.itemsize  # float16 is computed in float32
+    monkeypatch.setattr(op, "_WORKSPACE_BYTES", routes_in_a_round * 30 * 30 * itemsize)
+    check_against_reference(*make_inputs((5, 50, 30, 30, 4, 2), dtype))
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_expert_for_nobody_and_one_for_everybody(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "merging_pays", lambda *_: merged)
@@ -243,10 +251,10 @@ def test_gradients_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
         p = torch.randn(7, 96, 96, generator=torch.Generator().manual_seed(0))
         (_, weight, _, gate), index, _ = inputs
-        grad_weight, grad_gate = torch.zeros_like(weight), torch.zeros_like(gate)
+        grad_weight, grad_gate = torch.empty_like(weight), torch.empty_like(gate)
         native.cpu.require().merge_experts_backward(
-            p.data_ptr(), weight.data_ptr(), index.data_ptr(), gate.data_ptr(), 0, 96 * 96, 7, 2, threads,
-            grad_weight.data_ptr(), grad_gate.data_ptr(),
+            p.data_ptr(), weight.data_ptr(), 3, 96 * 96, index.data_ptr(), gate.data_ptr(), 7, 2, True, True,
+            0, threads, 0, grad_weight.data_ptr(), grad_gate.data_ptr(),
         )  # fmt: skip
         found.append((grad_weight, grad_gate))
     torch.set_num_threads(before)
