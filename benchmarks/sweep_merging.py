@@ -40,11 +40,11 @@ def main() -> None:
             weight = (torch.randn(experts, size, size) / size**0.5).to(dtype)
             index = torch.rand(batch, experts).argsort(1)[:, :top_k].int().contiguous()
             gate = torch.rand(batch, top_k)
-            order, counts = torch.arange(batch), [1] * batch
+            every, counts = torch.arange(batch), [1] * batch
             found = interleaved_medians(
                 {
                     "merged": lambda: (
-                        _merged_forward(x, weight, None, index, gate, order, counts),  # noqa: B023
+                        _merged_forward(x, weight, None, index, gate, every, every, counts),  # noqa: B023
                         _merged_backward(grad, x, weight, index, gate, WANTED),  # noqa: B023
                     ),
                     "grouped": lambda: (

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 def solver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("needs g++")
+        pytest.skip("compiles the CUDA source for the CPU with g++, which is not here; CI has it")
     folder = tmp_path_factory.mktemp("cuda_on_host")
     source = (ROOT / "csrc" / "linear_assignment.cu").read_text()
     launched, count = re.subn(

@@ -194,7 +194,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate
             return out
         routes, order, counts = _share_routes(index, gate)
         if merging_pays(batch * tokens / len(counts), index.shape[1], d_in, weight.shape[2]):
-            return _merged_forward(x, weight, bias, index[routes], gate[routes], order, counts)
+            return _merged_forward(x, weight, bias, index, gate, routes, order, counts)
         return _grouped_forward(x, weight, bias, index, gate)
 
 
@@ -254,20 +254,21 @@ def _merged_forward(
     bias: Tensor | None,
     index: Tensor,
     gate: Tensor,
+    routes: Tensor,
     order: Tensor,
     counts: list[int],
 ) -> Tensor:
-    """index and gate are those of the routes [R, k]; order and counts come from :func:`_share_routes`."""
+    """routes, order and counts come from :func:`_share_routes`."""
     out = x.new_empty(*x.shape[:2], weight.shape[2])
     shared = len(counts) < x.shape[0]
     gather = shared and len(counts) > 1
     xs = x[order] if gather else x
-    v_RO = None if bias is None else _merge(bias, index, gate, bias.new_empty(len(counts), bias.shape[1]))
+    route_index, route_gate = index[routes], gate[routes]
     buffer = _merged_buffer(weight, len(counts))
     stop = 0
     for r in range(0, len(counts), len(buffer)):
         chunk = slice(r, min(r + len(buffer), len(counts)))
-        v_RIO = _merge(weight, index[chunk], gate[chunk], buffer[: chunk.stop - r])
+        v_RIO = _merge(weight, route_index[chunk], route_gate[chunk], buffer[: chunk.stop - r])
         if not shared:
             torch.bmm(x[chunk], v_RIO, out=out[chunk])
             continue
@@ -276,24 +277,16 @@ def _merged_forward(
             torch.mm(xs[start:stop].flatten(0, 1), v_IO, out=out[start:stop].flatten(0, 1))
     if gather:
         out = torch.empty_like(out).index_copy_(0, order, out)
-    if v_RO is not None:
-        v_BO = (
-            v_RO if not shared else torch.empty_like(out[:, 0]).index_copy_(0, order, _repeat(v_RO, counts))
-        )
-        out += v_BO[:, None]
+    if bias is not None:
+        out += _merge(bias, index, gate, bias.new_empty(len(x), bias.shape[1]))[:, None]
     return out
-
-
-def _repeat(rows: Tensor, counts: list[int]) -> Tensor:
-    return rows.repeat_interleave(torch.tensor(counts, device=rows.device), dim=0)
 
 
 def _grouped_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
     batch, tokens, d_in = x.shape
     num_experts, _, d_out = weight.shape
-    out = x.new_zeros(
-        batch, tokens, d_out, dtype=torch.float32
-    )  # float32 over the sum of k experts, rounded once
+    # float32 over the sum of k experts, rounded once
+    out = x.new_zeros(batch, tokens, d_out, dtype=torch.float32)
     for e in range(num_experts):
         rows, slot = (index == e).nonzero(as_tuple=True)
         x_e = x[rows].view(-1, d_in)
