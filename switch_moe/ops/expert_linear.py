@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from switch_moe.ops._dispatch import (
     check_dtype,
     check_expert_index,
     check_shape,
+    check_triton_dtype,
     choose,
     register,
+    register_autocast,
 )
 from switch_moe.reference.expert_linear import expert_linear as reference_expert_linear
 
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # csrc/expert_linear.h
 
 # Merged weights are formed and used for a round of samples at a time, in a workspace that is kept from call
@@ -56,8 +58,9 @@ def expert_linear(
         expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``.
         expert_gate: their gates, ``[B, k]`` float32.
         modulate: return ``x * (1 + m(x))`` instead of ``m(x)``; needs Din = Dout.
-        backend: ``auto``, ``native`` (compiled, CPU) or ``reference`` (plain PyTorch, any device, also
-            float64).
+        backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only), ``native`` (compiled,
+            CPU) or ``reference`` (plain PyTorch, any device, also float64). On CUDA tensors indices are not
+            checked, which would wait for the host: one out of range makes its sample NaN.
 
     Returns:
         ``[B, T, Dout]`` in the type of ``x``; differentiable in ``x``, ``weight``, ``bias``, ``expert_gate``.
@@ -72,18 +75,20 @@ def expert_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, bias, expert_index, expert_gate, modulate)
-    path = choose("expert_linear", backend, x.device, native_devices=("cpu",))
-    if path == "native" and x.dtype not in NATIVE_DTYPES:
-        if backend == "native":
-            check_dtype("x", x, *NATIVE_DTYPES)
+    path = choose("expert_linear", backend, x.device, native_devices=("cpu",), triton=True)
+    if path != "reference" and x.dtype not in KERNEL_DTYPES:
+        if backend == path:
+            check_dtype("x", x, *KERNEL_DTYPES)
         path = "reference"
-    # Out-of-range int64 indices stay out of range in int32, where the operator finds them.
-    expert_index = expert_index.clamp(-1, weight.shape[0]).to(torch.int32)
+    if path == "triton":
+        check_triton_dtype("expert_linear", x.dtype, x.device)
+    if expert_index.dtype != torch.int32:  # out of range stays out of range, where the operator finds it
+        expert_index = expert_index.clamp(-1, weight.shape[0]).to(torch.int32)
     if path == "reference" or x.numel() == 0 or weight.numel() == 0:
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             check_expert_index(expert_index, weight.shape[0])
         return reference_expert_linear(x, weight, bias, expert_index, expert_gate, modulate)
-    out: Tensor = _ExpertLinear.apply(x, weight, bias, expert_index, expert_gate, modulate)
+    out: Tensor = _ExpertLinear.apply(x, weight, bias, expert_index, expert_gate, modulate, path)
     return out
 
 
@@ -91,7 +96,7 @@ def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, expert_index: Tensor, expert_gate: Tensor, modulate: bool
 ) -> None:
     check_shape("x", x, ("B", "T", "Din"))
-    check_dtype("x", x, *NATIVE_DTYPES, torch.float64)
+    check_dtype("x", x, *KERNEL_DTYPES, torch.float64)
     batch, _, d_in = x.shape
     check_shape("weight", weight, ("M", d_in, "Dout"))
     num_experts, _, d_out = weight.shape
@@ -123,34 +128,48 @@ class _ExpertLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, modulate: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        gate: Tensor,
+        modulate: bool,
+        backend: str,
     ) -> Tensor:
-        mixture = torch.ops.switch_moe.expert_linear(x, weight, bias, index, gate)
-        ctx.modulate = modulate
-        ctx.save_for_backward(x, weight, bias, index, gate, mixture if modulate else None)
-        return torch.addcmul(x, x, mixture) if modulate else mixture
+        keep = modulate and ctx.needs_input_grad[0]
+        out, mixture = torch.ops.switch_moe.expert_linear(
+            x, weight, bias, index, gate, modulate, keep, backend
+        )
+        ctx.modulate, ctx.backend = modulate, backend
+        ctx.save_for_backward(x, weight, bias, index, gate, mixture if keep else None)
+        return cast(Tensor, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, index, gate, mixture = ctx.saved_tensors
-        grad_mixture = grad_out * x if ctx.modulate else grad_out
         wanted = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]]
         wanted[2] = wanted[2] and bias is not None
-        grad_x, grad_weight, grad_bias, grad_gate = torch.ops.switch_moe.expert_linear_backward(
-            grad_mixture, x, weight, bias, index, gate, wanted
+        found = torch.ops.switch_moe.expert_linear_backward(
+            grad_out, x, weight, bias, index, gate, mixture, ctx.modulate, wanted, ctx.backend
         )
-        if ctx.modulate and wanted[0]:
-            grad_x = grad_x.add_(grad_out).addcmul_(grad_out, mixture)
-        found = [
-            grad if want else None
-            for grad, want in zip((grad_x, grad_weight, grad_bias), wanted, strict=False)
-        ]
-        return (*found, None, grad_gate if wanted[3] else None, None)
+        grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+        return (*grads[:3], None, grads[3], None, None)
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    modulate: bool,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], x.shape[1], weight.shape[2])
+    return x.new_empty(shape), x.new_empty(shape if keep else 0)
 
 
 def _fake_backward(
@@ -160,12 +179,86 @@ def _fake_backward(
     bias: Tensor | None,
     index: Tensor,
     gate: Tensor,
+    mixture: Tensor | None,
+    modulate: bool,
     wanted: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = (x.shape, weight.shape, (weight.shape[0], weight.shape[2]), gate.shape)
     like = (x, weight, weight, gate)
     grads = [a.new_empty(shape if want else 0) for a, shape, want in zip(like, shapes, wanted, strict=True)]
     return grads[0], grads[1], grads[2], grads[3]
+
+
+@register(
+    "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor gate, bool modulate, "
+    "bool keep_mixture, str backend) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    modulate: bool,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The output and, where kept, the mixture m(x), else an empty tensor."""
+    x, weight, bias, index, gate = _contiguous(x, weight, bias, index, gate)
+    if backend == "triton":
+        from switch_moe.kernels import expert_linear as kernels
+
+        return kernels.forward(x, weight, bias, index, gate, modulate, keep)
+    mixture = _native_forward(x, weight, bias, index, gate)
+    out = torch.addcmul(x, x, mixture) if modulate else mixture.clone() if keep else mixture
+    return out, mixture if keep else x.new_empty(0)
+
+
+@register(
+    "expert_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor gate, "
+    "Tensor? mixture, bool modulate, bool[4] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    mixture: Tensor | None,
+    modulate: bool,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
+    x, weight, bias, index, gate = _contiguous(x, weight, bias, index, gate)
+    if backend == "triton":
+        from switch_moe.kernels import expert_linear as kernels
+
+        mixture = None if mixture is None else mixture.contiguous()
+        return kernels.backward(grad.contiguous(), x, weight, bias, index, gate, mixture, modulate, wanted)
+    grad_mixture = grad * x if modulate else grad.contiguous()
+    grads = _native_backward(grad_mixture, x, weight, bias, index, gate, wanted)
+    if wanted[0] and mixture is not None:
+        grads[0].add_(grad).addcmul_(grad, mixture)
+    return grads
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *rest
+
+
+register_autocast("expert_linear", _cast)
+
+
+def _contiguous(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    bias = None if bias is None else bias.contiguous()
+    return x.contiguous(), weight.contiguous(), bias, index.contiguous(), gate.contiguous()
 
 
 def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int) -> bool:
@@ -181,30 +274,17 @@ def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int) -> bool:
     return tokens - 8 >= (top_k + 1) / (1.2 * top_k - 1) * math.sqrt(d_in * d_out) / 46
 
 
-@register(
-    "expert_linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor gate) -> Tensor", _fake_forward
-)
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
-    x, weight, bias, index, gate = _prepare(x, weight, bias, index, gate)
+def _native_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
+    check_expert_index(index, weight.shape[0])  # the compiled kernels check nothing
     batch, tokens, d_in = x.shape
     with torch.autocast("cpu", enabled=False):
         if x.dtype == torch.float16:  # torch's float16 products on a CPU are 40 times slower than float32
             bias = None if bias is None else bias.float()
-            out: Tensor = _forward(x.float(), weight.float(), bias, index, gate).half()
-            return out
+            return _native_forward(x.float(), weight.float(), bias, index, gate).half()
         routes, order, counts = _share_routes(index, gate)
         if merging_pays(batch * tokens / len(counts), index.shape[1], d_in, weight.shape[2]):
             return _merged_forward(x, weight, bias, index, gate, routes, order, counts)
         return _grouped_forward(x, weight, bias, index, gate)
-
-
-def _prepare(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Contiguous arguments, with every index in range: the compiled kernels check nothing."""
-    check_expert_index(index, weight.shape[0])
-    bias = None if bias is None else bias.contiguous()
-    return x.contiguous(), weight.contiguous(), bias, index.contiguous(), gate.contiguous()
 
 
 def _share_routes(index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -295,12 +375,7 @@ def _grouped_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tens
     return out.to(x.dtype)
 
 
-@register(
-    "expert_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor gate, "
-    "bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_backward,
-)
-def _backward(
+def _native_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -309,13 +384,11 @@ def _backward(
     gate: Tensor,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
-    grad = grad.contiguous()
-    x, weight, bias, index, gate = _prepare(x, weight, bias, index, gate)
+    check_expert_index(index, weight.shape[0])
     with torch.autocast("cpu", enabled=False):
         if x.dtype == torch.float16:
             bias = None if bias is None else bias.float()
-            found = _backward(grad.float(), x.float(), weight.float(), bias, index, gate, wanted)
+            found = _native_backward(grad.float(), x.float(), weight.float(), bias, index, gate, wanted)
             return found[0].half(), found[1].half(), found[2].half(), found[3]
         merged = merging_pays(x.shape[1], index.shape[1], *weight.shape[1:])
         compute = _merged_backward if merged else _grouped_backward

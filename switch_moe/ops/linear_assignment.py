@@ -63,7 +63,7 @@ def _fake(cost: Tensor) -> Tensor:
     return cost.new_empty(cost.shape[0], dtype=torch.int64)
 
 
-@register("linear_assignment(Tensor cost) -> Tensor", _fake)
+@register("linear_assignment(Tensor cost) -> Tensor", _fake, key="CPU")
 def _cpu(cost: Tensor) -> Tensor:
     _check_values(cost)
     n = cost.shape[0]

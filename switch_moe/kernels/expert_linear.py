@@ -1,0 +1,562 @@
+"""Linear experts, merged on chip: the forward, the gradient of x, and those of weight, bias and gates.
+
+``m(x_b) = x_b V_b + v_b``, ``V_b = sum_j g_bj W_j``: one product per sample whatever k is. The merged tile
+is formed in registers in float32, rounded once, and never reaches DRAM. Where Din and Dout are multiples of
+8, loads take 16 bytes at a time; other sizes run too, with narrower and so slower loads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from switch_moe.kernels._launch import architecture, cdiv, dot_precision, launch
+from switch_moe.kernels.dispatch import dispatch
+
+MAX_ACCUMULATORS = 4  # experts whose weight gradients fit the registers of one program, beside P
+_UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded side by side, not in a loop
+_MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
+
+
+class _Tile(NamedTuple):
+    """Rows, columns and depth of a product, and how Triton schedules it."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# Chosen from the compiled code (python -m benchmarks.compiled): the largest tile without spills, for the
+# larger it is, the less L2 traffic a FLOP takes. Forward and dx: more than 128 tokens, up to 128, up to 64.
+_PRODUCTS = {
+    # kind of product, architecture, whether it is dx
+    ("half", 80, False): (_Tile(128, 128, 32, 8, 3), _Tile(128, 128, 32, 8, 3), _Tile(64, 128, 32, 4, 3)),
+    ("half", 80, True): (_Tile(128, 128, 32, 8, 3), _Tile(128, 128, 32, 8, 3), _Tile(64, 128, 32, 4, 3)),
+    ("half", 90, False): (_Tile(256, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3)),
+    ("half", 90, True): (_Tile(256, 128, 32, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3)),
+    ("half", 100, False): (_Tile(256, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3)),
+    ("half", 100, True): (_Tile(256, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3)),
+    ("tf32", 80, False): (_Tile(64, 64, 32, 4, 2),) * 3,
+    ("tf32", 80, True): (_Tile(64, 64, 32, 4, 2),) * 3,
+    ("tf32", 90, False): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 64, 32, 4, 3)),
+    ("tf32", 90, True): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 64, 32, 4, 3)),
+    ("tf32", 100, False): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 128, 32, 8, 2)),
+    ("tf32", 100, True): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 128, 32, 8, 2)),
+}
+_IEEE_PRODUCT = _Tile(64, 64, 32, 8, 2)
+
+# dW, by the accumulators a program holds beside P: up to 3, 4, or 1 (one expert a program).
+_WEIGHTS = {
+    ("half", 80): (_Tile(64, 64, 32, 8, 3), _Tile(64, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3)),
+    ("half", 90): (_Tile(128, 64, 64, 8, 3), _Tile(64, 64, 64, 8, 3), _Tile(128, 128, 32, 8, 3)),
+    ("half", 100): (_Tile(128, 64, 32, 8, 3), _Tile(64, 64, 64, 8, 3), _Tile(128, 64, 64, 8, 3)),
+    ("tf32", 80): (_Tile(64, 32, 32, 4, 2), _Tile(64, 32, 32, 4, 2), _Tile(64, 64, 32, 8, 2)),
+    ("tf32", 90): (_Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2)),
+    ("tf32", 100): (_Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 3)),
+    ("ieee",): (_Tile(32, 64, 32, 8, 2), _Tile(32, 32, 32, 4, 2), _Tile(64, 64, 16, 8, 3)),
+}
+
+
+def _kind(x: Tensor) -> tuple[str, int]:
+    """What the products run on, and the row of the tables for the architecture: 80 for all 8.x."""
+    arch = architecture(x.device)
+    kind = "half" if x.dtype != torch.float32 else dot_precision(x)
+    return kind, 80 if arch < 90 else 90 if arch < 100 else 100
+
+
+def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> dict[str, int]:
+    """Tile of the forward (or of dx) for ``x [B, T, D]``: BLOCK_T tokens by BLOCK_N columns, BLOCK_K deep."""
+    kind, arch = _kind(x)
+    tile = _IEEE_PRODUCT
+    if kind != "ieee":
+        large, middle, small = _PRODUCTS[kind, arch, gradient]
+        batch, tokens = x.shape[:2]
+        filled = batch * cdiv(tokens, large.rows) * cdiv(columns, large.columns) >= _MULTIPROCESSORS
+        tile = large if tokens > 128 and filled else middle if tokens > 64 else small
+    if 2 < top_k <= _UNROLLED.value:  # more weight tiles in flight: shared memory
+        tile = tile._replace(depth=min(tile.depth, 32), num_stages=2 if arch == 80 else tile.num_stages)
+    return _meta(tile, "BLOCK_T", "BLOCK_N", "BLOCK_K")
+
+
+def weight_tile(x: Tensor, num_experts: int) -> dict[str, int]:
+    """Tile of dW: BLOCK_I by BLOCK_N of the experts, BLOCK_T tokens at a time."""
+    kind, arch = _kind(x)
+    three, four, each = _WEIGHTS[("ieee",) if kind == "ieee" else (kind, arch)]
+    tile = three if num_experts <= 3 else four if num_experts <= MAX_ACCUMULATORS else each
+    return _meta(tile, "BLOCK_I", "BLOCK_N", "BLOCK_T")
+
+
+def _meta(tile: _Tile, rows: str, columns: str, depth: str) -> dict[str, int]:
+    sizes = {rows: tile.rows, columns: tile.columns, depth: tile.depth}
+    return {**sizes, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, modulate: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """``(m(x) or x * (1 + m(x)), m(x) where modulated and kept, else empty)``; arguments contiguous."""
+    (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
+    out = x.new_empty(batch, tokens, d_out)
+    mixture = torch.empty_like(out) if keep else x.new_empty(0)
+    if x.numel() == 0 or weight.numel() == 0:
+        return out.zero_(), mixture.zero_()
+    order, _, _ = dispatch(index, num_experts)
+    tile = product_tile(x, d_out, index.shape[1], gradient=False)
+    launch(
+        _forward_kernel, batch * cdiv(tokens, tile["BLOCK_T"]) * cdiv(d_out, tile["BLOCK_N"]),
+        x, weight, weight if bias is None else bias, index, gate, order, out, mixture, tokens,
+        D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], BIAS=bias is not None, MODULATE=modulate,
+        KEEP=keep, PRECISION=dot_precision(x), **tile,
+    )  # fmt: skip
+    return out, mixture
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    mixture: Tensor | None,
+    modulate: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, gate from that of the output; empty where not wanted."""
+    if x.numel() == 0 or weight.numel() == 0:
+        shapes = (x.shape, weight.shape, (weight.shape[0], weight.shape[2]))
+        zeros = [x.new_zeros(shape if want else 0) for shape, want in zip(shapes, wanted, strict=False)]
+        return zeros[0], zeros[1], zeros[2], gate.new_zeros(gate.shape if wanted[3] else 0)
+    order, pairs, offsets = dispatch(index, weight.shape[0])
+    grad_x = x.new_empty(0)
+    if wanted[0]:
+        grad_x = _grad_x(grad, x, weight, index, gate, order, mixture, modulate)
+    if not any(wanted[1:]):
+        return grad_x, weight.new_empty(0), weight.new_empty(0), gate.new_empty(0)
+    grads = _grad_weight(grad, x, weight, bias, index, gate, pairs, offsets, modulate)
+    chosen = [found if want else found.new_empty(0) for found, want in zip(grads, wanted[1:], strict=True)]
+    return grad_x, chosen[0], chosen[1], chosen[2]
+
+
+def _grad_x(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, order: Tensor,
+    mixture: Tensor | None, modulate: bool,
+) -> Tensor:  # fmt: skip
+    (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
+    grad_x = torch.empty_like(x)
+    tile = product_tile(x, d_in, index.shape[1], gradient=True)
+    programs = batch * cdiv(tokens, tile["BLOCK_T"]) * cdiv(d_in, tile["BLOCK_N"])
+    launch(
+        _grad_x_kernel, programs,
+        grad, x, x if mixture is None else mixture, weight, index, gate, order, grad_x, tokens,
+        D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], MODULATE=modulate,
+        PRECISION=dot_precision(x), **tile,
+    )  # fmt: skip
+    return grad_x
+
+
+def _grad_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, pairs: Tensor,
+    offsets: Tensor, modulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
+    each = num_experts > MAX_ACCUMULATORS
+    tile = weight_tile(x, num_experts)
+    tiles = cdiv(d_in, tile["BLOCK_I"]) * cdiv(d_out, tile["BLOCK_N"])
+    splits = _splits(tiles * (num_experts if each else 1), batch)
+    partial = torch.float32 if splits > 1 else weight.dtype
+    weights = weight.new_empty(splits, *weight.shape, dtype=partial)
+    biases = weight.new_empty(splits, num_experts if bias is not None else 0, d_out, dtype=partial)
+    gates = gate.new_empty(tiles, *gate.shape)
+    shared = {
+        "D_IN": d_in, "D_OUT": d_out, "M": num_experts, "TOP_K": index.shape[1], "BIAS": bias is not None,
+        "MODULATE": modulate, "PRECISION": dot_precision(x), **tile,
+    }  # fmt: skip
+    tensors = (grad, x, weight, weight if bias is None else bias, index, gate)
+    if each:
+        launch(
+            _grad_each_weight_kernel, tiles * num_experts * splits, *tensors, pairs, offsets, weights, biases,
+            gates, batch, tokens, splits, **shared,
+        )  # fmt: skip
+    else:
+        launch(
+            _grad_weights_kernel, tiles * splits, *tensors, weights, biases, gates, batch, tokens, splits,
+            **shared,
+        )  # fmt: skip
+    return (
+        sum_first(weights, weight.dtype).view(weight.shape),
+        sum_first(biases, weight.dtype),
+        sum_first(gates, gate.dtype),
+    )
+
+
+def _splits(tiles: int, batch: int) -> int:
+    """Into how many parts the samples are split: enough programs for a large GPU, fixed by the shapes."""
+    return max(1, min(16, batch, 160 // tiles))
+
+
+def sum_first(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[S, ...]`` summed over S in a fixed order, as ``dtype``; as it is where S is 1 and the type fits."""
+    if partial.shape[0] == 1 and partial.dtype == dtype:
+        return partial[0]
+    out = partial.new_empty(partial.shape[1:], dtype=dtype)
+    rows = min(32, triton.next_power_of_2(partial.shape[0]))
+    block = 2048 // rows
+    launch(
+        _sum_kernel, cdiv(out.numel(), block), partial, out, partial.shape[0], out.numel(),
+        ROWS=rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _chosen(index_ptr, gate_ptr, slot, M: tl.constexpr):
+    """Expert and gate of one slot. An index out of range becomes a NaN gate: seen, and no stray read."""
+    expert = tl.load(index_ptr + slot)
+    inside = (expert >= 0) & (expert < M)
+    gate = tl.where(inside, tl.load(gate_ptr + slot), float("nan"))
+    return tl.where(inside, expert, 0).to(tl.int64), gate
+
+
+@triton.jit
+def _all_chosen(index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexpr):
+    """Experts and gates of a sample as tuples, empty where k is large."""
+    experts = ()
+    gates = ()
+    if TOP_K <= _UNROLLED:
+        for j in tl.static_range(TOP_K):
+            expert, gate = _chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
+            experts = experts + (expert,)  # type: ignore[assignment]  # noqa: RUF005  no unpacking in Triton
+            gates = gates + (gate,)  # type: ignore[assignment]  # noqa: RUF005
+    return experts, gates
+
+
+@triton.jit
+def _merge(
+    ptr, experts, gates, index_ptr, gate_ptr, sample, offset, mask,
+    STRIDE: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """``sum_j gate_j tile_j`` in float32, the tiles ``STRIDE * expert_j`` apart."""
+    merged = tl.zeros(offset.shape, tl.float32)
+    if TOP_K <= _UNROLLED:
+        for j in tl.static_range(TOP_K):
+            tile = tl.load(ptr + experts[j] * STRIDE + offset, mask=mask, other=0.0)
+            merged += gates[j] * tile.to(tl.float32)
+    else:
+        for j in range(TOP_K):
+            expert, gate = _chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
+            tile = tl.load(ptr + expert * STRIDE + offset, mask=mask, other=0.0)
+            merged += gate * tile.to(tl.float32)
+    return merged
+
+
+@triton.jit
+def _tile_of(pid, order_ptr, tokens, BLOCKS_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sample, first token and first column of a program: neighbours share x, then the experts."""
+    rest = pid // BLOCKS_N
+    blocks_t = tl.cdiv(tokens, BLOCK_T)
+    sample = tl.load(order_ptr + rest // blocks_t).to(tl.int64)
+    return sample, (rest % blocks_t) * BLOCK_T, (pid % BLOCKS_N) * BLOCK_N
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, order_ptr, out_ptr, mixture_ptr, tokens,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
+    MODULATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``m = x_b V_b + v_b``, and ``x (1 + m)`` with MODULATE; m is written too with KEEP.
+
+    A program owns [BLOCK_T, BLOCK_N] of a sample's output; it reads k weight tiles for each x tile.
+    """
+    sample, t0, n0 = _tile_of(
+        tl.program_id(0), order_ptr, tokens, (D_OUT + BLOCK_N - 1) // BLOCK_N, BLOCK_T, BLOCK_N
+    )
+    experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K)
+    t, n, i = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    row = sample * tokens + t0
+    token_mask = (t < tokens - t0)[:, None]
+    column_mask = (n0 + n < D_OUT)[None, :]
+    x_tile = x_ptr + row * D_IN + t[:, None] * D_IN + i[None, :]
+    weight_tile = n0 + i[:, None] * D_OUT + n[None, :]
+    mixture = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for i0 in range(0, D_IN, BLOCK_K):
+        x_mask, weight_mask = token_mask, column_mask
+        if D_IN % BLOCK_K != 0:
+            x_mask = token_mask & (i < D_IN - i0)[None, :]
+            weight_mask = column_mask & (i < D_IN - i0)[:, None]
+        x = tl.load(x_tile + i0, mask=x_mask, other=0.0)
+        merged = _merge(
+            weight_ptr, experts, gates, index_ptr, gate_ptr, sample, weight_tile + i0 * D_OUT, weight_mask,
+            D_IN * D_OUT, M, TOP_K,
+        )  # fmt: skip
+        mixture = tl.dot(x, merged.to(x.dtype), mixture, input_precision=PRECISION)
+    PART: tl.constexpr = BLOCK_N // 4
+    parts = _quarters(mixture, BLOCK_T, BLOCK_N)
+    for part in tl.static_range(4):  # one at a time: the epilogue of a whole tile spills at 256 x 128
+        m = parts[part]
+        column = n0 + part * PART + tl.arange(0, PART)
+        if BIAS:
+            m += _merge(
+                bias_ptr, experts, gates, index_ptr, gate_ptr, sample, column, column < D_OUT, D_OUT, M, TOP_K
+            )[None, :]
+        place = row * D_OUT + t[:, None] * D_OUT + column[None, :]
+        mask = token_mask & (column < D_OUT)[None, :]
+        if KEEP:
+            tl.store(mixture_ptr + place, m.to(mixture_ptr.dtype.element_ty), mask=mask)
+        if MODULATE:
+            x_out = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            m = x_out + x_out * m
+        tl.store(out_ptr + place, m.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The columns of a tile in four parts, from left to right."""
+    left, right = _halves(tile, ROWS, COLUMNS)
+    first, second = _halves(left, ROWS, COLUMNS // 2)
+    third, fourth = _halves(right, ROWS, COLUMNS // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _grad_mixture(grad_ptr, x_ptr, place, mask, MODULATE: tl.constexpr):
+    """``dm = dr * x`` formed on load; dm is the gradient itself where the output was m."""
+    grad = tl.load(grad_ptr + place, mask=mask, other=0.0)
+    if MODULATE:
+        grad = grad * tl.load(x_ptr + place, mask=mask, other=0.0)
+    return grad
+
+
+@triton.jit
+def _grad_x_kernel(
+    grad_ptr, x_ptr, mixture_ptr, weight_ptr, index_ptr, gate_ptr, order_ptr, grad_x_ptr, tokens,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, MODULATE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``dx_b = dm_b V_b^T``, and with MODULATE ``dm = dr x``, ``dx += dr (1 + m)``.
+
+    A program owns [BLOCK_T, BLOCK_N] of a sample's gradient.
+    """
+    sample, t0, n0 = _tile_of(
+        tl.program_id(0), order_ptr, tokens, (D_IN + BLOCK_N - 1) // BLOCK_N, BLOCK_T, BLOCK_N
+    )
+    experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K)
+    t, n, o = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    row = sample * tokens + t0
+    token_mask = (t < tokens - t0)[:, None]
+    row_mask = (n0 + n < D_IN)[:, None]
+    grad_tile = row * D_OUT + t[:, None] * D_OUT + o[None, :]
+    weight_tile = (n0 + n)[:, None] * D_OUT + o[None, :]
+    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for o0 in range(0, D_OUT, BLOCK_K):
+        grad_mask, weight_mask = token_mask, row_mask
+        if D_OUT % BLOCK_K != 0:
+            grad_mask = token_mask & (o < D_OUT - o0)[None, :]
+            weight_mask = row_mask & (o < D_OUT - o0)[None, :]
+        dm = _grad_mixture(grad_ptr, x_ptr, grad_tile + o0, grad_mask, MODULATE)
+        merged = _merge(
+            weight_ptr, experts, gates, index_ptr, gate_ptr, sample, weight_tile + o0, weight_mask,
+            D_IN * D_OUT, M, TOP_K,
+        )  # fmt: skip
+        total = tl.dot(dm, tl.trans(merged.to(dm.dtype)), total, input_precision=PRECISION)
+    PART: tl.constexpr = BLOCK_N // 4
+    parts = _quarters(total, BLOCK_T, BLOCK_N)
+    for part in tl.static_range(4):
+        dx = parts[part]
+        column = n0 + part * PART + tl.arange(0, PART)
+        place = row * D_IN + t[:, None] * D_IN + column[None, :]
+        mask = token_mask & (column < D_IN)[None, :]
+        if MODULATE:
+            grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
+            dx += grad + grad * tl.load(mixture_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + place, dx.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gate_of(index_ptr, gate_ptr, sample, expert: tl.constexpr, TOP_K: tl.constexpr):
+    """The gate of one expert for a sample, 0 where it was not chosen."""
+    total = 0.0
+    for j in tl.static_range(TOP_K):
+        chosen = tl.load(index_ptr + sample * TOP_K + j) == expert
+        total += tl.where(chosen, tl.load(gate_ptr + sample * TOP_K + j), 0.0)
+    return total
+
+
+@triton.jit
+def _grad_weights_kernel(
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, grad_weight_ptr, grad_bias_ptr, grad_gate_ptr,
+    batch, tokens, splits,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
+    MODULATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """``P_b = x_b^T dm_b``, ``s_b = sum_t dm_bt``: ``dW_e = sum_b g_be P_b``, ``db_e = sum_b g_be s_b``,
+    ``dg_be = <P_b, W_e> + <s_b, b_e>``; for M <= 4.
+
+    A program owns [BLOCK_I, BLOCK_N] of every expert, in M accumulators, over every splits-th sample; those
+    of the first rows own db too. It writes the share of its tile in each dg. Steps over tokens run on from
+    sample to sample, so that loads are under way while a sample is finished.
+    """
+    BLOCKS_N: tl.constexpr = (D_OUT + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = BLOCKS_N * ((D_IN + BLOCK_I - 1) // BLOCK_I)
+    tile, split = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    n0, i0 = (tile % BLOCKS_N) * BLOCK_N, (tile // BLOCKS_N) * BLOCK_I
+    t, i, n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    row_mask, column_mask = i0 + i < D_IN, n0 + n < D_OUT
+    place = (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    owns_bias = (i0 == 0) & BIAS
+    weight_0 = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    weight_1, weight_2, weight_3 = weight_0, weight_0, weight_0
+    bias_0 = tl.zeros([BLOCK_N], tl.float32)
+    bias_1, bias_2, bias_3 = bias_0, bias_0, bias_0
+    p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    s = tl.zeros([BLOCK_N], tl.float32)
+    steps = tl.cdiv(tokens, BLOCK_T)
+    for step in range(tl.cdiv(batch - split, splits) * steps):
+        sample = split + (step // steps) * splits
+        t0 = (step % steps) * BLOCK_T
+        row = sample.to(tl.int64) * tokens + t0
+        token_mask = (t < tokens - t0)[:, None]
+        x_tile = row * D_IN + i0 + t[:, None] * D_IN + i[None, :]
+        x = tl.load(x_ptr + x_tile, mask=token_mask & row_mask[None, :], other=0.0)
+        grad_tile = row * D_OUT + n0 + t[:, None] * D_OUT + n[None, :]
+        dm = _grad_mixture(grad_ptr, x_ptr, grad_tile, token_mask & column_mask[None, :], MODULATE)
+        p = tl.dot(tl.trans(x), dm, p, input_precision=PRECISION)
+        if owns_bias:
+            s += tl.sum(dm.to(tl.float32), 0)
+        if t0 + BLOCK_T >= tokens:
+            for j in tl.static_range(TOP_K):
+                expert = tl.load(index_ptr + sample * TOP_K + j).to(tl.int64)
+                expert = tl.minimum(tl.maximum(expert, 0), M - 1)
+                w = tl.load(weight_ptr + expert * (D_IN * D_OUT) + place, mask=mask, other=0.0)
+                grad_gate = tl.sum(p * w.to(tl.float32))
+                if owns_bias:
+                    b = tl.load(bias_ptr + expert * D_OUT + n0 + n, mask=column_mask, other=0.0)
+                    grad_gate += tl.sum(s * b.to(tl.float32))
+                tl.store(grad_gate_ptr + (tile.to(tl.int64) * batch + sample) * TOP_K + j, grad_gate)
+            gate = _gate_of(index_ptr, gate_ptr, sample, 0, TOP_K)
+            weight_0 += gate * p
+            bias_0 += gate * s
+            if M > 1:
+                gate = _gate_of(index_ptr, gate_ptr, sample, 1, TOP_K)
+                weight_1 += gate * p
+                bias_1 += gate * s
+            if M > 2:
+                gate = _gate_of(index_ptr, gate_ptr, sample, 2, TOP_K)
+                weight_2 += gate * p
+                bias_2 += gate * s
+            if M > 3:
+                gate = _gate_of(index_ptr, gate_ptr, sample, 3, TOP_K)
+                weight_3 += gate * p
+                bias_3 += gate * s
+            p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+            s = tl.zeros([BLOCK_N], tl.float32)
+    dtype = grad_weight_ptr.dtype.element_ty
+    grad_weight_ptr += split.to(tl.int64) * (M * D_IN * D_OUT)
+    grad_bias_ptr += split * (M * D_OUT) + n0 + n
+    tl.store(grad_weight_ptr + place, weight_0.to(dtype), mask=mask)
+    if owns_bias:
+        tl.store(grad_bias_ptr, bias_0.to(dtype), mask=column_mask)
+    if M > 1:
+        tl.store(grad_weight_ptr + D_IN * D_OUT + place, weight_1.to(dtype), mask=mask)
+        if owns_bias:
+            tl.store(grad_bias_ptr + D_OUT, bias_1.to(dtype), mask=column_mask)
+    if M > 2:
+        tl.store(grad_weight_ptr + 2 * D_IN * D_OUT + place, weight_2.to(dtype), mask=mask)
+        if owns_bias:
+            tl.store(grad_bias_ptr + 2 * D_OUT, bias_2.to(dtype), mask=column_mask)
+    if M > 3:
+        tl.store(grad_weight_ptr + 3 * D_IN * D_OUT + place, weight_3.to(dtype), mask=mask)
+        if owns_bias:
+            tl.store(grad_bias_ptr + 3 * D_OUT, bias_3.to(dtype), mask=column_mask)
+
+
+@triton.jit
+def _grad_each_weight_kernel(
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, offsets_ptr,
+    grad_weight_ptr, grad_bias_ptr, grad_gate_ptr, batch, tokens, splits,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
+    MODULATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The same sums for any M: a program owns [BLOCK_I, BLOCK_N] of one expert, over every splits-th of its
+    pairs.
+
+    P is formed for each pair, so products cost k units in place of one; accumulators do not grow with M.
+    """
+    BLOCKS_N: tl.constexpr = (D_OUT + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = BLOCKS_N * ((D_IN + BLOCK_I - 1) // BLOCK_I)
+    tile = tl.program_id(0) % TILES
+    expert = (tl.program_id(0) // TILES) % M
+    split = tl.program_id(0) // (TILES * M)
+    n0, i0 = (tile % BLOCKS_N) * BLOCK_N, (tile // BLOCKS_N) * BLOCK_I
+    t, i, n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    row_mask, column_mask = i0 + i < D_IN, n0 + n < D_OUT
+    place = expert.to(tl.int64) * (D_IN * D_OUT) + (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    owns_bias = (i0 == 0) & BIAS
+    grad_weight = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    grad_bias = tl.zeros([BLOCK_N], tl.float32)
+    p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    s = tl.zeros([BLOCK_N], tl.float32)
+    first = tl.load(offsets_ptr + expert) + split
+    count = tl.cdiv(tl.maximum(tl.load(offsets_ptr + expert + 1) - first, 0), splits)
+    steps = tl.cdiv(tokens, BLOCK_T)
+    for step in range(count * steps):
+        pair = tl.load(pairs_ptr + first + (step // steps) * splits)
+        t0 = (step % steps) * BLOCK_T
+        row = (pair // TOP_K).to(tl.int64) * tokens + t0
+        token_mask = (t < tokens - t0)[:, None]
+        x_tile = row * D_IN + i0 + t[:, None] * D_IN + i[None, :]
+        x = tl.load(x_ptr + x_tile, mask=token_mask & row_mask[None, :], other=0.0)
+        grad_tile = row * D_OUT + n0 + t[:, None] * D_OUT + n[None, :]
+        dm = _grad_mixture(grad_ptr, x_ptr, grad_tile, token_mask & column_mask[None, :], MODULATE)
+        p = tl.dot(tl.trans(x), dm, p, input_precision=PRECISION)
+        if owns_bias:
+            s += tl.sum(dm.to(tl.float32), 0)
+        if t0 + BLOCK_T >= tokens:
+            gate = tl.load(gate_ptr + pair)
+            w = tl.load(weight_ptr + place, mask=mask, other=0.0)
+            grad_gate = tl.sum(p * w.to(tl.float32))
+            if owns_bias:
+                b = tl.load(bias_ptr + expert * D_OUT + n0 + n, mask=column_mask, other=0.0)
+                grad_gate += tl.sum(s * b.to(tl.float32))
+            tl.store(grad_gate_ptr + tile.to(tl.int64) * batch * TOP_K + pair, grad_gate)
+            grad_weight += gate * p
+            grad_bias += gate * s
+            p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+            s = tl.zeros([BLOCK_N], tl.float32)
+    dtype = grad_weight_ptr.dtype.element_ty
+    grad_weight_ptr += split.to(tl.int64) * (M * D_IN * D_OUT)
+    tl.store(grad_weight_ptr + place, grad_weight.to(dtype), mask=mask)
+    if owns_bias:
+        bias_row = (split * M + expert) * D_OUT
+        tl.store(grad_bias_ptr + bias_row + n0 + n, grad_bias.to(dtype), mask=column_mask)
+
+
+@triton.jit
+def _sum_kernel(partial_ptr, out_ptr, count, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum_s partial[s, i]``, ROWS of them at a time in a fixed order; a program owns BLOCK i."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.arange(0, ROWS)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, ROWS):
+        s = (start + row)[:, None]
+        mask = (s < count) & (i < size)[None, :]
+        total += tl.sum(tl.load(partial_ptr + s.to(tl.int64) * size + i[None, :], mask=mask, other=0.0), 0)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
