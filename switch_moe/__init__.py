@@ -3,8 +3,8 @@
 from switch_moe import ops
 from switch_moe.layer import SwitchMoE
 from switch_moe.prior import DiffusionPrior
-from switch_moe.router import Routing, route
+from switch_moe.router import Router, Routing
 
 __version__ = "0.1.0"
 
-__all__ = ["DiffusionPrior", "Routing", "SwitchMoE", "ops", "route"]
+__all__ = ["DiffusionPrior", "Router", "Routing", "SwitchMoE", "ops"]

@@ -9,6 +9,7 @@ import sys
 import torch
 
 from switch_moe import __version__, native
+from switch_moe.ops._dispatch import triton_reason
 
 
 def _version(package: str) -> str:
@@ -39,6 +40,15 @@ def _cuda_state() -> str:
     return f"on: {built} (linear_assignment)"
 
 
+def _triton_state() -> str:
+    operations = "timestep_gate, expert_linear, expert_mlp, diffusion_prior_loss"
+    reason = triton_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if reason is not None:
+        return f"off: {reason}"
+    where = "CUDA tensors" if torch.cuda.is_available() else "CPU tensors on request, in the interpreter"
+    return f"on: {operations}, for {where}"
+
+
 def main() -> None:
     """Prints the report."""
     lines = {
@@ -52,7 +62,7 @@ def main() -> None:
         if native.cpu.reason is None
         else f"off: {native.cpu.reason}",
         "native cuda": _cuda_state(),
-        "triton kernels": "off: this version has none; GPU tensors take the reference path",
+        "triton kernels": _triton_state(),
     }
     for name, text in lines.items():
         sys.stdout.write(f"{name:15} {text}\n")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from switch_moe.ops._dispatch import BACKENDS, check_shape, check_top_k
 from switch_moe.ops.expert_linear import expert_linear
 from switch_moe.ops.expert_mlp import expert_mlp
-from switch_moe.router import Routing, route
+from switch_moe.router import Router, Routing
 
 EXPERTS = ("linear", "mlp", "swiglu")
 
@@ -24,12 +24,14 @@ class SwitchMoE(nn.Module):
             layer.
         expert_hidden_size: width of that hidden layer, 4 D by default; only with ``mlp`` and ``swiglu``.
         bias: whether the experts have biases. The router always has one.
-        backend: of the experts, see :func:`switch_moe.ops.expert_linear`; ``mlp`` and ``swiglu`` have the
-            reference path only.
+        router: whether the layer has its own router; without one, every call needs ``routing``, from a
+            :class:`switch_moe.Router` of all blocks.
+        backend: of the experts, see :func:`switch_moe.ops.expert_linear` and ``expert_mlp``.
 
-    Parameters: ``router_weight [M, D]``, ``router_bias [M]``, and ``weight [M, D, D]``, ``bias [M, D]`` for
-    linear experts; ``weight_in [M, D, H]``, ``bias_in``, ``weight_out [M, H, D]``, ``bias_out`` for the
-    others (2H for SwiGLU's input). Keep the router in float32: gates are computed in float32 always.
+    Parameters: ``router.weight [1, M, D]`` and ``router.bias [1, M]``, unless ``router=False``; for linear
+    experts ``weight [M, D, D]`` and ``bias [M, D]``, for the others ``weight_in [M, D, H]``, ``bias_in``,
+    ``weight_out [M, H, D]`` and ``bias_out`` (2H for SwiGLU's input). Keep the router in float32: gates are
+    computed in float32 always.
 
     Raises ``ValueError`` for a setting out of range.
     """
@@ -43,6 +45,7 @@ class SwitchMoE(nn.Module):
         expert: str = "linear",
         expert_hidden_size: int | None = None,
         bias: bool = True,
+        router: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -54,8 +57,8 @@ class SwitchMoE(nn.Module):
             raise ValueError(
                 f"expert_hidden_size is {expert_hidden_size}; linear experts have no hidden layer"
             )
-        if expert != "linear" and backend not in ("auto", "reference"):
-            raise ValueError(f"backend is {backend!r}; {expert} experts have the reference path only")
+        if expert != "linear" and backend == "native":
+            raise ValueError(f"backend is {backend!r}; {expert} experts have no compiled CPU kernels")
         hidden = 4 * hidden_size if expert_hidden_size is None else expert_hidden_size
         for name, value in (
             ("hidden_size", hidden_size),
@@ -68,8 +71,7 @@ class SwitchMoE(nn.Module):
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.expert, self.backend = expert, backend
 
-        self.router_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.router_bias = nn.Parameter(torch.empty(num_experts))
+        self.router = Router(1, hidden_size, num_experts, top_k) if router else None
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape))
@@ -89,17 +91,21 @@ class SwitchMoE(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A small random router; experts that return zero."""
-        nn.init.normal_(self.router_weight, std=0.02)
-        for name, parameter in self.named_parameters():
+        if self.router is not None:
+            self.router.reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):
             if name == "weight_in":
                 for expert_weight in parameter:
                     nn.init.xavier_uniform_(expert_weight)
-            elif name != "router_weight":
+            else:
                 nn.init.zeros_(parameter)
 
     def route(self, time_embedding: Tensor) -> Routing:
         """The routing of this layer for ``time_embedding [B, D]``, without a leading block dimension."""
-        return route([self], time_embedding).block(0)
+        if self.router is None:
+            raise ValueError("the layer has no router (router=False); pass routing, see switch_moe.Router")
+        routing: Routing = self.router(time_embedding)
+        return routing.block(0)
 
     def forward(
         self,
@@ -113,8 +119,8 @@ class SwitchMoE(nn.Module):
 
         Args:
             x: tokens ``[B, T, D]``.
-            time_embedding: ``[B, D]``, what the router sees. routing: that of this layer, computed ahead (see
-                :func:`switch_moe.router.route`). Exactly one of the two (``ValueError``).
+            time_embedding: ``[B, D]``, what the router sees. routing: that of this layer, computed ahead by a
+                :class:`switch_moe.Router`. Exactly one of the two (``ValueError``).
         """
         check_shape("x", x, ("B", "T", self.hidden_size))
         if routing is None and time_embedding is not None:
@@ -129,8 +135,9 @@ class SwitchMoE(nn.Module):
             return expert_linear(x, self.weight, self.bias, index, gate, modulate, backend=self.backend)
         gated = self.expert == "swiglu"
         mixture = expert_mlp(
-            x, self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated
-        )
+            x, self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated,
+            backend=self.backend,
+        )  # fmt: skip
         return x + x * mixture if modulate else mixture
 
     def extra_repr(self) -> str:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from switch_moe.ops._dispatch import check_shape, check_top_k
+from switch_moe.ops.diffusion_prior import diffusion_prior_loss
 from switch_moe.ops.linear_assignment import linear_assignment
-from switch_moe.reference.diffusion_prior import jensen_shannon, matching_cost, prior_table
+from switch_moe.reference.diffusion_prior import matching_cost, prior_table
 
 
 class DiffusionPrior(nn.Module):
@@ -70,17 +71,13 @@ class DiffusionPrior(nn.Module):
 
         Args:
             probs: router probabilities ``[B, L*M]``, block after block, each block's M summing to 1.
-            t: timesteps, integer ``[B]``. assignment: from :meth:`match`.
+            t: timesteps, int32 or int64 ``[B]``. assignment: from :meth:`match`.
 
         Returns:
             A scalar in natural units, mean over the batch, differentiable in ``probs``.
         """
-        check_shape("probs", probs, ("B", self.table.shape[1]))
-        check_shape("t", t, (probs.shape[0],))
-        check_shape("assignment", assignment, (self.table.shape[1],))
-        with torch.autocast(probs.device.type, enabled=False):
-            prior = self.table[t][:, assignment] / (self.top_k * self.depth)
-            return jensen_shannon(probs.float() / self.depth, prior)
+        active = self.top_k * self.depth
+        return diffusion_prior_loss(probs, self.table, t, assignment, self.depth, active)
 
     def extra_repr(self) -> str:
         return (

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from switch_moe.ops._dispatch import BACKENDS, check_top_k
 from switch_moe.ops.timestep_gate import timestep_gate
+from switch_moe.reference.timestep_gate import selected_experts
 
 
 class Routing(NamedTuple):
@@ -17,6 +18,7 @@ class Routing(NamedTuple):
     probs: Tensor  # [L, B, M] float32
     expert_index: Tensor  # [L, B, k] int32
     expert_gate: Tensor  # [L, B, k] float32
+    table: Tensor | None = None  # [B, L*M], what selected() returns, where the router was asked for it
 
     def block(self, index: int) -> Routing:
         """The routing of one block of a routing of L blocks."""
@@ -24,44 +26,53 @@ class Routing(NamedTuple):
 
     def selected(self) -> Tensor:
         """0/1 float32 ``[B, L*M]`` of a routing of L blocks: one where an expert is among the top k."""
-        chosen = torch.zeros_like(self.probs).scatter(2, self.expert_index.long(), 1.0)
-        return chosen.transpose(0, 1).flatten(1)
+        return selected_experts(self.probs, self.expert_index) if self.table is None else self.table
 
 
-class HasRouter(Protocol):
-    """What :func:`route` needs of a layer; :class:`switch_moe.SwitchMoE` has it."""
+class Router(nn.Module):
+    """The routers of L blocks in one module, for layers made with ``SwitchMoE(..., router=False)``.
 
-    @property
-    def router_weight(self) -> Tensor:
-        """[M, D] float32."""
+    They run before the first block, so their parameters must not be a block's: FSDP and its like have the
+    parameters of a module whole only in that module's own forward.
 
-    @property
-    def router_bias(self) -> Tensor:
-        """[M] float32."""
+    Args:
+        depth: blocks, L. hidden_size: D. num_experts: M. top_k: experts per sample, 1 to M.
+        backend: of :func:`switch_moe.ops.timestep_gate`.
 
-    @property
-    def top_k(self) -> int:
-        """Experts per sample."""
+    Parameters: ``weight [L, M, D]`` and ``bias [L, M]``. Keep them in float32: gates are computed in float32
+    always.
 
-
-def route(layers: Sequence[HasRouter], embedding: Tensor) -> Routing:
-    """The routing of all ``layers`` for timestep embeddings ``[B, D]``, in one call of ``timestep_gate``.
-
-    All layers must have the same ``top_k`` and number of experts (``ValueError``). ``SwitchMoE.forward``
-    takes ``routing=result.block(i)``.
+    Raises ``ValueError`` for a setting out of range.
     """
-    if not layers:
-        raise ValueError("layers is empty; there must be at least one layer to route for")
-    kinds = sorted({(layer.top_k, layer.router_weight.shape[0]) for layer in layers})
-    if len(kinds) > 1:
-        raise ValueError(
-            f"layers have (top_k, experts) {kinds}; all layers routed together must have the same"
-        )
-    sizes = sorted({layer.router_weight.shape[1] for layer in layers})
-    if sizes != [embedding.shape[-1]]:
-        raise ValueError(
-            f"embedding has shape {tuple(embedding.shape)}; the layers' hidden sizes are {sizes}"
-        )
-    weight = torch.stack([layer.router_weight for layer in layers]).float()
-    bias = torch.stack([layer.router_bias for layer in layers]).float()
-    return Routing(*timestep_gate(embedding, weight, bias, layers[0].top_k))
+
+    def __init__(
+        self, depth: int, hidden_size: int, num_experts: int = 3, top_k: int = 2, *, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        sizes = {"depth": depth, "hidden_size": hidden_size, "num_experts": num_experts}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_top_k(top_k, num_experts)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        self.top_k, self.backend = top_k, backend
+        self.weight = nn.Parameter(torch.empty(depth, num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(depth, num_experts))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Small random routers."""
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, embedding: Tensor, *, table: bool = False) -> Routing:
+        """The routing of all blocks for timestep embeddings ``[B, D]``; ``table``: with its 0/1 table."""
+        weight, bias = self.weight.float(), self.bias.float()
+        found = timestep_gate(embedding, weight, bias, self.top_k, selected=table, backend=self.backend)
+        return Routing(*found)
+
+    def extra_repr(self) -> str:
+        depth, num_experts, hidden_size = self.weight.shape
+        return f"depth={depth}, hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}"

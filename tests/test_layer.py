@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import assert_close
 
-from switch_moe import SwitchMoE, route
+from switch_moe import Router, SwitchMoE
 from switch_moe.reference.expert_linear import expert_linear
 from switch_moe.reference.expert_mlp import expert_mlp
 
@@ -52,7 +52,7 @@ def test_all_tokens_of_a_sample_take_the_same_experts() -> None:
 @pytest.mark.parametrize("settings", KINDS)
 def test_each_sample_by_hand(settings: dict) -> None:
     layer, x, e = make(num_experts=4, top_k=2, **settings), torch.randn(3, 5, 16), torch.randn(3, 16)
-    probs = torch.softmax(torch.nn.functional.silu(e) @ layer.router_weight.t() + layer.router_bias, -1)
+    probs = torch.softmax(torch.nn.functional.silu(e) @ layer.router.weight[0].t() + layer.router.bias, -1)
     expected = torch.zeros_like(x)
     for b in range(3):
         for expert in probs[b].topk(2).indices.tolist():
@@ -71,17 +71,28 @@ def test_each_sample_by_hand(settings: dict) -> None:
     assert_close("x (1 + m(x))", layer(x, e, modulate=True), x * (1 + expected), 1e-5)
 
 
-def test_routing_computed_ahead_for_all_layers() -> None:
-    layers = [make(num_experts=3, top_k=2) for _ in range(4)]
-    for layer in layers:
-        torch.nn.init.normal_(layer.router_weight)
-    x, e = torch.randn(6, 9, 16), torch.randn(6, 16, requires_grad=True)
-    routing = route(layers, e)
-    assert routing.probs.shape == (4, 6, 3)
-    assert routing.selected().shape == (6, 12)
-    assert (routing.selected().sum(1) == 8).all()
+def test_one_router_for_all_layers() -> None:
+    """Router holds what the layers would hold, and routes as they would."""
+    layers = [make(num_experts=4) for _ in range(3)]
+    router = Router(depth=3, hidden_size=16, num_experts=4, top_k=2)
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            torch.nn.init.normal_(layer.router.weight)
+            router.weight[i], router.bias[i] = layer.router.weight[0], layer.router.bias[0]
+    e, x = torch.randn(5, 16, requires_grad=True), torch.randn(5, 3, 16)
+    routing = router(e)
+    assert routing.probs.shape == (3, 5, 4)
+    assert routing.selected().shape == (5, 12)
+    assert (routing.selected().sum(1) == 6).all()
+    with torch.no_grad():
+        assert torch.equal(router(e, table=True).table, routing.selected())
     for i, layer in enumerate(layers):
-        assert_close(f"block {i}", layer(x, routing=routing.block(i)), layer(x, e), 1e-6)
+        bare = SwitchMoE(16, 4, router=False)
+        assert {name for name, _ in bare.named_parameters()} == {"weight", "bias"}
+        bare.load_state_dict(layer.state_dict(), strict=False)
+        assert_close(f"block {i}", bare(x, routing=routing.block(i)), layer(x, e), 1e-6)
+    with pytest.raises(ValueError, match=r"the layer has no router \(router=False\); pass routing"):
+        bare(x, e)
 
 
 @pytest.mark.parametrize("settings", [*KINDS, {"expert": "linear", "backend": "reference"}])
@@ -150,7 +161,7 @@ def test_mlp_reference_with_one_linear_layer_folded_in() -> None:
         ({"expert_hidden_size": 8}, "expert_hidden_size is 8; linear experts have no hidden layer"),
         ({"expert": "mlp", "expert_hidden_size": -1}, "expert_hidden_size is -1"),
         ({"backend": "magic"}, "backend is 'magic'"),
-        ({"expert": "mlp", "backend": "native"}, "mlp experts have the reference path only"),
+        ({"expert": "mlp", "backend": "native"}, "mlp experts have no compiled CPU kernels"),
     ],
 )
 def test_settings_errors(settings: dict, message: str) -> None:
@@ -168,11 +179,11 @@ def test_forward_errors() -> None:
         layer(x, torch.zeros(3, 16))
     with pytest.raises(ValueError, match=r"x has shape \(2, 3, 8\); it must be \[B, T, 16\]"):
         layer(torch.zeros(2, 3, 8), e)
-    with pytest.raises(ValueError, match=r"layers have \(top_k, experts\) \[\(1, 3\), \(2, 3\)\]"):
-        route([layer, SwitchMoE(16, top_k=1)], e)
-    with pytest.raises(
-        ValueError, match=r"embedding has shape \(2, 8\); the layers' hidden sizes are \[16\]"
-    ):
-        route([layer], torch.zeros(2, 8))
-    with pytest.raises(ValueError, match="layers is empty"):
-        route([], e)
+    with pytest.raises(ValueError, match="depth is 0; it must be at least 1"):
+        Router(0, 16)
+    with pytest.raises(ValueError, match="top_k is 4; it must be between 1 and the number of experts, 3"):
+        Router(2, 16, 3, 4)
+    with pytest.raises(ValueError, match="backend is 'cuda'; it must be one of auto, reference"):
+        Router(2, 16, backend="cuda")
+    with pytest.raises(ValueError, match=r"weight has shape \(2, 3, 16\); it must be \[L, M, 8\]"):
+        Router(2, 16)(torch.zeros(2, 8))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,9 +43,14 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         "reference",
         "native cpu",
         "native cuda",
+        "triton kernels",
     ):
         assert re.search(rf"^{name} ", report, re.MULTILINE), name
     assert "native cpu      on: expert_linear" in report
+    if not torch.cuda.is_available():
+        monkeypatch.delenv("TRITON_INTERPRET")
+        __main__.main()
+        assert "triton kernels  off: a CPU runs Triton kernels in its interpreter" in capsys.readouterr().out
     monkeypatch.setattr(
         native, "cpu", native.NativeModule("switch_moe._absent", "build it with: make install")
     )

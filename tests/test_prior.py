@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import assert_close
 
-from switch_moe import DiffusionPrior, SwitchMoE, route
+from switch_moe import DiffusionPrior, Router
+from switch_moe.reference.diffusion_prior import jensen_shannon
 
 
 def test_table() -> None:
@@ -74,21 +75,50 @@ def test_loss_gradient_in_float64_terms() -> None:
 
 def test_compile_fullgraph() -> None:
     prior = DiffusionPrior(4, 3, 2, num_timesteps=100)
-    layers = [SwitchMoE(16) for _ in range(4)]
+    router = Router(4, 16)
     embedding, t = torch.randn(100, 16), torch.tensor([3, 60])
 
     def loss(embedding: torch.Tensor) -> torch.Tensor:
-        routing = route(layers, embedding)
+        routing = router(embedding)
         assignment = prior.match(routing.selected())
         return prior.loss(routing.probs.transpose(0, 1).flatten(1)[t], t, assignment)
 
-    for layer in layers:
-        torch.nn.init.normal_(layer.router_weight)
+    torch.nn.init.normal_(router.weight)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")  # eager's random numbers break ties
     torch.manual_seed(0)
     found = compiled(embedding)
     torch.manual_seed(0)
     assert_close("loss", found, loss(embedding), 1e-5)
+
+
+def test_routing_and_loss_on_the_device(device: str) -> None:
+    """One step of what training does, on the GPU's kernels where there is one, against float64."""
+    torch.manual_seed(0)
+    router = Router(6, 24).to(device)
+    prior = DiffusionPrior(6, 3, 2, num_timesteps=60).to(device)
+    torch.nn.init.normal_(router.weight)
+    times = torch.randn(60, 24, device=device)
+    t = torch.tensor([3, 59, 20, 20], device=device)
+    with torch.no_grad():
+        assignment = prior.match(router(times, table=True).selected())
+    probs = router(times[t]).probs.transpose(0, 1).flatten(1)
+    (gradients,) = torch.autograd.grad(prior.loss(probs, t, assignment), [router.weight])
+
+    exact = [weight.detach().double().requires_grad_() for weight in router.weight]
+    hidden = torch.nn.functional.silu(times[t].double())
+    q = torch.cat([torch.softmax(hidden @ weight.t(), -1) for weight in exact], 1) / 6
+    loss = jensen_shannon(q, prior.table.double()[t][:, assignment] / 12)
+    for found, expected in zip(gradients, torch.autograd.grad(loss, exact), strict=True):
+        assert_close("router weight", found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_loss_takes_int32_timesteps_and_an_empty_batch(batch: int) -> None:
+    prior = DiffusionPrior(2, 3, 2, num_timesteps=10)
+    probs, t, assignment = torch.full((batch, 6), 1 / 3), torch.arange(batch), torch.arange(6)
+    loss = prior.loss(probs, t, assignment)
+    assert loss.isnan() if batch == 0 else loss > 0
+    assert torch.equal(prior.loss(probs, t.int(), assignment), loss) or batch == 0
 
 
 @pytest.mark.parametrize(

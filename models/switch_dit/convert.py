@@ -11,30 +11,29 @@ from torch import Tensor
 from switch_dit.model import dtr_mask
 from switch_moe import DiffusionPrior
 
-_NAMES = {
-    "f_gate.1.weight": "router_weight",
-    "f_gate.1.bias": "router_bias",
-    "experts.w": "weight",
-    "experts.b": "bias",
-}
-_OFFICIAL_NAMES = {ours: official for official, ours in _NAMES.items()}
+_EXPERT_NAMES = {"experts.w": "weight", "experts.b": "bias"}
+_ROUTER_NAMES = {"f_gate.1.weight": "weight", "f_gate.1.bias": "bias"}
 
 
 def convert_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The official names to SwitchDiT's. Tables that SwitchDiT computes itself are left out."""
     converted = {}
+    routers: dict[str, dict[int, Tensor]] = {}
     for name, value in state_dict.items():
         if name == "full_time" or name.endswith("_unit_mapping"):
             continue
         router = re.fullmatch(r"routers\.(\d+)\.(.+)", name)
         if router is None:
             converted[name] = value
-        elif router[2] in _NAMES:
-            converted[f"blocks.{router[1]}.moe.{_NAMES[router[2]]}"] = value
+        elif router[2] in _EXPERT_NAMES:
+            converted[f"blocks.{router[1]}.moe.{_EXPERT_NAMES[router[2]]}"] = value
+        elif router[2] in _ROUTER_NAMES:
+            routers.setdefault(_ROUTER_NAMES[router[2]], {})[int(router[1])] = value
         else:
-            raise ValueError(
-                f"state_dict holds {name!r}; routers of the official code have {', '.join(_NAMES)}"
-            )
+            known = ", ".join([*_ROUTER_NAMES, *_EXPERT_NAMES])
+            raise ValueError(f"state_dict holds {name!r}; routers of the official code have {known}")
+    for kind, of_block in routers.items():
+        converted[f"router.{kind}"] = torch.stack([of_block[i] for i in range(len(of_block))])
     return converted
 
 
@@ -45,10 +44,15 @@ def convert_to_official_state_dict(
     converted = {}
     depth = 1 + max(int(name.split(".")[1]) for name in state_dict if name.startswith("blocks."))
     for name, value in state_dict.items():
-        moe = re.fullmatch(r"blocks\.(\d+)\.moe\.(.+)", name)
-        converted[f"routers.{moe[1]}.{_OFFICIAL_NAMES[moe[2]]}" if moe else name] = value
+        expert = re.fullmatch(r"blocks\.(\d+)\.moe\.(weight|bias)", name)
+        router = re.fullmatch(r"router\.(weight|bias)", name)
+        if router:
+            for i, of_block in enumerate(value):
+                converted[f"routers.{i}.f_gate.1.{router[1]}"] = of_block.clone()
+        else:
+            converted[f"routers.{expert[1]}.experts.{expert[2][0]}" if expert else name] = value
     if routing == "switch":
-        num_experts = state_dict["blocks.0.moe.router_weight"].shape[0]
+        num_experts = state_dict["router.weight"].shape[1]
         converted["full_time"] = torch.arange(num_timesteps)
         converted["prior._unit_mapping"] = DiffusionPrior(depth, num_experts, top_k, num_timesteps).table
     elif routing == "dtr":

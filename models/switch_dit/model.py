@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switch_moe import DiffusionPrior, Routing, SwitchMoE, route
+from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE
 from switch_moe.prior import prior_table
 
 ROUTINGS = ("switch", "dtr", "none")
@@ -229,12 +229,13 @@ class SwitchDiT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 hidden_size, num_heads, mlp_ratio,
-                SwitchMoE(hidden_size, num_experts, top_k) if routing == "switch" else None,
+                SwitchMoE(hidden_size, num_experts, top_k, router=False) if routing == "switch" else None,
             )
             for _ in range(depth)
         )  # fmt: skip
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         if routing == "switch":
+            self.router = Router(depth, hidden_size, num_experts, top_k)
             self.prior = DiffusionPrior(depth, num_experts, top_k, num_timesteps)
         if routing == "dtr":
             self.register_buffer("dtr_mask", dtr_mask(num_timesteps, hidden_size), persistent=False)
@@ -259,26 +260,33 @@ class SwitchDiT(nn.Module):
 
     def route(self, time_embedding: Tensor) -> Routing:
         """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
-        return route([block.moe for block in self.blocks], time_embedding)
+        return self.router(time_embedding)
 
     @torch.no_grad()
     def routing_table(self) -> Routing:
         """The current routing of all N timesteps."""
         timesteps = torch.arange(self.num_timesteps, device=self.pos_embed.device)
-        return self.route(self.t_embedder(timesteps))
+        return self.router(self.t_embedder(timesteps), table=True)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W]."""
-        return self._forward(x, t, y)[0]
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, with_prior: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
-    def forward_with_prior(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The output of ``forward`` and the diffusion prior loss: a scalar, zero without experts."""
+        ``with_prior`` adds the diffusion prior loss: a scalar, zero without experts.
+        """
         out, routing = self._forward(x, t, y)
+        if not with_prior:
+            return out
         if routing is None:
             return out, torch.zeros((), device=x.device)
         assignment = self.prior.match(self.routing_table().selected())
         probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
         return out, self.prior.loss(probs, t, assignment)
+
+    def forward_with_prior(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``forward`` with ``with_prior``. It calls the module, so that hooks (FSDP's) run."""
+        return self(x, t, y, with_prior=True)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598) on all channels of the noise.
@@ -287,7 +295,7 @@ class SwitchDiT(nn.Module):
         x.
         """
         half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y)
+        out = self(torch.cat([half, half]), t, y)
         noise, rest = out.split([self.in_channels, self.out_channels - self.in_channels], dim=1)
         with_label, without = noise.chunk(2)
         guided = without + cfg_scale * (with_label - without)

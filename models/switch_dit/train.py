@@ -274,10 +274,6 @@ class Trainer:
                     continue
                 now, since = time.perf_counter(), done - logged
                 means = {name: float(value) / since for name, value in sums.items()}
-                if not math.isfinite(means["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {means['loss']} at step {done}; a smaller lr may help"
-                    )
                 rate = since * config.batch_size / (now - logged_at)
                 rows.append(
                     {"step": done, **means, "lr": learning_rate(config, number), "images_per_second": rate}

@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switch_moe.ops._dispatch import check_device, check_dtype, check_shape, check_top_k, choose, register
+from switch_moe.ops._dispatch import (
+    check_device,
+    check_dtype,
+    check_shape,
+    check_top_k,
+    choose,
+    register,
+    register_autocast,
+)
+from switch_moe.reference.timestep_gate import selected_experts
 from switch_moe.reference.timestep_gate import timestep_gate as reference_timestep_gate
 
 
+@overload
 def timestep_gate(
-    embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor, Tensor]:
+    embedding: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    *,
+    selected: Literal[False] = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def timestep_gate(
+    embedding: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    *,
+    selected: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def timestep_gate(
+    embedding: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    *,
+    selected: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+def timestep_gate(
+    embedding: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    *,
+    selected: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
     """``p = softmax(SiLU(e) W^T + b)`` for every block, and its ``top_k`` largest entries, not renormalised.
 
     Switch-DiT (arXiv 2403.09176), the timestep-based gating network. Computed in float32 whatever autocast
@@ -25,17 +76,19 @@ def timestep_gate(
         weight: router weights of the L blocks, ``[L, M, D]`` float32.
         bias: ``[L, M]`` float32.
         top_k: experts chosen per timestep, 1 to M.
-        backend: ``auto`` or ``reference``. Both are plain PyTorch here; ``auto`` has its gradient written
-            out.
+        selected: whether to return the table of chosen experts, too.
+        backend: ``auto``, ``triton`` or ``reference``. On a CPU ``auto`` is plain PyTorch with its gradient
+            written out, ``reference`` plain PyTorch throughout.
 
     Returns:
         ``probs [L, N', M]`` float32, ``expert_index [L, N', k]`` int32 by falling probability (the lowest
-        index wins a tie) and ``expert_gate [L, N', k]`` float32. Differentiable from ``probs`` and
+        index wins a tie, NaN comes first) and ``expert_gate [L, N', k]`` float32; with ``selected`` a fourth,
+        0/1 float32 ``[N', L*M]``, one where an expert is among the top k. Differentiable from ``probs`` and
         ``expert_gate``.
 
     Raises:
         ValueError: a shape, device or top_k does not fit. TypeError: a type does not.
-        RuntimeError: the named backend does not exist.
+        RuntimeError: the named backend does not exist or cannot run here.
     """
     check_shape("embedding", embedding, ("N'", "D"))
     check_shape("weight", weight, ("L", "M", embedding.shape[1]))
@@ -46,46 +99,64 @@ def timestep_gate(
     check_device("weight", weight, embedding.device)
     check_device("bias", bias, embedding.device)
     check_top_k(top_k, weight.shape[1])
-    if backend == "auto":
-        probs, index, gate = _TimestepGate.apply(embedding, weight, bias, top_k)
-        return probs, index, gate
-    choose("timestep_gate", backend, embedding.device, native_devices=())
-    with torch.autocast(embedding.device.type, enabled=False):
-        return reference_timestep_gate(embedding, weight, bias, top_k)
+    path = choose("timestep_gate", backend, embedding.device, native_devices=(), triton=True)
+    if backend == "reference":
+        with torch.autocast(embedding.device.type, enabled=False):
+            probs, index, gate = reference_timestep_gate(embedding, weight, bias, top_k)
+        return (probs, index, gate, selected_experts(probs, index)) if selected else (probs, index, gate)
+    if embedding.numel() == 0 or weight.numel() == 0:
+        path = "reference"
+    probs, index, gate, table = _TimestepGate.apply(embedding, weight, bias, top_k, selected, path)
+    return (probs, index, gate, table) if selected else (probs, index, gate)
 
 
 class _TimestepGate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        probs, index, gate = torch.ops.switch_moe.timestep_gate(embedding, weight, bias, top_k)
+        ctx: Any, embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int, selected: bool, path: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        probs, index, gate, table = torch.ops.switch_moe.timestep_gate(
+            embedding, weight, bias, top_k, selected, path
+        )
         ctx.save_for_backward(embedding, weight, probs, index)
-        ctx.mark_non_differentiable(index)
-        return probs, index, gate
+        ctx.mark_non_differentiable(index, table)
+        ctx.set_materialize_grads(False)
+        ctx.path = path
+        return probs, index, gate, table
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_probs, _, grad_gate = grads
-        found = torch.ops.switch_moe.timestep_gate_backward(grad_probs, grad_gate, *ctx.saved_tensors)
-        return (*found, None)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_probs, _, grad_gate, _ = grads
+        if grad_probs is None and grad_gate is None:
+            return (None,) * 6
+        found = torch.ops.switch_moe.timestep_gate_backward(
+            grad_probs, grad_gate, *ctx.saved_tensors, ctx.path
+        )
+        return (*found, None, None, None)
 
 
 def _fake_forward(
-    embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int, selected: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     depth, num_experts, _ = weight.shape
     rows = embedding.shape[0]
     return (
         weight.new_empty(depth, rows, num_experts),
         weight.new_empty(depth, rows, top_k, dtype=torch.int32),
         weight.new_empty(depth, rows, top_k),
+        weight.new_empty((rows, depth * num_experts) if selected else 0),
     )
 
 
 def _fake_backward(
-    grad_probs: Tensor, grad_gate: Tensor, embedding: Tensor, weight: Tensor, probs: Tensor, index: Tensor
+    grad_probs: Tensor | None,
+    grad_gate: Tensor | None,
+    embedding: Tensor,
+    weight: Tensor,
+    probs: Tensor,
+    index: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         embedding.new_empty(embedding.shape),
@@ -95,31 +166,67 @@ def _fake_backward(
 
 
 @register(
-    "timestep_gate(Tensor embedding, Tensor weight, Tensor bias, int top_k) -> (Tensor, Tensor, Tensor)",
+    "timestep_gate(Tensor embedding, Tensor weight, Tensor bias, int top_k, bool selected, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
-    key="CompositeExplicitAutograd",
 )
-def _forward(embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(embedding.device.type, enabled=False):
-        probs, index, gate = reference_timestep_gate(embedding, weight, bias, top_k)
-    return probs.contiguous(), index.contiguous(), gate.contiguous()
+def _forward(
+    embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int, selected: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Without ``selected`` the table is empty."""
+    if backend == "triton":
+        from switch_moe.kernels import timestep_gate as kernels
+
+        return kernels.forward(
+            embedding.contiguous(), weight.contiguous(), bias.contiguous(), top_k, selected
+        )
+    probs, index, gate = reference_timestep_gate(embedding, weight, bias, top_k)
+    table = selected_experts(probs, index) if selected else probs.new_empty(0)
+    return probs.contiguous(), index.contiguous(), gate.contiguous(), table
 
 
 @register(
-    "timestep_gate_backward(Tensor grad_probs, Tensor grad_gate, Tensor embedding, Tensor weight, "
-    "Tensor probs, Tensor index) -> (Tensor, Tensor, Tensor)",
+    "timestep_gate_backward(Tensor? grad_probs, Tensor? grad_gate, Tensor embedding, Tensor weight, "
+    "Tensor probs, Tensor index, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
-    key="CompositeExplicitAutograd",
 )
 def _backward(
-    grad_probs: Tensor, grad_gate: Tensor, embedding: Tensor, weight: Tensor, probs: Tensor, index: Tensor
+    grad_probs: Tensor | None,
+    grad_gate: Tensor | None,
+    embedding: Tensor,
+    weight: Tensor,
+    probs: Tensor,
+    index: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(embedding.device.type, enabled=False):
-        total = grad_probs.scatter_add(2, index.long(), grad_gate)
-        grad_logits = probs * (total - (total * probs).sum(-1, keepdim=True))  # [L, N', M]
-        hidden = embedding.float()
-        sigmoid = torch.sigmoid(hidden)
-        grad_weight = torch.einsum("lnm,nd->lmd", grad_logits, hidden * sigmoid)
-        grad_hidden = torch.einsum("lnm,lmd->nd", grad_logits, weight)
-        grad_embedding = grad_hidden * sigmoid * (1 + hidden * (1 - sigmoid))
+    """Gradients of embedding, weight and bias; a gradient that is None counts as zero."""
+    if backend == "triton":
+        from switch_moe.kernels import timestep_gate as kernels
+
+        return kernels.backward(
+            None if grad_probs is None else grad_probs.contiguous(),
+            None if grad_gate is None else grad_gate.contiguous(),
+            embedding.contiguous(),
+            weight.contiguous(),
+            probs.contiguous(),
+            index.contiguous(),
+        )
+    total = torch.zeros_like(probs) if grad_probs is None else grad_probs
+    if grad_gate is not None:
+        total = total.scatter_add(2, index.long(), grad_gate)
+    grad_logits = probs * (total - (total * probs).sum(-1, keepdim=True))  # [L, N', M]
+    hidden = embedding.float()
+    sigmoid = torch.sigmoid(hidden)
+    grad_weight = torch.einsum("lnm,nd->lmd", grad_logits, hidden * sigmoid)
+    grad_hidden = torch.einsum("lnm,lmd->nd", grad_logits, weight)
+    grad_embedding = grad_hidden * sigmoid * (1 + hidden * (1 - sigmoid))
     return grad_embedding.to(embedding.dtype), grad_weight.contiguous(), grad_logits.sum(1)
+
+
+def _float32_already(*arguments: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Under autocast: the arguments as they are, since gates are computed in float32 whatever comes in."""
+    return arguments
+
+
+register_autocast("timestep_gate", _float32_already)
+register_autocast("timestep_gate_backward", _float32_already)

@@ -20,3 +20,9 @@ def timestep_gate(
         probs, dim=-1, descending=True, stable=True
     )  # stable: the lowest index wins a tie
     return probs, index[..., :top_k].to(torch.int32), gate[..., :top_k]
+
+
+def selected_experts(probs: Tensor, expert_index: Tensor) -> Tensor:
+    """0/1 ``[N', L*M]`` in the type of ``probs [L, N', M]``: one where an expert is in ``expert_index``."""
+    chosen = torch.zeros_like(probs).scatter(2, expert_index.long(), 1.0)
+    return chosen.transpose(0, 1).flatten(1)

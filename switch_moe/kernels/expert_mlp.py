@@ -1,0 +1,508 @@
+"""Two-layer experts as grouped products over the (sample, chosen expert) pairs ``p = b*k + j``.
+
+With ``h_p = act(x_b W1_e + c1_e)``: ``m(x_b) = sum_j g_p (h_p W2_e + c2_e)``. Gates are folded into the
+hidden units and the k experts of a sample share one accumulator, so expert outputs [B*T, k, D] never exist.
+W is H, the hidden width, or 2H for SwiGLU, where a program forms both halves of its units.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from switch_moe.kernels._launch import architecture, cdiv, dot_precision, launch
+from switch_moe.kernels.dispatch import dispatch
+from switch_moe.kernels.expert_linear import sum_first
+
+
+class Tile(NamedTuple):
+    """A program computes ``rows x cols`` numbers, ``inner`` deep at a time."""
+
+    rows: int
+    cols: int
+    inner: int
+    warps: int
+    stages: int
+
+    def meta(self) -> dict[str, int]:
+        """As arguments of a launch."""
+        names = ("ROWS", "COLS", "INNER", "num_warps", "num_stages")
+        return dict(zip(names, self, strict=True))
+
+
+def _tiles(kernel: str, tokens: int, gated: bool, dtype: torch.dtype, arch: int) -> Tile:
+    """The tile of ``kernel``: hidden, mixture, hidden_grad or weight_grad.
+
+    Chosen by registers and shared memory as compiled: nothing spills, and on sm_90 the registers and shared
+    memory of two programs fit an SM for GELU's hidden, mixture and weight_grad.
+    """
+    epilogue = gated and kernel in ("hidden", "hidden_grad")  # twice the numbers of other tiles
+    if dtype == torch.float32:
+        tile = Tile(64, 64, 16, 8, 3)
+    elif arch < 90 or arch >= 120:  # at most 99 KB of shared memory, no asynchronous tensor cores
+        tile = Tile(128, 64 if epilogue else 128, 32, 8, 4)
+    else:
+        tile = Tile(128, 128, 64, 8, 3)
+    if kernel == "weight_grad":
+        return tile._replace(inner=min(tile.inner, max(16, triton.next_power_of_2(tokens))))
+    if tile.rows > 64 >= tokens:
+        cols = 64 if gated and kernel == "hidden_grad" else tile.cols
+        return tile._replace(rows=64, cols=cols, warps=4)
+    return tile
+
+
+def _splits(tiles: int, pairs: int) -> int:
+    """Into how many parts the pairs of an expert are split: enough programs for a GPU, by shapes alone."""
+    return max(1, min(16, pairs, 512 // tiles))
+
+
+def forward(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    gated: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """``m(x) [B, T, D]``, and ``x_b W1_e + c1_e [B, k, T, W]`` where kept, else empty.
+
+    Arguments are contiguous.
+    """
+    (batch, tokens, size), top_k = x.shape, index.shape[1]
+    num_experts, hidden, _ = weight_out.shape
+    pre = x.new_empty((batch, top_k, tokens, weight_in.shape[2]) if keep else 0)
+    if x.numel() == 0:
+        return torch.empty_like(x), pre
+    order, pairs, _ = dispatch(index, num_experts)
+    units = x.new_empty(batch, top_k, tokens, hidden)
+    tile = _tiles("hidden", tokens, gated, x.dtype, architecture(x.device))
+    launch(
+        _hidden_kernel, batch * top_k * cdiv(tokens, tile.rows) * cdiv(hidden, tile.cols),
+        x, weight_in, weight_in if bias_in is None else bias_in, index, gate, pairs, pre, units, tokens,
+        batch * top_k, D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_in is not None,
+        KEEP=keep, PRECISION=dot_precision(x), **tile.meta(),
+    )  # fmt: skip
+    return _mixture(units, weight_out, bias_out, index, gate, order, transposed=False), pre
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    pre: Tensor,
+    gated: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate; empty where not wanted."""
+    (batch, tokens, size), top_k = x.shape, index.shape[1]
+    num_experts, hidden, _ = weight_out.shape
+    width = weight_in.shape[2]
+    want_x, want_in, want_bias_in, want_out, want_bias_out, want_gate = wanted
+    if x.numel() == 0:
+        shapes = (x.shape, weight_in.shape, (num_experts, width), weight_out.shape, (num_experts, size))
+        zeros = [x.new_zeros(shape if want else 0) for shape, want in zip(shapes, wanted, strict=False)]
+        return (
+            zeros[0],
+            zeros[1],
+            zeros[2],
+            zeros[3],
+            zeros[4],
+            gate.new_zeros(gate.shape if want_gate else 0),
+        )
+    order, pairs, offsets = dispatch(index, num_experts)
+    tile = _tiles("hidden_grad", tokens, gated, x.dtype, architecture(x.device))
+    blocks_t, blocks_n = cdiv(tokens, tile.rows), cdiv(hidden, tile.cols)
+    grad_pre = x.new_empty((batch, top_k, tokens, width) if want_x or want_in else 0)
+    units = x.new_empty((batch, top_k, tokens, hidden) if want_out else 0)
+    gates = gate.new_empty((blocks_t * blocks_n, batch, top_k) if want_gate else 0)
+    sums_pre = gate.new_empty((batch * top_k, blocks_t, width) if want_bias_in else 0)
+    sums_out = gate.new_empty((batch, blocks_t, size) if want_bias_out else 0)
+    launch(
+        _hidden_grad_kernel, batch * top_k * blocks_t * blocks_n,
+        grad, weight_out, weight_out if bias_out is None else bias_out, index, gate, pairs, pre, grad_pre,
+        units, gates, sums_pre, sums_out, tokens, batch * top_k,
+        D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_out is not None and want_gate,
+        GRAD_PRE=want_x or want_in, UNITS=want_out, GRAD_GATE=want_gate, SUMS_PRE=want_bias_in,
+        SUMS_OUT=want_bias_out, PRECISION=dot_precision(x), **tile.meta(),
+    )  # fmt: skip
+    nothing = x.new_empty(0)
+    return (
+        _mixture(grad_pre, weight_in, None, index, gate, order, transposed=True) if want_x else nothing,
+        _weight_grad(x, grad_pre, pairs, offsets, weight_in, top_k, 1) if want_in else nothing,
+        _bias_grad(sums_pre, pairs, offsets, None, weight_in) if want_bias_in else nothing,
+        _weight_grad(units, grad, pairs, offsets, weight_out, 1, top_k) if want_out else nothing,
+        _bias_grad(sums_out, pairs, offsets, gate, weight_out) if want_bias_out else nothing,
+        sum_first(gates, gate.dtype) if want_gate else gate.new_empty(0),
+    )
+
+
+def _mixture(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    order: Tensor,
+    transposed: bool,
+) -> Tensor:
+    """``sum_j a_bj W_e (+ g_bj c_e)``: a [B, k, T, K], weight [M, K, N] or, transposed, [M, N, K]."""
+    batch, top_k, tokens, inner = a.shape
+    size = weight.shape[1 if transposed else 2]
+    out = a.new_empty(batch, tokens, size)
+    tile = _tiles("mixture", tokens, False, a.dtype, architecture(a.device))
+    launch(
+        _mixture_kernel, batch * cdiv(tokens, tile.rows) * cdiv(size, tile.cols),
+        a, weight, weight if bias is None else bias, index, gate, order, out, tokens, batch,
+        N=size, K=inner, M=weight.shape[0], TOP_K=top_k, TRANSPOSED=transposed, BIAS=bias is not None,
+        PRECISION=dot_precision(a), **tile.meta(),
+    )  # fmt: skip
+    return out
+
+
+def _weight_grad(
+    left: Tensor, right: Tensor, pairs: Tensor, offsets: Tensor, weight: Tensor, left_per: int, right_per: int
+) -> Tensor:
+    """``dW_e = sum_p left_(p // left_per)^T right_(p // right_per)`` over the pairs p of e."""
+    num_experts, rows, cols = weight.shape
+    tokens = left.shape[-2]
+    tile = _tiles("weight_grad", tokens, False, weight.dtype, architecture(weight.device))
+    tiles = num_experts * cdiv(rows, tile.rows) * cdiv(cols, tile.cols)
+    splits = _splits(tiles, pairs.shape[0])
+    out = weight.new_empty(splits, *weight.shape, dtype=torch.float32 if splits > 1 else weight.dtype)
+    launch(
+        _weight_grad_kernel, tiles * splits, left, right, pairs, offsets, out, tokens, splits,
+        D_LEFT=rows, D_RIGHT=cols, M=num_experts, LEFT_PER=left_per, RIGHT_PER=right_per,
+        PRECISION=dot_precision(weight), **tile.meta(),
+    )  # fmt: skip
+    return sum_first(out, weight.dtype)
+
+
+def _bias_grad(sums: Tensor, pairs: Tensor, offsets: Tensor, gate: Tensor | None, weight: Tensor) -> Tensor:
+    """Sums of token tiles, ``[B*k or B, tiles, N]``, to ``[M, N]``; scaled by the pair's gate, if given."""
+    count, blocks_t, cols = sums.shape
+    out = weight.new_empty(weight.shape[0], cols)
+    launch(
+        _bias_grad_kernel, weight.shape[0] * cdiv(cols, 32),
+        sums, pairs, offsets, sums if gate is None else gate, out, blocks_t,
+        N=cols, PER=pairs.shape[0] // count, SCALE=gate is not None, ROWS=32, COLS=32, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _tile_of(pid, row_tiles, COL_TILES: tl.constexpr):
+    """Row and column tile of a program: groups of 8 row tiles pass over the columns, so that weights and rows
+    that are read at the same time fit the L2 cache."""
+    group = pid // (8 * COL_TILES)
+    rows = tl.minimum(8, row_tiles - group * 8)
+    inside = pid - group * (8 * COL_TILES)
+    return group * 8 + inside % rows, inside // rows
+
+
+@triton.jit
+def _expert_of(index_ptr, gate_ptr, pair, M: tl.constexpr):
+    """Expert and gate of a pair. An index out of range becomes a NaN gate: seen, and no stray read."""
+    expert = tl.load(index_ptr + pair)
+    gate = tl.load(gate_ptr + pair)
+    inside = (expert >= 0) & (expert < M)
+    return tl.where(inside, expert, 0).to(tl.int64), tl.where(inside, gate, float("nan"))
+
+
+@triton.jit
+def _expert_at(index_ptr, M: tl.constexpr):
+    return tl.minimum(tl.maximum(tl.load(index_ptr), 0), M - 1).to(tl.int64)
+
+
+@triton.jit
+def _product(
+    a_ptr, a_rows, a_slot, weight_ptr, columns, column_mask, index_ptr,
+    K: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    M: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """``sum_j a_j W_e(j)`` over the slots, a tile [ROWS, COLS] of it in float32; with HALF > 0 also for the
+    columns HALF further on.
+
+    a_j [.., K] begins ``j * a_slot`` after a_ptr. e(j) is at index_ptr + j; its weight has SIZE numbers,
+    STRIDE_K and STRIDE_N apart along the inner and the column axis. Slots follow one another in a single
+    loop, and each step loads the expert of the next: loaded in its own step, it would cost the tiles a stage.
+    """
+    STEPS: tl.constexpr = (K + INNER - 1) // INNER
+    r, i = tl.arange(0, ROWS), tl.arange(0, INNER)
+    row_mask = (r < a_rows)[:, None]
+    a_tile = r[:, None] * K + i[None, :]
+    weight_tile = i[:, None] * STRIDE_K + columns[None, :] * STRIDE_N
+    first = tl.zeros([ROWS, COLS], tl.float32)
+    second = first
+    expert = _expert_at(index_ptr, M)
+    for step in range(SLOTS * STEPS):
+        slot = step // STEPS
+        k0 = (step % STEPS) * INNER
+        a_mask, weight_mask = row_mask, column_mask[None, :]
+        if K % INNER != 0:
+            a_mask = row_mask & (i < K - k0)[None, :]
+            weight_mask = weight_mask & (i < K - k0)[:, None]
+        a = tl.load(a_ptr + slot * a_slot + k0 + a_tile, mask=a_mask, other=0.0)
+        w_ptr = weight_ptr + expert * SIZE + k0 * STRIDE_K + weight_tile
+        first = tl.dot(a, tl.load(w_ptr, mask=weight_mask, other=0.0), first, input_precision=PRECISION)
+        if HALF > 0:
+            w = tl.load(w_ptr + HALF * STRIDE_N, mask=weight_mask, other=0.0)
+            second = tl.dot(a, w, second, input_precision=PRECISION)
+        if SLOTS > 1:
+            expert = _expert_at(index_ptr + tl.minimum((step + 1) // STEPS, SLOTS - 1), M)
+    return first, second
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The left and the right half of the columns: an epilogue for each in turn holds fewer registers."""
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLS // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _activation(a, b, GATED: tl.constexpr):
+    """``act`` and its derivatives in a and b, in float32: SiLU(a) b, or GELU(a) in its tanh form."""
+    if GATED:
+        s = tl.sigmoid(a)
+        value = a * s * b
+        slope_a = (s + a * s * (1 - s)) * b
+        slope_b = a * s
+    else:
+        # 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2/pi) (a + 0.044715 a^3)
+        s = tl.sigmoid(a * (1.5957691216057308 + 0.07135481282553837 * a * a))
+        value = a * s
+        slope_a = s + a * s * (1 - s) * (1.5957691216057308 + 0.21406443847661511 * a * a)
+        slope_b = slope_a
+    return value, slope_a, slope_b
+
+
+@triton.jit
+def _hidden_kernel(
+    x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, pre_ptr, units_ptr, tokens, num_pairs,
+    D: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """``pre_p = x_b W1_e + c1_e`` and ``units_p = g_p act(pre_p)``; pre is written with KEEP.
+
+    A program owns ROWS tokens by COLS hidden units of a pair; neighbours share the expert.
+    """
+    W: tl.constexpr = 2 * H if GATED else H
+    blocks_t = tl.cdiv(tokens, ROWS)
+    row_tile, col_tile = _tile_of(tl.program_id(0), num_pairs * blocks_t, (H + COLS - 1) // COLS)
+    pair = tl.load(pairs_ptr + row_tile // blocks_t).to(tl.int64)
+    t0 = (row_tile % blocks_t) * ROWS
+    expert, gate = _expert_of(index_ptr, gate_ptr, pair, M)
+    n = col_tile * COLS + tl.arange(0, COLS)
+    a, b = _product(
+        x_ptr + ((pair // TOP_K) * tokens + t0) * D, tokens - t0, 0, weight_ptr, n, n < H, index_ptr + pair,
+        D, W, 1, D * W, H if GATED else 0, M, 1, PRECISION, ROWS, COLS, INNER,
+    )  # fmt: skip
+    row = pair * tokens + t0
+    halves_a, halves_b = _halves(a, ROWS, COLS), _halves(b, ROWS, COLS)
+    t = tl.arange(0, ROWS)
+    for half in tl.static_range(2):
+        a, b = halves_a[half], halves_b[half]
+        n = col_tile * COLS + half * (COLS // 2) + tl.arange(0, COLS // 2)
+        mask = (t < tokens - t0)[:, None] & (n < H)[None, :]
+        pre = pre_ptr + row * W + t[:, None] * W + n[None, :]
+        if BIAS:
+            a += tl.load(bias_ptr + expert * W + n, mask=n < H, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                b += tl.load(bias_ptr + expert * W + H + n, mask=n < H, other=0.0).to(tl.float32)[None, :]
+        if KEEP:
+            tl.store(pre, a.to(pre_ptr.dtype.element_ty), mask=mask)
+            if GATED:
+                tl.store(pre + H, b.to(pre_ptr.dtype.element_ty), mask=mask)
+        units, _, _ = _activation(a, b, GATED)
+        place = units_ptr + row * H + t[:, None] * H + n[None, :]
+        tl.store(place, (gate * units).to(units_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mixture_kernel(
+    a_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, order_ptr, out_ptr, tokens, batch,
+    N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """``out_b = sum_j a_bj W_e (+ g_bj c_e)``, weights [M, K, N], or [M, N, K] with TRANSPOSED.
+
+    The output from hidden units, and dx from the gradients before the activation. A program owns ROWS tokens
+    by COLS outputs of a sample; its one accumulator takes the k experts one after another.
+    """
+    blocks_t = tl.cdiv(tokens, ROWS)
+    row_tile, col_tile = _tile_of(tl.program_id(0), batch * blocks_t, (N + COLS - 1) // COLS)
+    sample = tl.load(order_ptr + row_tile // blocks_t).to(tl.int64)
+    t0 = (row_tile % blocks_t) * ROWS
+    t, n = tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
+    out, _ = _product(
+        a_ptr + (sample * TOP_K * tokens + t0) * K, tokens - t0, tl.cast(tokens, tl.int64) * K, weight_ptr, n,
+        n < N, index_ptr + sample * TOP_K, K, 1 if TRANSPOSED else N, K if TRANSPOSED else 1, K * N, 0, M,
+        TOP_K, PRECISION, ROWS, COLS, INNER,
+    )  # fmt: skip
+    if BIAS:
+        for j in range(TOP_K):
+            expert, gate = _expert_of(index_ptr, gate_ptr, sample * TOP_K + j, M)
+            out += gate * tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    place = out_ptr + (sample * tokens + t0) * N + t[:, None] * N + n[None, :]
+    mask = (t < tokens - t0)[:, None] & (n < N)[None, :]
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _hidden_grad_kernel(
+    grad_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, pre_ptr, grad_pre_ptr, units_ptr,
+    grad_gate_ptr, sums_pre_ptr, sums_out_ptr, tokens, num_pairs,
+    D: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, GRAD_PRE: tl.constexpr, UNITS: tl.constexpr, GRAD_GATE: tl.constexpr,
+    SUMS_PRE: tl.constexpr, SUMS_OUT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """``dh = dy_b W2_e^T``; ``dpre = g dh act'(pre)``, ``dg = <act(pre), dh> + <sum_t dy_bt, c2_e>``.
+
+    A program owns ROWS tokens by COLS hidden units of a pair. It writes, where asked for, dpre, the units
+    again (for dW2), its share of dg, and sums over its tokens of dpre and dy (for the biases). The programs
+    of the same tokens share out the columns of dy for those sums.
+    """
+    W: tl.constexpr = 2 * H if GATED else H
+    BLOCKS_N: tl.constexpr = (H + COLS - 1) // COLS
+    blocks_t = tl.cdiv(tokens, ROWS)
+    row_tile, col_tile = _tile_of(tl.program_id(0), num_pairs * blocks_t, BLOCKS_N)
+    pair = tl.load(pairs_ptr + row_tile // blocks_t).to(tl.int64)
+    token_tile = row_tile % blocks_t
+    t0 = token_tile * ROWS
+    expert, gate = _expert_of(index_ptr, gate_ptr, pair, M)
+    sample = pair // TOP_K
+    grad_ptr += (sample * tokens + t0) * D
+    n = col_tile * COLS + tl.arange(0, COLS)
+    dh, _ = _product(
+        grad_ptr, tokens - t0, 0, weight_ptr, n, n < H, index_ptr + pair,
+        D, 1, D, H * D, 0, M, 1, PRECISION, ROWS, COLS, INNER,
+    )  # fmt: skip
+    t = tl.arange(0, ROWS)
+    row = pair * tokens + t0
+    grad_gate = 0.0
+    halves = _halves(dh, ROWS, COLS)
+    for half in tl.static_range(2):
+        dh = halves[half]
+        n = col_tile * COLS + half * (COLS // 2) + tl.arange(0, COLS // 2)
+        mask = (t < tokens - t0)[:, None] & (n < H)[None, :]
+        pre = row * W + t[:, None] * W + n[None, :]
+        a = tl.load(pre_ptr + pre, mask=mask, other=0.0).to(tl.float32)
+        b = a
+        if GATED:
+            b = tl.load(pre_ptr + pre + H, mask=mask, other=0.0).to(tl.float32)
+        units, slope_a, slope_b = _activation(a, b, GATED)
+        if UNITS:
+            place = units_ptr + row * H + t[:, None] * H + n[None, :]
+            tl.store(place, (gate * units).to(units_ptr.dtype.element_ty), mask=mask)
+        if GRAD_GATE:
+            grad_gate += tl.sum(units * dh)
+        dh *= gate
+        sums = sums_pre_ptr + (pair * blocks_t + token_tile) * W + n
+        if GRAD_PRE:
+            tl.store(grad_pre_ptr + pre, (dh * slope_a).to(grad_pre_ptr.dtype.element_ty), mask=mask)
+            if GATED:
+                tl.store(grad_pre_ptr + pre + H, (dh * slope_b).to(grad_pre_ptr.dtype.element_ty), mask=mask)
+        if SUMS_PRE:
+            tl.store(sums, tl.sum(dh * slope_a, 0), mask=n < H)
+            if GATED:
+                tl.store(sums + H, tl.sum(dh * slope_b, 0), mask=n < H)
+    if BIAS or SUMS_OUT:
+        for d0 in range(col_tile * INNER, D, BLOCKS_N * INNER):
+            d = d0 + tl.arange(0, INNER)
+            dy_mask = (t < tokens - t0)[:, None] & (d < D)[None, :]
+            dy = tl.load(grad_ptr + t[:, None] * D + d[None, :], mask=dy_mask, other=0.0)
+            total = tl.sum(dy.to(tl.float32), 0)
+            if BIAS:
+                c = tl.load(bias_ptr + expert * D + d, mask=d < D, other=0.0)
+                grad_gate += tl.sum(total * c.to(tl.float32))
+            if SUMS_OUT and pair % TOP_K == 0:
+                tl.store(sums_out_ptr + (sample * blocks_t + token_tile) * D + d, total, mask=d < D)
+    if GRAD_GATE:
+        tl.store(
+            grad_gate_ptr + (token_tile * BLOCKS_N + col_tile).to(tl.int64) * num_pairs + pair, grad_gate
+        )
+
+
+@triton.jit
+def _weight_grad_kernel(
+    left_ptr, right_ptr, pairs_ptr, offsets_ptr, out_ptr, tokens, splits,
+    D_LEFT: tl.constexpr, D_RIGHT: tl.constexpr, M: tl.constexpr, LEFT_PER: tl.constexpr,
+    RIGHT_PER: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """``out_e = sum_p left_l^T right_r`` over the pairs p of expert e, l = p // LEFT_PER, r = p // RIGHT_PER.
+
+    left [.., T, D_LEFT] and right [.., T, D_RIGHT] belong to a pair (PER = 1) or to its sample (PER = k). A
+    program owns [ROWS, COLS] of one expert, over one of splits parts of its pairs. Tokens run through from
+    pair to pair in a single loop, and each step loads the pair of the next, as in _product.
+    """
+    BLOCKS_I: tl.constexpr = (D_LEFT + ROWS - 1) // ROWS
+    BLOCKS_O: tl.constexpr = (D_RIGHT + COLS - 1) // COLS
+    TILES: tl.constexpr = BLOCKS_I * BLOCKS_O
+    part = tl.program_id(0) // TILES
+    row_tile, col_tile = _tile_of(tl.program_id(0) % TILES, BLOCKS_I, BLOCKS_O)
+    expert, split = part % M, part // M
+    i, o = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
+    t = tl.arange(0, INNER)
+    begin = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    length = tl.cdiv(end - begin, splits)
+    begin = tl.minimum(begin + split * length, end)
+    count = tl.minimum(begin + length, end) - begin
+    pair = tl.load(pairs_ptr + begin, mask=count > 0, other=0)
+    steps = tl.cdiv(tokens, INNER)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for step in range(count * steps):
+        t0 = (step % steps) * INNER
+        left_row = (pair // LEFT_PER).to(tl.int64) * tokens + t0
+        right_row = (pair // RIGHT_PER).to(tl.int64) * tokens + t0
+        left_mask = (t < tokens - t0)[None, :] & (i < D_LEFT)[:, None]
+        right_mask = (t < tokens - t0)[:, None] & (o < D_RIGHT)[None, :]
+        left_tile = left_ptr + left_row * D_LEFT + t[None, :] * D_LEFT + i[:, None]
+        right_tile = right_ptr + right_row * D_RIGHT + t[:, None] * D_RIGHT + o[None, :]
+        left = tl.load(left_tile, mask=left_mask, other=0.0)
+        right = tl.load(right_tile, mask=right_mask, other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        pair = tl.load(pairs_ptr + begin + tl.minimum((step + 1) // steps, count - 1))
+    place = out_ptr + part.to(tl.int64) * (D_LEFT * D_RIGHT) + i[:, None] * D_RIGHT + o[None, :]
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(i < D_LEFT)[:, None] & (o < D_RIGHT)[None, :])
+
+
+@triton.jit
+def _bias_grad_kernel(
+    sums_ptr, pairs_ptr, offsets_ptr, gate_ptr, out_ptr, blocks_t,
+    N: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """``out_e = sum_p sum_u s_p sums[p // PER, u]`` over pairs p of e and token tiles u; s_p the gate, or 1.
+
+    A program owns COLS columns of one expert and takes ROWS of its sums at a time.
+    """
+    BLOCKS_N: tl.constexpr = (N + COLS - 1) // COLS
+    expert = tl.program_id(0) // BLOCKS_N
+    n = (tl.program_id(0) % BLOCKS_N) * COLS + tl.arange(0, COLS)
+    begin = tl.load(offsets_ptr + expert)
+    count = (tl.load(offsets_ptr + expert + 1) - begin) * blocks_t
+    total = tl.zeros([COLS], tl.float32)
+    for start in range(0, count, ROWS):
+        r = start + tl.arange(0, ROWS)
+        pair = tl.load(pairs_ptr + begin + r // blocks_t, mask=r < count, other=0)
+        row = (pair // PER).to(tl.int64) * blocks_t + r % blocks_t
+        mask = (r < count)[:, None] & (n < N)[None, :]
+        sums = tl.load(sums_ptr + row[:, None] * N + n[None, :], mask=mask, other=0.0)
+        if SCALE:
+            sums *= tl.load(gate_ptr + pair, mask=r < count, other=0.0)[:, None]
+        total += tl.sum(sums, 0)
+    tl.store(out_ptr + expert * N + n, total.to(out_ptr.dtype.element_ty), mask=n < N)
