@@ -20,9 +20,7 @@ format:
 bench:
 	pytest benchmarks
 
-# Builds for the GPU of this machine, runs the tests on it and then the benchmarks; without a GPU it says so and fails.
+# Builds for the GPU of this machine, runs the tests on it and measures every kernel, into benchmarks/results;
+# without a GPU it says so and fails. ARGS=--sanitize adds compute-sanitizer.
 gpu:
-	python -c 'import torch; assert torch.cuda.is_available(), "make gpu: torch sees no GPU here"'
-	SWITCH_MOE_CUDA=1 pip install -e . --no-build-isolation --no-deps
-	pytest
-	pytest benchmarks
+	python -m benchmarks.gpu_report $(ARGS)

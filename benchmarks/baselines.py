@@ -1,11 +1,16 @@
-"""What expert_linear is measured against."""
+"""What expert_linear and expert_mlp are measured against."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# (rows [R, Din] sorted by expert, weight [M, Din, Dout], last row of each expert + 1 [M] int32) -> [R, Dout]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _LoopOverExperts(torch.autograd.Function):
@@ -51,4 +56,96 @@ def expert_loop(x: Tensor, weight: Tensor, bias: Tensor, expert_index: Tensor, e
     scaled = out.view(-1, tokens, weight.shape[2]) * expert_gate.flatten()[by_expert][:, None, None].to(
         x.dtype
     )
-    return torch.zeros(batch, tokens, weight.shape[2], dtype=x.dtype).index_add(0, sample, scaled)
+    total = torch.zeros(batch, tokens, weight.shape[2], dtype=x.dtype, device=x.device)
+    return total.index_add(0, sample, scaled)
+
+
+class _Take(torch.autograd.Function):
+    """``x[take]``, every row ``copies`` times; ``back`` finds them again. No atomics either way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, take: Tensor, back: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.copies = copies
+        return x[take]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        grad = grad[back]
+        return grad if ctx.copies == 1 else grad.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+class Groups:
+    """Pairs (sample, expert) in the order of their experts, found on the device without waiting for it."""
+
+    def __init__(self, expert_index: Tensor, num_experts: int, tokens: int) -> None:
+        self.batch, self.top_k = expert_index.shape
+        self.order = torch.argsort(expert_index.flatten(), stable=True)  # [B*k]
+        self.inverse = torch.argsort(self.order)
+        self.expert = expert_index.flatten()[self.order].long()
+        experts = torch.arange(num_experts, device=expert_index.device)
+        self.ends = (torch.searchsorted(self.expert, experts, right=True) * tokens).to(torch.int32)  # [M]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``[B, T, D]`` to rows ``[B*k*T, D]``."""
+        return _Take.apply(x, self.order // self.top_k, self.inverse, self.top_k).flatten(0, 1)
+
+    def add_bias(self, rows: Tensor, bias: Tensor) -> Tensor:
+        """Each row plus the bias of its expert."""
+        return (rows.unflatten(0, (len(self.order), -1)) + bias[self.expert][:, None]).flatten(0, 1)
+
+    def combine(self, rows: Tensor, expert_gate: Tensor) -> Tensor:
+        """Rows ``[B*k*T, D]`` to ``[B, T, D]``: their sum over k, weighted by the gates in their type."""
+        pairs = _Take.apply(rows.unflatten(0, (len(self.order), -1)), self.inverse, self.order, 1)
+        gates = expert_gate.to(rows.dtype)[:, None]  # [B, 1, k]
+        return (gates @ pairs.reshape(self.batch, self.top_k, -1)).view(self.batch, -1, rows.shape[1])
+
+
+def torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's grouped product."""
+    return F.grouped_mm(rows, weight, offs=ends)
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    expert_index: Tensor,
+    expert_gate: Tensor,
+    product: Product = torch_grouped_mm,
+) -> Tensor:
+    """Gather, one grouped product, combine: what a generic mixture-of-experts library does.
+
+    Shapes and result as in :func:`switch_moe.ops.expert_linear`; the gates are rounded to the type of ``x``.
+    """
+    groups = Groups(expert_index, weight.shape[0], x.shape[1])
+    rows = groups.add_bias(product(groups.gather(x), weight, groups.ends), bias)
+    return groups.combine(rows, expert_gate)
+
+
+def grouped_mlp(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    expert_index: Tensor,
+    expert_gate: Tensor,
+    gated: bool,
+    product: Product = torch_grouped_mm,
+) -> Tensor:
+    """As :func:`grouped_linear`, with two products. Shapes as in :func:`switch_moe.ops.expert_mlp`."""
+    groups = Groups(expert_index, weight_in.shape[0], x.shape[1])
+    hidden = groups.add_bias(product(groups.gather(x), weight_in, groups.ends), bias_in)
+    hidden = activation(hidden, gated)
+    rows = groups.add_bias(product(hidden, weight_out, groups.ends), bias_out)
+    return groups.combine(rows, expert_gate)
+
+
+def activation(hidden: Tensor, gated: bool) -> Tensor:
+    """SwiGLU of the two halves, or GELU (tanh)."""
+    if gated:
+        a, b = hidden.chunk(2, dim=-1)
+        return F.silu(a) * b
+    return F.gelu(hidden, approximate="tanh")

@@ -1,6 +1,6 @@
 """Where merging experts beats grouping samples by expert: the measurement behind ``merging_pays``.
 
-    python benchmarks/sweep_merging.py                 # forward + backward, ratios grouped / merged
+    python -m benchmarks.sweep_merging                 # forward + backward, ratios grouped / merged
 
 A ratio above 1 means merging was faster; a star marks the shapes that ``merging_pays`` decides wrongly.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 
 import torch
-from timing import interleaved_medians
 
+from benchmarks.timing import interleaved_medians
 from switch_moe.ops.expert_linear import (
     _grouped_backward,
     _grouped_forward,

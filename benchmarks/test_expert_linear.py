@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from baselines import expert_loop
-from timing import interleaved_medians
 
+from benchmarks.baselines import expert_loop
+from benchmarks.timing import interleaved_medians
 from switch_moe.ops import expert_linear
 
 SHAPES = [(32, 256, 384), (16, 256, 768), (8, 256, 1152)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from timing import interleaved_medians
 
+from benchmarks.timing import interleaved_medians
 from switch_moe.ops import linear_assignment
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timing import interleaved_medians
 
+from benchmarks.timing import interleaved_medians
 from switch_moe.ops import timestep_gate
 
 ROWS = 1000 + 128  # all timesteps and a batch
