@@ -9,7 +9,7 @@ from torch import Tensor
 
 from switch_moe.kernels._launch import cdiv, launch
 
-_BLOCK = 128
+_BLOCK = 64
 
 
 def dispatch(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,12 +41,12 @@ def dispatch(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 
 @triton.jit
 def _sample_key(index_ptr, sample, mask, M: tl.constexpr, TOP_K: tl.constexpr):
-    """The set of a sample's experts as bits; more than 62 experts may share bits: only locality."""
-    key = tl.zeros(sample.shape, tl.int64)
-    for j in tl.static_range(TOP_K):
+    """The set of a sample's experts as bits; more than 31 experts may share bits: only locality."""
+    key = tl.zeros(sample.shape, tl.int32)
+    for j in range(TOP_K):  # not unrolled: k loads at once would spill
         expert = tl.load(index_ptr + sample.to(tl.int64) * TOP_K + j, mask=mask, other=0)
-        expert = tl.minimum(tl.maximum(expert, 0), M - 1).to(tl.int64) % 62
-        key = key | (tl.full(sample.shape, 1, tl.int64) << expert)
+        expert = tl.minimum(tl.maximum(expert, 0), M - 1) % 31
+        key = key | (tl.full(sample.shape, 1, tl.int32) << expert)
     return key
 
 

@@ -46,8 +46,8 @@ _PRODUCTS = {
     ("tf32", 80, True): (_Tile(64, 64, 32, 4, 2),) * 3,
     ("tf32", 90, False): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 64, 32, 4, 3)),
     ("tf32", 90, True): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 64, 32, 4, 3)),
-    ("tf32", 100, False): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 128, 32, 8, 2)),
-    ("tf32", 100, True): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 128, 32, 8, 2)),
+    ("tf32", 100, False): (_Tile(128, 64, 32, 8, 3),) * 3,
+    ("tf32", 100, True): (_Tile(128, 64, 32, 8, 3),) * 3,
 }
 _IEEE_PRODUCT = _Tile(64, 64, 32, 8, 2)
 
@@ -59,7 +59,7 @@ _WEIGHTS = {
     ("tf32", 80): (_Tile(64, 32, 32, 4, 2), _Tile(64, 32, 32, 4, 2), _Tile(64, 64, 32, 8, 2)),
     ("tf32", 90): (_Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2)),
     ("tf32", 100): (_Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 3)),
-    ("ieee",): (_Tile(32, 64, 32, 8, 2), _Tile(32, 32, 32, 4, 2), _Tile(64, 64, 16, 8, 3)),
+    ("ieee",): (_Tile(32, 64, 16, 8, 3), _Tile(32, 64, 16, 8, 3), _Tile(64, 64, 16, 8, 3)),
 }
 
 
@@ -74,6 +74,8 @@ def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> dict[st
     """Tile of the forward (or of dx) for ``x [B, T, D]``: BLOCK_T tokens by BLOCK_N columns, BLOCK_K deep."""
     kind, arch = _kind(x)
     tile = _IEEE_PRODUCT
+    if kind == "ieee" and gradient and top_k > _UNROLLED.value:  # 8 bytes of spills with 8 warps
+        tile = tile._replace(num_warps=4)
     if kind != "ieee":
         large, middle, small = _PRODUCTS[kind, arch, gradient]
         batch, tokens = x.shape[:2]
@@ -169,7 +171,9 @@ def _grad_weight(
     each = num_experts > MAX_ACCUMULATORS
     tile = weight_tile(x, num_experts)
     tiles = cdiv(d_in, tile["BLOCK_I"]) * cdiv(d_out, tile["BLOCK_N"])
-    splits = _splits(tiles * (num_experts if each else 1), batch)
+    samples = cdiv(batch * index.shape[1], num_experts) if each else batch  # of one program, about
+    flops = 2.0 * samples * tokens * tile["BLOCK_I"] * tile["BLOCK_N"]
+    splits = _splits(tiles * (num_experts if each else 1), samples, flops, weight.numel())
     partial = torch.float32 if splits > 1 else weight.dtype
     weights = weight.new_empty(splits, *weight.shape, dtype=partial)
     biases = weight.new_empty(splits, num_experts if bias is not None else 0, d_out, dtype=partial)
@@ -196,9 +200,19 @@ def _grad_weight(
     )
 
 
-def _splits(tiles: int, batch: int) -> int:
-    """Into how many parts the samples are split: enough programs for a large GPU, fixed by the shapes."""
-    return max(1, min(16, batch, 160 // tiles))
+def _splits(programs: int, samples: int, flops: float, size: int) -> int:
+    """Into how many parts the samples are split, by shapes alone: a fixed order of sums.
+
+    Of ``programs`` tiles each takes ``flops`` over all its ``samples``. Parts fill the last wave of programs
+    better, at two passes over ``size`` float32 numbers each. Rates are of an H200: 2 TFLOP/s for a program
+    bound by L2, 4.3 TB/s; 162 tiles for 132 multiprocessors are two waves, four parts of them 4.9.
+    """
+
+    def seconds(parts: int) -> float:
+        waves = cdiv(programs * parts, _MULTIPROCESSORS)
+        return waves * flops / parts / 2e12 + (parts > 1) * parts * 8 * size / 4.3e12
+
+    return min(range(1, max(1, min(16, samples)) + 1), key=seconds)
 
 
 def sum_first(partial: Tensor, dtype: torch.dtype) -> Tensor:

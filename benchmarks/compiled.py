@@ -1,0 +1,338 @@
+"""Every Triton kernel at every shipped tile, compiled ahead of time for sm_80, sm_90, sm_100 without a GPU.
+
+    python -m benchmarks.compiled                  # the hardest specialisation of each tile; predicted times
+    python -m benchmarks.compiled --all            # every specialisation of many shapes: hours
+    python -m benchmarks.compiled --only expert_linear --markdown --json compiled.json
+
+Compiled is what the functions of switch_moe/kernels launch on the meta tensors of kernel_calls.py. A new
+kernel joins through a call there, and through its cost in cost_model.py.
+
+Proven from the machine code: no spills; tensor-core instructions where a product takes bfloat16, float16 or
+TF32 (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100; of fewer than 64 rows, HMMA), none where all products
+are true float32; shared memory and registers that the architecture can launch. Exits with 1 where one fails.
+
+The predicted times are a MODEL of one H200 (cost_model.py says which), NOT A MEASUREMENT. They stand beside
+the floor, max(FLOPs / rate, bytes of inputs and outputs / bandwidth), and F.linear by the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from benchmarks.cost_model import COSTS, problems, seconds
+from benchmarks.kernel_calls import OPERATIONS, calls, typed
+from switch_moe.kernels import _launch
+
+Row = dict[str, Any]
+
+ARCHITECTURES = (80, 90, 100)
+# Shared memory of a program: sm_80 has 163 KiB, but its code also runs on sm_86 and sm_89.
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_PER_SM = {
+    80: 164 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+}  # each program costs 1 KiB more than it asks for
+REGISTERS, MAX_THREADS, THREADS_PER_SM, PROGRAMS_PER_SM, TENSOR_COLUMNS = 65536, 1024, 2048, 32, 512
+TILE = re.compile("BLOCK|ROWS$|COLS$|INNER$")  # constants that are tile sizes
+
+
+class Specialisation(NamedTuple):
+    """A recorded launch, as Triton's own launcher specialises it."""
+
+    launch: _launch.Launch
+    arch: int
+    arguments: dict[str, Any]  # by name
+    signature: dict[str, str]
+    constexprs: dict[tuple[int], Any]
+    attrs: dict[Any, Any]
+    options: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.launch.kernel.__module__.rsplit('.', 1)[-1]}.{self.launch.kernel.__name__}"
+
+    @property
+    def dtype(self) -> str:
+        """The narrowest floating type of its arguments."""
+        tensors = [argument for argument in self.launch.args if isinstance(argument, Tensor)]
+        floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+        name = str(min(floating or tensors, key=Tensor.element_size).dtype).removeprefix("torch.")
+        return "tf32" if name == "float32" and "tf32" in self.launch.meta.values() else name
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return {name: value for name, value in self.launch.meta.items() if TILE.match(name)}
+
+    @property
+    def tiling(self) -> tuple[Any, ...]:
+        """The choice that a kernel's tile function made."""
+        dtype = self.dtype.replace("bfloat16", "float16")  # alike but for the types of instructions
+        return (
+            self.name,
+            self.arch,
+            dtype,
+            *self.tile.items(),
+            self.options.num_warps,
+            self.options.num_stages,
+        )
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """The default compiles one of each: by tile, branches and the number of chosen experts."""
+        meta = self.launch.meta
+        return (self.tiling, meta.get("TOP_K"), *(name for name, value in meta.items() if value is True))
+
+    @property
+    def key(self) -> str:
+        """Equal for launches of the same machine code."""
+        return repr((self.name, self.arch, self.signature, self.constexprs, self.attrs, vars(self.options)))
+
+    @property
+    def size(self) -> int:
+        """The largest of a group has the most columns and experts compiled in."""
+        return sum(value for value in self.constexprs.values() if isinstance(value, int))
+
+
+def specialise(launch: _launch.Launch, arch: int) -> Specialisation:
+    backend, bind = _binder(launch.kernel, arch)
+    bound, specialization, _ = bind(*launch.args, **launch.meta)
+    options, *rest = launch.kernel._pack_args(backend, dict(launch.meta), bound, specialization, None)
+    return Specialisation(launch, arch, bound, *rest, options)
+
+
+@functools.cache
+def _binder(kernel: Any, arch: int) -> tuple[Any, Callable[..., Any]]:
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def record(wanted: list[Callable[[], None]], arch: int) -> list[Specialisation]:
+    """What the calls launch on an architecture."""
+    with _launch.record(arch) as launches:
+        for call in wanted:
+            call()
+    return [specialise(launch, arch) for launch in launches]
+
+
+def select(found: list[Specialisation], everything: bool) -> list[Specialisation]:
+    """Those of different machine code, or the largest of each group."""
+    found = sorted(found, key=lambda spec: spec.size)
+    kept = {spec.key if everything else spec.group: spec for spec in found}.values()
+    return sorted(kept, key=lambda spec: (spec.name, spec.arch, spec.dtype, str(spec.group)))
+
+
+_PRODUCT = re.compile(r"tt\.dot (.*?) : tensor<(?:\d+x)*?(\d+)x\d+x(\w+)> \*")
+_TENSOR = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)\b")
+
+
+def inspect(spec: Specialisation) -> Row:
+    """Compiles and reads the machine code."""
+    row: Row = {
+        "kernel": spec.name, "arch": spec.arch, "dtype": spec.dtype, "tile": spec.tile,
+        "constants": {spec.launch.kernel.arg_names[i]: value for (i,), value in spec.constexprs.items()},
+        "warps": spec.options.num_warps, "stages": spec.options.num_stages,
+    }  # fmt: skip
+    source = ASTSource(spec.launch.kernel, spec.signature, spec.constexprs, spec.attrs)
+    try:
+        target = GPUTarget("cuda", spec.arch, 32)
+        kernel = triton.compile(source, target=target, options=vars(spec.options))
+    except Exception as error:
+        return row | {"faults": {"compiles": f"{type(error).__name__}: {error}"}}
+    products = [
+        (int(rows), "tf32" if "tf32" in arguments else kind)
+        for arguments, rows, kind in _PRODUCT.findall(kernel.asm["ttir"])
+    ]
+    # Without one in PTX there is none in machine code; disassembly takes a third of the time.
+    code = _disassemble(kernel.asm["cubin"], sass="mma" in kernel.asm["ptx"])
+    registers, *stack = (int(re.search(rf"{name}:(\d+)", code)[1]) for name in ("REG", "STACK", "LOCAL"))
+    tensor = _TENSOR.findall(code)
+    row |= {
+        "threads": int(re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])[1]), "registers": registers,
+        "spilled": sum(stack), "shared": kernel.metadata.shared,
+        "tensor_columns": getattr(kernel.metadata, "tmem_size", None) or 0, "products": products,
+        "tensor": {name: tensor.count(name) for name in sorted(set(tensor))},
+    }  # fmt: skip
+    return row | {"resident": resident(row), "faults": faults(row)}
+
+
+def _disassemble(cubin: bytes, sass: bool) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", *(["-sass"] if sass else []), file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _allocated_registers(row: Row) -> int:
+    """Of a program; a warp gets them in units of 256."""
+    return -(-row["registers"] * 32 // 256) * 256 * (row["threads"] // 32)
+
+
+def resident(row: Row) -> int:
+    """Programs that an SM holds at once."""
+    return min(
+        REGISTERS // _allocated_registers(row),
+        SHARED_PER_SM[row["arch"]] // (row["shared"] + 1024),
+        THREADS_PER_SM // row["threads"],
+        PROGRAMS_PER_SM,
+        *([TENSOR_COLUMNS // row["tensor_columns"]] if row["tensor_columns"] else []),
+    )
+
+
+def faults(row: Row) -> dict[str, str]:
+    """What is wrong with a kernel, by property."""
+    found = {}
+    if row["spilled"]:
+        found["spills"] = f"{row['spilled']} bytes of stack"
+    if row["shared"] > SHARED_LIMIT[row["arch"]]:
+        found["shared memory"] = f"{row['shared']} bytes are above {SHARED_LIMIT[row['arch']]}"
+    if _allocated_registers(row) > REGISTERS or row["threads"] > MAX_THREADS:
+        found["registers"] = f"{row['registers']} for each of {row['threads']} threads"
+    for rows, kind in row["products"]:
+        group = rows >= 64 and row["warps"] >= 4  # the least that instructions of a warp group multiply
+        wanted = {80: "HMMA", 90: "HGMMA", 100: "UTC"}[row["arch"] if group else 80]
+        if kind != "f32" and not any(name.startswith(wanted) for name in row["tensor"]):
+            found["tensor cores"] = f"a product of {rows} rows in {kind} has no {wanted}, but {row['tensor']}"
+    if {kind for _, kind in row["products"]} == {"f32"} and row["tensor"]:
+        found["float32"] = f"true float32 products take {row['tensor']}"
+    return found
+
+
+def predict(resident_of: dict[tuple[Any, ...], int]) -> list[Row]:
+    """Modelled times of the shapes that Switch-DiT trains with, in seconds."""
+    return [
+        row | _predicted(typed(OPERATIONS[name], "bfloat16", *shape), resident_of)
+        for name, shape, row in problems()
+    ]
+
+
+def _predicted(call: Callable[[], None], resident_of: dict[tuple[Any, ...], int]) -> Row:
+    parts, total = [], 0.0
+    for spec in record([call], 90):
+        programs, together = spec.launch.programs, resident_of.get(spec.tiling, 1)
+        time, bound = seconds(spec.name, spec.dtype, programs, spec.arguments, together)
+        total += time
+        name = spec.name.split(".")[1].strip("_").removesuffix("_kernel")
+        parts.append(f"{name} {1e6 * time:.0f} ({bound})")
+    return {"predicted": total, "parts": parts}
+
+
+def kernel_table(rows: list[Row]) -> list[list[str]]:
+    measures = ("warps", "stages", "registers", "spilled", "shared")
+    costs = ("bytes", "flops", "other")
+    head = ["kernel", "arch", "type", "tile", *measures, "tensor", "resident", *(f"{c}/step" for c in costs)]
+    cells = [[*head, "faults"]]
+    for row in rows:
+        tile = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in row["tile"].items())
+        tile += f" k={row['constants']['TOP_K']}" if "TOP_K" in row["constants"] else ""
+        tensor = " ".join(f"{count} {name}" for name, count in row.get("tensor", {}).items())
+        cost = [f"{row['cost'][name]:.0f}" if "cost" in row else "" for name in costs]
+        text = "; ".join(f"{name}: {fault.splitlines()[-1]}" for name, fault in row["faults"].items())
+        found = [str(row.get(name, "")) for name in measures]
+        start = [row["kernel"], f"sm_{row['arch']}", row["dtype"], tile]
+        cells.append([*start, *found, tensor, str(row.get("resident", "")), *cost, text])
+    return cells
+
+
+def prediction_table(predictions: list[Row]) -> list[list[str]]:
+    cells = [
+        ["operation", "shape", "floor us", "us", "/ floor", "/ linear", "kernels: us (what bounds them)"]
+    ]
+    for p in predictions:
+        ratios = [f"{p['predicted'] / p[name]:.2f}" if name in p else "" for name in ("floor", "linear")]
+        times = f"{1e6 * p['floor']:.1f}", f"{1e6 * p['predicted']:.1f}"
+        cells.append([p["operation"], p["shape"], *times, *ratios, ", ".join(p["parts"])])
+    return cells
+
+
+def show(cells: list[list[str]], markdown: bool) -> None:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for number, line in enumerate(cells):
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print(f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip())
+        if markdown and number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    print()
+
+
+_selected: list[Specialisation] = []  # for the forked workers: kernels cannot be pickled
+
+
+def _inspect_numbered(number: int) -> tuple[int, Row]:
+    return number, inspect(_selected[number])
+
+
+def inspect_all(selected: list[Specialisation], jobs: int) -> list[Row]:
+    """Rows in the order of ``selected``."""
+    _selected[:] = selected
+    rows: list[Row] = [{}] * len(selected)
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        for done, (number, row) in enumerate(pool.imap_unordered(_inspect_numbered, range(len(selected))), 1):
+            rows[number] = row
+            if row["kernel"] in COSTS:
+                row["cost"] = COSTS[row["kernel"]](selected[number].arguments)._asdict()
+            state = ", ".join(row["faults"]) or "fine"
+            name = f"{row['kernel']} sm_{row['arch']} {row['dtype']}"
+            print(f"{done}/{len(selected)} {name}: {state}", file=sys.stderr, flush=True)
+    return rows
+
+
+def calls_of(path: str) -> Callable[[bool], Iterator[Callable[[], None]]]:
+    """The function ``calls`` of a Python file."""
+    spec = importlib.util.spec_from_file_location("calls", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--all", action="store_true", help="every specialisation, not one of each tile")
+    parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose module.name contains it")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    parser.add_argument("--json", metavar="FILE", help="write rows and predictions there too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    parser.add_argument("--calls", metavar="FILE", help="compile what calls() of this Python file launches")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set, so kernels are interpreted and not compiled; unset it")
+    wanted = list((calls_of(arguments.calls) if arguments.calls else calls)(arguments.all))
+    found = [spec for arch in ARCHITECTURES for spec in record(wanted, arch) if arguments.only in spec.name]
+    selected = select(found, arguments.all)
+    rows = inspect_all(selected, arguments.jobs)
+    show(kernel_table(rows), arguments.markdown)
+    predictions = []
+    if not arguments.calls:
+        pairs = sorted(zip(selected, rows, strict=True), key=lambda pair: -pair[1].get("resident", 1))
+        predictions = predict({spec.tiling: row.get("resident", 1) for spec, row in pairs})
+        print("A model of one H200, not a measurement:\n")
+        show(prediction_table(predictions), arguments.markdown)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(
+                {"triton": triton.__version__, "rows": rows, "predictions": predictions}, file, default=str
+            )
+    if any(row["faults"] for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

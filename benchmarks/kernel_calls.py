@@ -1,0 +1,104 @@
+"""Calls of every Triton kernel on meta tensors, at shapes that meet every tile: what compiled.py compiles."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cost_model import DEPTHS
+
+DTYPES = ("float16", "bfloat16", "float32", "tf32")  # tf32: float32 of a user who allows TF32
+TOKENS = (16, 32, 64, 128, 256)
+EXPERTS = ((3, 2), (4, 4), (8, 8))  # M, k: kernels unroll a few of the k experts and loop over more
+MORE_EXPERTS = ((3, 1), (3, 3), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4))
+
+
+def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def typed(operation: Callable[..., None], dtype: str, *shape: Any) -> Callable[[], None]:
+    """``operation`` in one of DTYPES."""
+
+    def call() -> None:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        operation(torch.float32 if dtype == "tf32" else getattr(torch, dtype), *shape)
+
+    return call
+
+
+def expert_linear(
+    dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    size: int,
+    experts: int,
+    top_k: int,
+    modulate: bool,
+    train: bool,
+) -> None:
+    from switch_moe.kernels.expert_linear import backward, forward
+
+    x = empty(dtype, batch, tokens, size)
+    weight, bias = empty(dtype, experts, size, size), empty(dtype, experts, size)
+    index, gate = empty(torch.int32, batch, top_k), empty(torch.float32, batch, top_k)
+    _, mixture = forward(x, weight, bias, index, gate, modulate, modulate and train)
+    if train:
+        backward(torch.empty_like(x), x, weight, bias, index, gate, mixture, modulate, [True] * 4)
+
+
+def expert_mlp(
+    dtype: torch.dtype, batch: int, tokens: int, size: int, experts: int, top_k: int, gated: bool
+) -> None:
+    from switch_moe.kernels.expert_mlp import backward, forward
+
+    hidden, width = 4 * size, 4 * size * (1 + gated)
+    x = empty(dtype, batch, tokens, size)
+    index, gate = empty(torch.int32, batch, top_k), empty(torch.float32, batch, top_k)
+    weight_in, bias_in = empty(dtype, experts, size, width), empty(dtype, experts, width)
+    weight_out, bias_out = empty(dtype, experts, hidden, size), empty(dtype, experts, size)
+    _, pre = forward(x, weight_in, bias_in, weight_out, bias_out, index, gate, gated, True)
+    backward(torch.empty_like(x), x, weight_in, weight_out, bias_out, index, gate, pre, gated, [True] * 6)
+
+
+def timestep_gate(dtype: torch.dtype, rows: int, size: int, experts: int, top_k: int, train: bool) -> None:
+    from switch_moe.kernels.timestep_gate import backward, forward
+
+    depth, single = DEPTHS[size], torch.float32
+    embedding, weight = empty(dtype, rows, size), empty(single, depth, experts, size)
+    probs, index, gate, _ = forward(embedding, weight, empty(single, depth, experts), top_k, True)
+    if train:
+        backward(torch.empty_like(probs), torch.empty_like(gate), embedding, weight, probs, index)
+
+
+def diffusion_prior(dtype: torch.dtype, batch: int, depth: int, experts: int, top_k: int) -> None:
+    from switch_moe.kernels.diffusion_prior import forward
+
+    slots = depth * experts
+    t, assignment = empty(torch.int64, batch), empty(torch.int64, slots)
+    forward(empty(dtype, batch, slots), empty(dtype, 1000, slots), t, assignment, depth, depth * top_k)
+
+
+OPERATIONS = {"expert_linear": expert_linear, "timestep_gate": timestep_gate}  # those with predicted times
+
+
+def calls(everything: bool) -> Iterator[Callable[[], None]]:
+    """Every operation where its tile or its branches change, or at all the shapes above."""
+    for dtype, size, tokens in itertools.product(DTYPES, DEPTHS, TOKENS):
+        routings = (*EXPERTS, *MORE_EXPERTS) if everything else EXPERTS
+        for experts, top_k in routings:
+            both = everything or (dtype == "bfloat16" and (experts, top_k) == EXPERTS[0])
+            for modulate in (False, True) if both else (True,):
+                yield typed(expert_linear, dtype, 64, tokens, size, experts, top_k, modulate, True)
+        for experts, top_k in routings if everything else ((8, 2),):
+            for gated in (False, True) if everything or dtype != "tf32" else (True,):
+                yield typed(expert_mlp, dtype, 64, tokens, size, experts, top_k, gated)
+    for size, depth in DEPTHS.items():
+        for experts, top_k in (*EXPERTS, *MORE_EXPERTS, (64, 4)) if everything else (*EXPERTS[::2], (64, 4)):
+            for dtype in DTYPES[:3] if everything or experts < 64 else ("bfloat16",):
+                yield typed(timestep_gate, dtype, 1128, size, experts, top_k, True)
+            yield typed(diffusion_prior, "float32", 128, depth, experts, top_k)

@@ -1,0 +1,149 @@
+"""Every Triton kernel at every shipped tile, compiled for sm_80, sm_90, sm_100: what machine code it becomes.
+
+The compiler runs in a process of its own: in this one, Triton interprets (conftest.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = (80, 90, 100)
+PROPERTIES = ("compiles", "spills", "tensor cores", "float32", "shared memory", "registers")
+
+
+def compiled(directory: Path, *arguments: str) -> dict:
+    """The report of ``benchmarks.compiled``; it exits with 1 where it found a fault."""
+    path = directory / "compiled.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.compiled", "--json", str(path), *arguments]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=1800
+    )
+    assert path.exists(), result.stderr[-4000:]
+    report = json.loads(path.read_text())
+    assert result.returncode == (1 if any(row["faults"] for row in report["rows"]) else 0)
+    return report
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return compiled(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    path = Path(__file__).parent / "planted_kernels.py"
+    return compiled(tmp_path_factory.mktemp("planted"), "--calls", str(path))["rows"]
+
+
+def launched_kernels() -> list[str]:
+    """module.kernel for every first argument of ``launch`` in switch_moe/kernels."""
+    found = set()
+    for path in (ROOT / "switch_moe" / "kernels").glob("[!_]*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "launch":
+                found.add(f"{path.stem}.{ast.unparse(node.args[0])}")
+    return sorted(found)
+
+
+def describe(row: dict) -> str:
+    name = f"{row['kernel']} sm_{row['arch']} {row['dtype']}"
+    return f"{name} {row['warps']} warps {row['stages']} stages {row['constants']}"
+
+
+@pytest.mark.parametrize("kernel", launched_kernels())
+def test_is_compiled_for_every_architecture(report: dict, kernel: str) -> None:
+    found = {row["arch"] for row in report["rows"] if row["kernel"] == kernel}
+    assert found == set(ARCHITECTURES), f"calls() in benchmarks/compiled.py does not reach {kernel}"
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("kernel", launched_kernels())
+def test_machine_code(report: dict, kernel: str, name: str) -> None:
+    rows = [row for row in report["rows"] if row["kernel"] == kernel]
+    wrong = [f"{describe(row)}: {row['faults'][name]}" for row in rows if name in row["faults"]]
+    assert not wrong, f"{name}:\n" + "\n".join(wrong)
+
+
+def test_no_other_faults(report: dict) -> None:
+    assert {name for row in report["rows"] for name in row["faults"]} <= set(PROPERTIES)
+
+
+def test_products_are_of_the_types_that_ship(report: dict) -> None:
+    """The checks of tensor cores and of true float32 had something to check."""
+    for arch in ARCHITECTURES:
+        rows = [row for row in report["rows"] if row["arch"] == arch]
+        kinds = {kind for row in rows for _, kind in row.get("products", [])}
+        assert {"bf16", "f32", "tf32"} <= kinds
+
+
+def test_predictions_are_above_the_floor(report: dict) -> None:
+    assert report["predictions"]
+    for row in report["predictions"]:
+        assert row["predicted"] > row["floor"] > 0, row
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+class TestPlantedFaults:
+    @staticmethod
+    def find(planted: list[dict], arch: int, **wanted: object) -> dict:
+        rows = [row for row in planted if row["arch"] == arch]
+        (row,) = [row for row in rows if {**row, **row["tile"]}.items() >= wanted.items()]
+        return row
+
+    def test_sound(self, planted: list[dict], arch: int) -> None:
+        row = self.find(planted, arch, dtype="bfloat16", BLOCK=64)
+        assert row["faults"] == {}
+        assert row["products"] == [[64, "bf16"]]
+        assert list(row["tensor"]) == {80: ["HMMA"], 90: ["HGMMA"], 100: ["UTCHMMA"]}[arch]
+        assert row["resident"] >= 2
+
+    def test_spills(self, planted: list[dict], arch: int) -> None:
+        assert "spills" in self.find(planted, arch, dtype="bfloat16", BLOCK=256)["faults"]
+
+    def test_shared_memory(self, planted: list[dict], arch: int) -> None:
+        assert "shared memory" in self.find(planted, arch, dtype="bfloat16", BLOCK=128)["faults"]
+
+    def test_true_float32_takes_no_tensor_core(self, planted: list[dict], arch: int) -> None:
+        row = self.find(planted, arch, dtype="float32", BLOCK=32)
+        assert row["products"] == [[32, "f32"]]
+        assert row["tensor"] == {}
+        assert "float32" not in row["faults"]
+
+    def test_tf32_takes_tensor_cores(self, planted: list[dict], arch: int) -> None:
+        row = self.find(planted, arch, dtype="tf32")
+        assert row["products"] == [[64, "tf32"]]
+        assert row["tensor"]
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("tensor cores", {"tensor": {}}),
+            ("tensor cores", {"tensor": {"HMMA": 8}}),  # not the instruction of a warp group
+            ("float32", {"products": [[64, "f32"]]}),
+            ("registers", {"registers": 255, "threads": 512}),
+            ("registers", {"threads": 2048}),
+        ],
+    )
+    def test_other_faults(
+        self, planted: list[dict], arch: int, name: str, change: dict, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(ROOT)
+        from benchmarks.compiled import faults
+
+        row = self.find(planted, arch, dtype="bfloat16", BLOCK=64)
+        harmless = arch == 80 and change == {"tensor": {"HMMA": 8}}
+        assert list(faults(row | change)) == ([] if harmless else [name])
+
+    def test_what_does_not_compile(self, planted: list[dict], arch: int) -> None:
+        assert "compiles" in self.find(planted, arch, kernel="calls.refused")["faults"]
