@@ -112,9 +112,48 @@ def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pyt
     assert_close("losses", terms[1], terms[0], 1e-4)
 
 
+def test_moving_average_follows_its_recurrence(tmp_path: Path) -> None:
+    """The first weights replace the average, then its decay rises to ema_decay."""
+    trainer = train.Trainer(config(tmp_path, ema_decay=0.15), load_images("digits"))
+    expected = None
+    for number, chosen in zip(range(4), batches(1437, 16, 0), strict=False):
+        trainer.step(number, chosen)
+        decay = [0, 1 / 10, 0.15, 0.15][number]
+        now = [p.detach().double() for p in trainer.model.parameters()]
+        expected = now if number == 0 else [decay * e + (1 - decay) * n for e, n in zip(expected, now)]  # noqa: B905
+    for name, average, e in zip(
+        dict(trainer.ema.named_parameters()), trainer.ema.parameters(), expected, strict=True
+    ):
+        assert_close(name, average, e, 1e-5)
+
+
+def test_prior_every_refreshes_the_matching_every_so_many_steps(tmp_path: Path) -> None:
+    trainer = train.Trainer(config(tmp_path, prior_every=3), load_images("digits"))
+    calls = []
+    match = trainer.model.prior.match
+    trainer.model.prior.match = lambda selected: calls.append(number) or match(selected)
+    for number, chosen in zip(range(7), batches(1437, 16, 0), strict=False):
+        assert float(trainer.step(number, chosen)["prior"]) > 0
+    assert calls == [0, 3, 6]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graphed_step_is_the_eager_step(tmp_path: Path) -> None:
+    rows = {}
+    for graphed in (False, True):
+        run = config(
+            tmp_path, name=f"{graphed}", generated=0, cuda_graph=graphed, prior_every=2, device="cuda"
+        )
+        train.run(run)
+        rows[graphed] = torch.tensor(losses(tmp_path / f"{graphed}"))
+    assert_close("losses", rows[True], rows[False], 1e-2 if torch.cuda.is_bf16_supported() else 1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"cuda_graph": True}, "cuda_graph is True; it needs a GPU"),
+        ({"prior_every": 0}, "prior_every is 0; it must be positive"),
         ({"steps": 0}, "steps is 0; it must be positive"),
         ({"lr": -1.0}, "lr is -1.0; it must be positive"),
         ({"lr": float("nan")}, "lr is nan"),

@@ -11,6 +11,7 @@ M experts, k experts per sample, N diffusion timesteps.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -237,6 +238,7 @@ class SwitchDiT(nn.Module):
         if routing == "switch":
             self.router = Router(depth, hidden_size, num_experts, top_k)
             self.prior = DiffusionPrior(depth, num_experts, top_k, num_timesteps)
+            self.register_buffer("assignment", torch.arange(depth * num_experts), persistent=False)
         if routing == "dtr":
             self.register_buffer("dtr_mask", dtr_mask(num_timesteps, hidden_size), persistent=False)
         self.initialize_weights()
@@ -269,24 +271,42 @@ class SwitchDiT(nn.Module):
         return self.router(self.t_embedder(timesteps), table=True)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, with_prior: bool = False
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, with_prior: bool = False, match: bool = True
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
-        ``with_prior`` adds the diffusion prior loss: a scalar, zero without experts.
+        ``with_prior`` adds the diffusion prior loss: a scalar, zero without experts. Without ``match`` it
+        takes the assignment of the last call that matched.
         """
-        out, routing = self._forward(x, t, y)
-        if not with_prior:
-            return out
-        if routing is None:
-            return out, torch.zeros((), device=x.device)
-        assignment = self.prior.match(self.routing_table().selected())
-        probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
-        return out, self.prior.loss(probs, t, assignment)
+        e = self.t_embedder(t)  # [B, D]
+        c = e
+        if self.y_embedder is not None:
+            if y is None:
+                raise ValueError(f"y is None; a model with {self.num_classes} classes needs labels [B]")
+            c = e + self.y_embedder(y)
+        routing = self.route(e) if self.routing == "switch" else None  # only the timestep, never the label
+        prior_loss = torch.zeros((), device=x.device)
+        with _Aside(x.device) as aside:
+            if with_prior and routing is not None:
+                if match:
+                    self.assignment.copy_(self.prior.match(self.routing_table().selected()))
+                probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
+                prior_loss = self.prior.loss(probs, t, self.assignment)
+        mask = self.dtr_mask[t] if self.routing == "dtr" else None
+        h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
+        for i, block in enumerate(self.blocks):
+            h = block(h, c, None if routing is None else routing.block(i), mask)
+        patches = self.final_layer(h, c)  # [B, T, p*p*C_out]
+        aside.join()
+        grid, p = self.input_size // self.patch_size, self.patch_size
+        out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p)
+        return (out, prior_loss) if with_prior else out
 
-    def forward_with_prior(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_with_prior(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, match: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """``forward`` with ``with_prior``. It calls the module, so that hooks (FSDP's) run."""
-        return self(x, t, y, with_prior=True)
+        return self(x, t, y, with_prior=True, match=match)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598) on all channels of the noise.
@@ -301,22 +321,39 @@ class SwitchDiT(nn.Module):
         guided = without + cfg_scale * (with_label - without)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
-    def _forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Routing | None]:
-        e = self.t_embedder(t)  # [B, D]
-        c = e
-        if self.y_embedder is not None:
-            if y is None:
-                raise ValueError(f"y is None; a model with {self.num_classes} classes needs labels [B]")
-            c = e + self.y_embedder(y)
-        routing = self.route(e) if self.routing == "switch" else None  # only the timestep, never the label
-        mask = self.dtr_mask[t] if self.routing == "dtr" else None
-        h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
-        for i, block in enumerate(self.blocks):
-            h = block(h, c, None if routing is None else routing.block(i), mask)
-        patches = self.final_layer(h, c)  # [B, T, p*p*C_out]
-        grid = self.input_size // self.patch_size
-        p = self.patch_size
-        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p), routing
+
+class _Aside:
+    """On a GPU, what runs inside overlaps what follows, on a stream of its own, until :meth:`join`.
+
+    The prior needs the routing only, and its matching keeps one multiprocessor busy. A compiled graph orders
+    its own kernels, and the CPU has no streams: there it runs in line.
+    """
+
+    streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = None
+        if device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
+            if device not in self.streams:
+                self.streams[device] = torch.cuda.Stream(device)
+            self.stream = self.streams[device]
+
+    def __enter__(self) -> _Aside:
+        if self.stream is not None:
+            self.main = torch.cuda.current_stream(self.stream.device)
+            self.stream.wait_stream(self.main)
+            self.context = torch.cuda.stream(self.stream)
+            self.context.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.stream is not None:
+            self.context.__exit__(*error)
+
+    def join(self) -> None:
+        """The current stream waits for what ran aside."""
+        if self.stream is not None:
+            self.main.wait_stream(self.stream)
 
 
 def sincos_positions(hidden_size: int, grid: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +17,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from switch_dit.checkpoint import save_checkpoint
@@ -76,6 +77,10 @@ class TrainConfig:
     """auto: bfloat16 autocast on a GPU and on CPUs with AMX, float32 elsewhere."""
     compile: bool = False
     """torch.compile the model; pays off in long runs."""
+    cuda_graph: bool = False
+    """Replay the whole step, optimizer and moving average included, as one CUDA graph."""
+    prior_every: int = 1
+    """Steps from one matching of the diffusion prior to the next."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
     seed: int = 0
@@ -97,7 +102,10 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ``ValueError`` that names the setting, its value and what would be right."""
-        positive = ("steps", "batch_size", "log_every", "sample_steps", "num_experts", "lr", "guidance")
+        positive = (
+            "steps", "batch_size", "log_every", "sample_steps",
+            "num_experts", "prior_every", "lr", "guidance",
+        )  # fmt: skip
         bounds = {name: (lambda value: 0 < value < math.inf, "positive") for name in positive}
         bounds |= {
             name: (lambda value: 0 <= value < math.inf, "0 or more")
@@ -127,7 +135,9 @@ class TrainConfig:
                 "label_dropout is 0, so there is no null label to guide with; guidance must be 1"
             )
         GaussianDiffusion(self.schedule, weighting=self.weighting)
-        resolve_device(self.device)
+        device = resolve_device(self.device)
+        if self.cuda_graph and device.type != "cuda":
+            raise ValueError(f"cuda_graph is True; it needs a GPU, and the device is {device}")
         if self.name and (self.output / self.name).exists():
             raise ValueError(f"name is {self.name!r}; {self.output / self.name} exists, choose another")
 
@@ -180,6 +190,43 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return rate * (0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.lr_decay else 1.0)
 
 
+class GraphedStep:
+    """Runs ``advance(chosen [B], match)`` as a CUDA graph, one for each value of ``match``.
+
+    The first steps run eagerly, on a side stream as capture asks for, and count like any other: lazy
+    initialisation must not fall into a capture. Results are tensors that the next replay overwrites.
+    """
+
+    warmup = 3
+
+    def __init__(self, advance: Callable[[Tensor, bool], dict[str, Tensor]]) -> None:
+        self.advance, self.steps = advance, 0
+        self.chosen: Tensor | None = None
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+
+    def __call__(self, chosen: Tensor, match: bool) -> dict[str, Tensor]:
+        """One step on the images ``chosen``; every call must choose as many."""
+        if self.chosen is None:
+            self.chosen = chosen.clone()
+        self.chosen.copy_(chosen)
+        self.steps += 1
+        if self.steps <= self.warmup:
+            main, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(main)
+            with torch.cuda.stream(aside):
+                terms = self.advance(self.chosen, match)
+            main.wait_stream(aside)
+            return terms
+        if match not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                terms = self.advance(self.chosen, match)
+            self.graphs[match] = graph, terms
+        graph, terms = self.graphs[match]
+        graph.replay()
+        return terms
+
+
 class Trainer:
     """Owns the model, its moving average, the optimizer and the data of one run."""
 
@@ -207,50 +254,58 @@ class Trainer:
         self.model = create_model(config.model, **model_settings).to(self.device)
         self.diffusion_settings = {"schedule": config.schedule, "weighting": config.weighting}
         self.diffusion = GaussianDiffusion(**self.diffusion_settings)
-        self.updates = 0
-        self.ema = AveragedModel(self.model, multi_avg_fn=self._average)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        # Device scalars: a captured step reads what each replay finds in them.
+        self.rate = torch.tensor(config.lr, device=self.device)
+        self.ema_weight = torch.zeros((), device=self.device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            trained, lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
+            trained, lr=self.rate, weight_decay=config.weight_decay, fused=True,
+            capturable=self.device.type == "cuda",
+        )  # fmt: skip
         self.with_prior = self.model.forward_with_prior
         if config.compile:
             self.with_prior = torch.compile(self.with_prior)
+        self.advance = GraphedStep(self._advance) if config.cuda_graph else self._advance
         self.train_images = images.train.to(self.device)
         self.train_labels = images.train_labels.to(self.device)
 
-    @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], count: object) -> None:
-        """An exponential moving average whose decay starts low, so that the first weights are soon forgotten.
-
-        The steps are counted here: ``count`` is a tensor, and reading it would wait for a GPU.
-        """
-        self.updates += 1
-        decay = min(self.config.ema_decay, self.updates / (9 + self.updates))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    def loss_terms(self, x_start: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+    def loss_terms(self, x_start: Tensor, y: Tensor | None, match: bool = True) -> dict[str, Tensor]:
         """Batch means of mse, vb (zero without learned variance) and prior, at random timesteps."""
         t = torch.randint(self.diffusion.num_timesteps, (len(x_start),), device=self.device)
         noise = torch.randn_like(x_start)
         x_t = self.diffusion.q_sample(x_start, t, noise)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            out, prior = self.with_prior(x_t, t, y)
+            out, prior = self.with_prior(x_t, t, y, match)
         losses = self.diffusion.training_losses(out, x_start, x_t, t, noise)
         terms = {name: value.mean() for name, value in losses.items()}
         return {"mse": terms["mse"], "vb": terms.get("vb", torch.zeros_like(prior)), "prior": prior}
 
     def step(self, number: int, chosen: Tensor) -> dict[str, Tensor]:
-        """One optimizer step on the training images ``chosen [B]``; the loss terms, detached."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, number)
+        """One optimizer step on the training images ``chosen [B]``; the loss terms, detached.
+
+        The moving average's decay starts low, so that the first weights are soon forgotten. Nothing here
+        waits for a GPU: the indices are copied from pinned memory.
+        """
+        self.rate.fill_(learning_rate(self.config, number))
+        self.ema_weight.fill_(1 - min(self.config.ema_decay, number / (9 + number)))
+        if self.device.type == "cuda":
+            chosen = chosen.pin_memory().to(self.device, non_blocking=True)
+        return self.advance(chosen, number % self.config.prior_every == 0)
+
+    def _advance(self, chosen: Tensor, match: bool) -> dict[str, Tensor]:
+        """The part of a step that a CUDA graph can hold."""
         y = self.train_labels[chosen] if self.config.conditional else None
-        terms = self.loss_terms(self.train_images[chosen], y)
+        terms = self.loss_terms(self.train_images[chosen], y, match)
         loss = terms["mse"] + terms["vb"] + self.config.prior_weight * terms["prior"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        self.ema.update_parameters(self.model)
+        with torch.no_grad():
+            averaged, current = list(self.ema.parameters()), list(self.model.parameters())
+            change = torch._foreach_sub(current, averaged)
+            torch._foreach_mul_(change, self.ema_weight)
+            torch._foreach_add_(averaged, change)
         return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
 
     def fit(self, folder: Path) -> list[dict[str, float]]:
@@ -266,7 +321,7 @@ class Trainer:
             tqdm(total=config.steps, desc="training", unit="step") as bar,
         ):
             for number, chosen in zip(range(config.steps), order, strict=False):
-                for name, value in self.step(number, chosen.to(self.device)).items():
+                for name, value in self.step(number, chosen).items():
                     sums[name] = sums.get(name, 0) + value
                 bar.update()
                 done = number + 1
@@ -274,6 +329,10 @@ class Trainer:
                     continue
                 now, since = time.perf_counter(), done - logged
                 means = {name: float(value) / since for name, value in sums.items()}
+                if not math.isfinite(means["loss"]):
+                    raise FloatingPointError(
+                        f"the loss is {means['loss']} at step {done}; a smaller lr may help"
+                    )
                 rate = since * config.batch_size / (now - logged_at)
                 rows.append(
                     {"step": done, **means, "lr": learning_rate(config, number), "images_per_second": rate}
@@ -283,10 +342,6 @@ class Trainer:
                 bar.set_postfix(
                     loss=f"{means['loss']:.3f}", prior=f"{means['prior']:.3f}", images_s=f"{rate:.0f}"
                 )
-                if not math.isfinite(means["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {means['loss']} at step {done}; a smaller lr may help"
-                    )
                 sums, logged, logged_at = {}, done, now
         return rows
 
@@ -294,7 +349,7 @@ class Trainer:
         """Samples of the moving average on the CPU, the classes in turn, and their labels."""
         labels = torch.arange(count) % self.images.num_classes if self.config.conditional else None
         images = sample(
-            self.ema.module.eval(),
+            self.ema.eval(),
             self.diffusion,
             None if labels is None else labels.to(self.device),
             count=count,
@@ -312,7 +367,7 @@ class Trainer:
             "random_state": torch.get_rng_state(),
             "steps": self.config.steps,
         }
-        save_checkpoint(folder / "checkpoint", self.model, self.ema.module, settings, state)
+        save_checkpoint(folder / "checkpoint", self.model, self.ema, settings, state)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -350,7 +405,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     trainer.save(folder)
     plot_loss(folder / "loss.png", rows)
     if config.routing == "switch":
-        plot_routing(folder / "routing.png", trainer.ema.module)
+        plot_routing(folder / "routing.png", trainer.ema)
     tail = rows[-max(1, len(rows) // 10) :]
     summary: dict[str, Any] = {
         "training_seconds": training_seconds,
