@@ -1,10 +1,15 @@
-"""Shared by the tests: golden files and the error measure of the project."""
+"""Shared by the tests: golden files, the error measure of the project, kernels broken on purpose."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -33,3 +38,22 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
     """Fails with the name and the error."""
     error = relative_rms(actual, expected)
     assert error <= tolerance, f"{name}: relative RMS {error:.2e} is above {tolerance:.0e}"
+
+
+def break_kernels(
+    name: str, right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
+    """switch_moe.kernels.<name> with ``right`` in its source replaced by ``wrong``, in the place of it."""
+    import switch_moe.kernels
+
+    qualified = f"switch_moe.kernels.{name}"
+    source = Path(importlib.import_module(qualified).__file__).read_text()
+    assert right in source, "the mutation no longer applies to the kernel"
+    path = folder / f"{name}.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(qualified, path)
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    monkeypatch.setitem(sys.modules, qualified, broken)
+    monkeypatch.setattr(switch_moe.kernels, name, broken)
+    return broken

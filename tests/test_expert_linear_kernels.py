@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from helpers import assert_close, relative_rms
+from helpers import assert_close, break_kernels, relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_expert_linear import NAMES, forward_backward, make_inputs, reference
@@ -308,20 +306,8 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_kernel_fails(mutation: str, tmp_path: Path, device: str, monkeypatch) -> None:
-    import switch_moe.kernels
-
-    original = importlib.import_module("switch_moe.kernels.expert_linear")
-    right, wrong = MUTATIONS[mutation]
-    source = Path(original.__file__).read_text()
-    assert right in source, "the mutation no longer applies to the kernel"
-    path = tmp_path / "expert_linear.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("switch_moe.kernels.expert_linear", path)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
+    broken = break_kernels("expert_linear", *MUTATIONS[mutation], tmp_path, monkeypatch)
     use_small_tiles(broken, monkeypatch)
-    monkeypatch.setitem(sys.modules, "switch_moe.kernels.expert_linear", broken)
-    monkeypatch.setattr(switch_moe.kernels, "expert_linear", broken)
     with pytest.raises(AssertionError, match="relative RMS"):
         check(*make_inputs((4, 19, 16, 16, 3, 2), torch.float32), True, device)
 

@@ -64,10 +64,13 @@ _WEIGHTS = {
 
 
 def _kind(x: Tensor) -> tuple[str, int]:
-    """What the products run on, and the row of the tables for the architecture: 80 for all 8.x."""
+    """What the products run on, and the row of the tables for the architecture.
+
+    80 stands for all with at most 99 KiB of shared memory and no asynchronous tensor cores: 8.x and 12.x.
+    """
     arch = architecture(x.device)
     kind = "half" if x.dtype != torch.float32 else dot_precision(x)
-    return kind, 80 if arch < 90 else 90 if arch < 100 else 100
+    return kind, 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
 
 
 def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> dict[str, int]:
