@@ -1,11 +1,424 @@
-"""expert_mlp: gradients and errors; its values are checked by hand in test_layer.py."""
+"""expert_mlp: the reference's gradients, errors, and the Triton kernels against the reference in float64.
+
+The kernels run on a GPU where there is one, else in Triton's interpreter. Values of the reference are checked
+by hand in test_layer.py.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
+from helpers import assert_close, break_kernels, relative_rms
+from torch import Tensor
 
 from switch_moe.ops import expert_mlp
+from switch_moe.reference.expert_mlp import expert_mlp as reference
+
+GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+NAMES = ("x", "weight_in", "bias_in", "weight_out", "bias_out", "gate")
+# B, T, D, H, M, k: one of all, one token, odd, past a tile, every expert chosen, one expert
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 18, 20, 24, 3, 2),
+    (2, 1, 17, 33, 4, 3),
+    (2, 33, 24, 20, 3, 1),
+    (3, 7, 8, 8, 4, 4),
+    (2, 5, 20, 12, 1, 1),
+]
+CASES = [
+    (shape, dtype) for shape in SHAPES for dtype in (DTYPES if GPU or shape in SHAPES[1:3] else DTYPES[:1])
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty holds NaN: whatever is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def use_small_tiles(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles in little data, and pairs of an expert split between two programs."""
+    monkeypatch.setattr(kernels, "_tiles", lambda *_: kernels.Tile(16, 16, 16, 4, 2))
+    monkeypatch.setattr(kernels, "_splits", lambda *_: 2)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    kernels = importlib.import_module("switch_moe.kernels.expert_mlp")
+    use_small_tiles(kernels, monkeypatch)
+    return kernels
+
+
+def make_inputs(
+    shape: tuple[int, ...], gated: bool, dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The tensors of NAMES (unit-scale outputs), then the index and a gradient of the output."""
+    batch, tokens, size, hidden, experts, top_k = shape
+    width = 2 * hidden if gated else hidden
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator)
+
+    tensors = [
+        random(batch, tokens, size), random(experts, size, width) / size**0.5, random(experts, width),
+        random(experts, hidden, size) / hidden**0.5, random(experts, size),
+    ]  # fmt: skip
+    gate = torch.rand(batch, top_k, generator=generator)
+    index = torch.rand(batch, experts, generator=generator).argsort(1)[:, :top_k].int()
+    grad = random(batch, tokens, size).to(device, dtype)
+    return [*(t.to(device, dtype) for t in tensors), gate.to(device)], index.to(device), grad
+
+
+def forward_backward(
+    function, tensors: list[Tensor], index: Tensor, grad: Tensor, gated: bool, **options
+) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = function(*leaves[:5], index, leaves[5], gated, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def check(tensors: list[Tensor], index: Tensor, grad: Tensor, gated: bool, **options: str) -> None:
+    """Output and every gradient of the kernels against the reference in float64."""
+    dtype = tensors[0].dtype
+    options.setdefault("backend", "triton")
+    actual = forward_backward(expert_mlp, tensors, index, grad, gated, **options)
+    exact = forward_backward(reference, [t.double() for t in tensors], index, grad.double(), gated)
+    same_type = forward_backward(reference, tensors, index, grad, gated)
+    for name, a, e, s in zip(("out", *NAMES), actual, exact, same_type, strict=True):
+        assert a.dtype == s.dtype, name
+        if dtype == torch.float32:
+            assert_close(name, a, e, 1e-5)
+        else:
+            # A gradient of a few numbers may be lucky in one type: half a rounding step is always allowed.
+            assert_close(name, a, e, max(1.5 * relative_rms(s, e), torch.finfo(dtype).eps / 2))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_small_tiles(
+    shape: tuple[int, ...], gated: bool, dtype: torch.dtype, device: str, small_tiles
+) -> None:
+    check(*make_inputs(shape, gated, dtype, device), gated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "gated"),
+    [((2, 70, 40, 24, 3, 2), False), ((1, 70, 24, 72, 3, 2), True), ((2, 9, 24, 136, 3, 2), True)],
+)
+def test_shipped_tiles(shape: tuple[int, ...], gated: bool, dtype: torch.dtype, device: str) -> None:
+    check(*make_inputs(shape, gated, dtype, device), gated)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_pairs_split_between_programs(splits: int, device: str, small_tiles, monkeypatch) -> None:
+    monkeypatch.setattr(small_tiles, "_splits", lambda *_: splits)
+    for batch in (1, 4):  # fewer pairs than programs, and more
+        check(*make_inputs((batch, 18, 8, 8, 3, 2), False, torch.float32, device), False)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_expert_for_nobody_and_one_for_everybody(gated: bool, device: str, small_tiles) -> None:
+    tensors, index, grad = make_inputs((4, 5, 8, 8, 4, 2), gated, torch.float32, device)
+    index[:, 0], index[:, 1] = 2, torch.tensor([0, 3, 0, 3])
+    check(tensors, index, grad, gated)
+    grads = forward_backward(expert_mlp, tensors, index, grad, gated, backend="triton")[1:]
+    for name, found in zip(NAMES[1:5], grads[1:5], strict=True):
+        assert found[1].count_nonzero() == 0, name
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_expert_chosen_twice_counts_twice(gated: bool, device: str, small_tiles) -> None:
+    tensors, index, grad = make_inputs((3, 5, 16, 16, 3, 2), gated, torch.float32, device)
+    index[:] = 1
+    tensors[5][0] = 0  # and gates of zero
+    check(tensors, index, grad, gated)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_saturated_activations(device: str, small_tiles) -> None:
+    """Far out, exp overflows: act and its slope are still 0 and 1."""
+    for gated in (False, True):
+        tensors, index, grad = make_inputs((2, 5, 16, 16, 3, 2), gated, torch.float32, device)
+        tensors[0] *= 1000
+        check(tensors, index, grad, gated)
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 8, 8, 3, 2), (2, 0, 8, 8, 3, 2), (2, 5, 8, 0, 3, 2), (2, 5, 0, 8, 3, 2)]
+)
+def test_empty(shape: tuple[int, ...], device: str) -> None:
+    (x, *others), index, grad = make_inputs(
+        (*shape[:2], max(1, shape[2]), max(1, shape[3]), *shape[4:]), False, torch.float32, device
+    )
+    size, hidden = shape[2:4]
+    weight_in, bias_in, weight_out, bias_out, gate = others
+    tensors = [
+        x[..., :size], weight_in[:, :size, :hidden], bias_in[:, :hidden], weight_out[:, :hidden, :size],
+        bias_out[:, :size], gate,
+    ]  # fmt: skip
+    grad = grad[..., :size]
+    check(tensors, index, grad, False)
+    if hidden == 0 or size == 0:
+        return
+    out, pre = torch.ops.switch_moe.expert_mlp(*tensors[:5], index, gate, False, True)  # the operator too
+    assert out.shape == grad.shape
+    grads = torch.ops.switch_moe.expert_mlp_backward(
+        grad, x, weight_in, weight_out, bias_out, index, gate, pre, False, [True] * 6
+    )
+    for found, like in zip(grads, tensors, strict=True):
+        assert torch.equal(found, torch.zeros_like(like))
+
+
+def test_not_contiguous(device: str, small_tiles) -> None:
+    tensors, index, _ = make_inputs((2, 6, 24, 16, 3, 2), False, torch.float32, device)
+    x, weight_in, bias_in, weight_out, bias_out, gate = tensors
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    weight_in, weight_out = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (weight_in, weight_out))
+    bias_in, bias_out = (torch.stack([bias, bias], dim=-1)[..., 0] for bias in (bias_in, bias_out))
+    gate, index = gate.t().contiguous().t(), index.long().repeat_interleave(2, dim=1)[:, ::2]
+    strided = [x, weight_in, bias_in, weight_out, bias_out, gate]
+    expanded = torch.randn(2, 1, 1).expand(2, 6, 24).to(device)
+    for grad in (expanded, torch.randn(24, 6, 2).permute(2, 1, 0).to(device)):
+        assert not any(t.is_contiguous() for t in (*strided, index, grad))
+        actual = [t.detach().requires_grad_() for t in strided]  # a clone would be contiguous
+        out = expert_mlp(*actual[:5], index, actual[5], backend="triton")
+        exact = forward_backward(reference, [t.double() for t in strided], index, grad.double(), False)
+        found = torch.autograd.grad(out, actual, grad)
+        for name, a, e in zip(("out", *NAMES), [out, *found], exact, strict=True):
+            assert_close(name, a, e, 1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("wanted", [*((name,) for name in NAMES), NAMES[1::2]])
+def test_only_wanted_gradients(wanted: tuple[str, ...], gated: bool, device: str, small_tiles) -> None:
+    tensors, index, grad = make_inputs((2, 5, 16, 20, 3, 2), gated, torch.float32, device)
+    results = []
+    for function, dtype, options in (
+        (expert_mlp, torch.float32, {"backend": "triton"}),
+        (reference, torch.double, {}),
+    ):
+        n = {name: t.to(dtype).requires_grad_(name in wanted) for name, t in zip(NAMES, tensors, strict=True)}
+        values = list(n.values())
+        out = function(*values[:5], index, values[5], gated, **options)
+        results.append(torch.autograd.grad(out, [n[name] for name in wanted], grad.to(dtype)))
+    for name, a, e in zip(wanted, *results, strict=True):
+        assert_close(name, a, e, 1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("missing", [("bias_in",), ("bias_out",), ("bias_in", "bias_out")])
+def test_without_biases(missing: tuple[str, ...], gated: bool, device: str, small_tiles) -> None:
+    tensors, index, grad = make_inputs((2, 5, 16, 20, 3, 2), gated, torch.float32, device)
+    results = []
+    for function, dtype, options in (
+        (expert_mlp, torch.float32, {"backend": "triton"}),
+        (reference, torch.double, {}),
+    ):
+        leaves = [
+            None if name in missing else t.to(dtype).requires_grad_()
+            for name, t in zip(NAMES, tensors, strict=True)
+        ]
+        out = function(*leaves[:5], index, leaves[5], gated, **options)
+        grads = torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad.to(dtype))
+        results.append([out.detach(), *grads])
+    for name, a, e in zip(("out", *(n for n in NAMES if n not in missing)), *results, strict=True):
+        assert_close(name, a, e, 1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_saved_for_backward(gated: bool, device: str, small_tiles) -> None:
+    """The arguments and the hidden layer before its activation, no expert's output; nothing without grad."""
+    shape = batch, tokens, _, hidden, _, top_k = (2, 5, 16, 20, 3, 2)
+    tensors, index, _ = make_inputs(shape, gated, torch.float32, device)
+    leaves = [t.requires_grad_() for t in tensors]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        expert_mlp(*leaves[:5], index, leaves[5], gated, backend="triton")
+    own = {t.data_ptr() for t in (*leaves, index)}
+    width = 2 * hidden if gated else hidden
+    assert [t.shape for t in saved if t.data_ptr() not in own] == [(batch, top_k, tokens, width)]
+    with torch.no_grad():
+        _, pre = torch.ops.switch_moe.expert_mlp(*leaves[:5], index, leaves[5], gated, False)
+    assert pre.numel() == 0
+
+
+def test_nothing_of_the_size_of_expert_outputs(device: str, small_tiles, monkeypatch) -> None:
+    batch, tokens, size, hidden, _, top_k = shape = (2, 5, 12, 20, 3, 2)
+    tensors, index, grad = make_inputs(shape, False, torch.float32, device)
+    launched: list[Tensor] = []
+    launch = small_tiles.launch
+
+    def recording(kernel, programs: int, *args, **meta) -> None:
+        launched.extend(a for a in args if isinstance(a, Tensor))
+        launch(kernel, programs, *args, **meta)
+
+    monkeypatch.setattr(small_tiles, "launch", recording)
+    forward_backward(expert_mlp, tensors, index, grad, False, backend="triton")
+    sizes = {t.numel() for t in launched}
+    assert batch * top_k * tokens * hidden in sizes
+    assert batch * top_k * tokens * size not in sizes
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_same_bits_every_time(gated: bool, device: str, small_tiles) -> None:
+    tensors, index, grad = make_inputs((3, 20, 16, 16, 3, 2), gated, torch.float32, device)
+    first, second = (
+        forward_backward(expert_mlp, tensors, index, grad, gated, backend="triton") for _ in range(2)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_index_out_of_range_is_nan_in_its_sample_alone(device: str, small_tiles) -> None:
+    (*tensors, gate), index, _ = make_inputs((3, 5, 16, 16, 3, 2), False, torch.float32, device)
+    for wrong in (7, -1):
+        index[1, 0] = wrong
+        out, _ = torch.ops.switch_moe.expert_mlp(*tensors, index, gate, False, False)
+        assert out.isnan().flatten(1).all(1).tolist() == [False, True, False]
+        assert out.isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
+def test_opcheck(device: str, small_tiles) -> None:
+    torch.use_deterministic_algorithms(False)
+    for gated in (False, True):
+        (*tensors, gate), index, grad = make_inputs((1, 3, 8, 8, 2, 1), gated, torch.float32, device)
+        x, weight_in, _, weight_out, bias_out = tensors
+        pre = grad.new_ones(1, 1, 3, weight_in.shape[2])
+        forward, backward = torch.ops.switch_moe.expert_mlp, torch.ops.switch_moe.expert_mlp_backward
+        torch.library.opcheck(forward, (*tensors, index, gate, gated, True))
+        torch.library.opcheck(forward, (x, weight_in, None, weight_out, None, index, gate, gated, False))
+        for wanted in ([True] * 6, [False, True, False, True, False, False]):
+            arguments = (grad, x, weight_in, weight_out, bias_out, index, gate, pre, gated, wanted)
+            torch.library.opcheck(backward, arguments)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_compile(gated: bool, autocast: bool, device: str, small_tiles) -> None:
+    torch.use_deterministic_algorithms(False)
+    tensors, index, grad = make_inputs((2, 5, 8, 8, 3, 2), gated, torch.float32, device)
+
+    def run(*arguments) -> Tensor:
+        with torch.autocast(device, dtype=torch.float16, enabled=autocast):
+            return expert_mlp(*arguments, backend="triton").float()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    eager = forward_backward(run, tensors, index, grad, gated)
+    for name, a, e in zip(
+        ("out", *NAMES), forward_backward(compiled, tensors, index, grad, gated), eager, strict=True
+    ):
+        assert a.dtype == e.dtype
+        assert_close(name, a, e, 1e-3 if autocast else 1e-6)
+
+
+def test_autocast_computes_in_the_lower_type(device: str, small_tiles) -> None:
+    tensors, index, grad = make_inputs((2, 5, 16, 16, 3, 2), False, torch.float32, device)
+    with torch.autocast(device, torch.float16):
+        found = forward_backward(expert_mlp, tensors, index, grad.half(), False, backend="triton")
+        out, _ = torch.ops.switch_moe.expert_mlp(*tensors[:5], index, tensors[5], False, False)
+    halves = [*(t.half() for t in tensors[:5]), tensors[5]]
+    lower = forward_backward(expert_mlp, halves, index, grad.half(), False, backend="triton")
+    assert found[0].dtype == out.dtype == torch.float16
+    assert torch.equal(out, lower[0])  # the operator itself
+    assert all(gradient.dtype == torch.float32 for gradient in found[1:])
+    for name, a, e in zip(("out", *NAMES), found, lower, strict=True):
+        assert_close(name, a.to(e.dtype), e, 0)
+
+
+def test_second_derivatives_are_refused(device: str, small_tiles) -> None:
+    (x, *tensors), index, _ = make_inputs((2, 3, 16, 16, 3, 2), False, torch.float32, device)
+    x.requires_grad_()
+    out = expert_mlp(x, *tensors[:4], index, tensors[4], backend="triton")
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+# Each a mistake that someone could make; the tests above must see it.
+MUTATIONS = {
+    "forgets the gate": ("        tl.store(place, (gate * units)", "        tl.store(place, (units)"),
+    "forgets the gate in dpre": ("dh *= gate", "pass"),
+    "scales the gate's gradient": ("tl.sum(units * dh)", "tl.sum(units * dh * gate)"),
+    "takes one expert only": ("for step in range(SLOTS * STEPS)", "for step in range(STEPS)"),
+    "stays with the first expert": ("(step + 1) // STEPS", "0 // STEPS"),
+    "changes the expert a step late": ("(step + 1) // STEPS", "step // STEPS"),
+    "changes the pair a step late": ("(step + 1) // steps", "step // steps"),
+    "drops the bias": ("if BIAS:\n            a +=", "if False:\n            a +="),
+    "drops the second bias": ("if BIAS:\n        for j", "if False:\n        for j"),
+    "leaves the bias out of dgate": ("grad_gate += tl.sum(total", "pass  # tl.sum(total"),
+    "does not scale db2": ("SCALE=gate is not None", "SCALE=False"),
+    "swaps the halves": ("return value, slope_a, slope_b", "return value, slope_b, slope_a"),
+    "forgets the cubic term": ("0.21406443847661511", "0.07135481282553837"),
+    "skips the last tokens": ("steps = tl.cdiv(tokens, INNER)", "steps = tokens // INNER"),
+    "multiplies past the hidden units": ("if K % INNER != 0:", "if False:"),
+    "reads the wrong sample": ("(pair // RIGHT_PER)", "pair"),
+    "forgets a split": ("begin + split * length, end)", "begin, end)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_broken_kernel_fails(mutation: str, tmp_path: Path, device: str, monkeypatch) -> None:
+    broken = break_kernels("expert_mlp", *MUTATIONS[mutation], tmp_path, monkeypatch)
+    use_small_tiles(broken, monkeypatch)
+    if mutation != "forgets a split":
+        monkeypatch.setattr(broken, "_splits", lambda *_: 1)
+    gated = mutation == "swaps the halves"
+    with pytest.raises(AssertionError, match="relative RMS"):
+        check(*make_inputs((2, 5, 16, 20, 2, 2), gated, torch.float32, device), gated)
+
+
+def test_true_float32_unless_tf32_is_allowed() -> None:
+    from switch_moe.kernels import _launch, expert_mlp
+
+    sizes = ((2, 16, 16), (3, 16, 32), (3, 32, 16), (2, 2))
+    x, weight_in, weight_out, gate = (torch.empty(size, device="meta") for size in sizes)
+    index = torch.empty(2, 2, dtype=torch.int32, device="meta")
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for allowed in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = allowed
+            with _launch.record(90) as launches:
+                _, pre = expert_mlp.forward(x, weight_in, None, weight_out, None, index, gate, False, True)
+                expert_mlp.backward(x, x, weight_in, weight_out, None, index, gate, pre, False, [True] * 6)
+            precisions = [launch.meta["PRECISION"] for launch in launches if "PRECISION" in launch.meta]
+            assert precisions == [allowed] * 6
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_auto_is_the_reference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    (*tensors, gate), index, grad = make_inputs((2, 3, 4, 5, 3, 2), True, torch.float32, "cpu")
+    expected = reference(*tensors, index, gate, True)
+    assert torch.equal(expert_mlp(*tensors, index, gate, True), expected)
+    x = tensors[0].clone().requires_grad_()
+    (first,) = torch.autograd.grad(expert_mlp(x, *tensors[1:], index, gate, True), x, grad, create_graph=True)
+    first.sum().backward()  # plain PyTorch: differentiable again
+    assert x.grad is not None
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    (*tensors, gate), index, _ = make_inputs((2, 4, 8, 8, 3, 2), False, torch.float32, "cpu")
+    doubles, halves = [t.double() for t in tensors], [t.bfloat16() for t in tensors]
+    if not GPU:
+        with pytest.raises(TypeError, match=r"x is torch\.float64"):
+            expert_mlp(*doubles, index, gate, backend="triton")
+        with pytest.raises(RuntimeError, match="bfloat16 products are wrong in Triton's interpreter"):
+            expert_mlp(*halves, index, gate, backend="triton")
+        monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"):
+        expert_mlp(*tensors, index, gate, backend="triton")
 
 
 def make_arguments(gated: bool = False) -> dict:
@@ -23,7 +436,7 @@ def make_arguments(gated: bool = False) -> dict:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_gradients(gated: bool) -> None:
+def test_reference_gradients(gated: bool) -> None:
     arguments = make_arguments(gated)
     names = ["x", "weight_in", "bias_in", "weight_out", "bias_out", "expert_gate"]
     leaves = [arguments[name].double().requires_grad_() for name in names]
@@ -38,17 +451,50 @@ def test_gradients(gated: bool) -> None:
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(2, 4)}, ValueError, r"x has shape \(2, 4\); it must be \[B, T, D\]"),
+        ({"x": torch.zeros(2, 3, 4, dtype=torch.int32)}, TypeError, "x is torch.int32; it must be"),
         ({"weight_in": torch.zeros(3, 5, 10)}, ValueError, r"weight_in has shape \(3, 5, 10\)"),
         ({"weight_out": torch.zeros(3, 9, 4)}, ValueError, r"weight_out has .* must be \[3, 10, 4\]"),
+        ({"weight_out": torch.zeros(3, 10, 4).half()}, TypeError, "weight_out is torch.float16 and x is"),
         ({"bias_in": torch.zeros(3, 9)}, ValueError, r"bias_in has shape \(3, 9\); it must be \[3, 10\]"),
         ({"bias_out": torch.zeros(3, 9)}, ValueError, r"bias_out has shape \(3, 9\); it must be \[3, 4\]"),
+        ({"bias_out": torch.zeros(3, 4).double()}, TypeError, "bias_out is torch.float64 and x is"),
+        ({"bias_in": torch.zeros(3, 10, device="meta")}, ValueError, "bias_in is on meta; it must be on cpu"),
         ({"expert_index": torch.full((2, 2), -1)}, ValueError, "expert_index holds -1 to -1"),
+        ({"expert_index": torch.full((2, 2), 3)}, ValueError, "expert_index holds 3 to 3"),
         ({"expert_gate": torch.zeros(1, 2)}, ValueError, r"expert_gate has shape \(1, 2\)"),
+        ({"expert_gate": torch.zeros(2, 2).half()}, TypeError, "expert_gate is torch.float16"),
         ({"expert_index": torch.zeros(2, 2)}, TypeError, "expert_index is torch.float32"),
+        (
+            {"expert_index": torch.zeros(2, 0).int(), "expert_gate": torch.zeros(2, 0)}, ValueError,
+            "at least one expert must be chosen",
+        ),
         ({"gated": True, "weight_in": torch.zeros(3, 4, 9)}, ValueError, "its last size must be even"),
         ({"backend": "native"}, RuntimeError, "expert_mlp has no compiled kernel for cpu tensors; use"),
     ],
-)
+)  # fmt: skip
 def test_errors(change: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         expert_mlp(**{**make_arguments(), **change})
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("gated", [False, True])
+def test_on_a_gpu_by_default_on_any_stream_and_in_a_graph(gated: bool) -> None:
+    arguments = (*make_inputs((4, 64, 64, 128, 3, 2), gated, torch.float32, "cuda"), gated)
+    expected = forward_backward(expert_mlp, *arguments, backend="triton")
+    for a, b in zip(forward_backward(expert_mlp, *arguments), expected, strict=True):
+        assert torch.equal(a, b)  # auto
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = forward_backward(expert_mlp, *arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    torch.use_deterministic_algorithms(False)  # filling memory with NaN is not part of the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward_backward(expert_mlp, *arguments)
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)

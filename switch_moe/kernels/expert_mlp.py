@@ -34,24 +34,24 @@ class Tile(NamedTuple):
         return dict(zip(names, self, strict=True))
 
 
-def _tiles(kernel: str, tokens: int, gated: bool, dtype: torch.dtype, arch: int) -> Tile:
-    """The tile of ``kernel``: hidden, mixture, hidden_grad or weight_grad.
+def _tiles(kernel: str, x: Tensor, tokens: int, gated: bool = False) -> Tile:
+    """The tile of ``kernel`` (hidden, mixture, hidden_grad or weight_grad) for the type and device of x.
 
-    Chosen by registers and shared memory as compiled: nothing spills, and on sm_90 the registers and shared
-    memory of two programs fit an SM for GELU's hidden, mixture and weight_grad.
+    Chosen from the compiled code: nothing spills, and on sm_90 two programs of GELU's hidden, of mixture and
+    of weight_grad fit an SM, so that one multiplies while the other writes.
     """
-    epilogue = gated and kernel in ("hidden", "hidden_grad")  # twice the numbers of other tiles
-    if dtype == torch.float32:
-        tile = Tile(64, 64, 16, 8, 3)
+    arch = architecture(x.device)
+    large_epilogue = gated and kernel in ("hidden", "hidden_grad")
+    if x.dtype == torch.float32:
+        tile = Tile(64, 64, 16, 8, 3) if dot_precision(x) == "ieee" else Tile(128, 128, 32, 8, 3)
     elif arch < 90 or arch >= 120:  # at most 99 KB of shared memory, no asynchronous tensor cores
-        tile = Tile(128, 64 if epilogue else 128, 32, 8, 4)
+        tile = Tile(128, 64 if large_epilogue else 128, 32, 8, 4)
     else:
         tile = Tile(128, 128, 64, 8, 3)
     if kernel == "weight_grad":
         return tile._replace(inner=min(tile.inner, max(16, triton.next_power_of_2(tokens))))
     if tile.rows > 64 >= tokens:
-        cols = 64 if gated and kernel == "hidden_grad" else tile.cols
-        return tile._replace(rows=64, cols=cols, warps=4)
+        return tile._replace(rows=64, cols=64 if large_epilogue else 128, warps=4)
     return tile
 
 
@@ -82,7 +82,7 @@ def forward(
         return torch.empty_like(x), pre
     order, pairs, _ = dispatch(index, num_experts)
     units = x.new_empty(batch, top_k, tokens, hidden)
-    tile = _tiles("hidden", tokens, gated, x.dtype, architecture(x.device))
+    tile = _tiles("hidden", x, tokens, gated)
     launch(
         _hidden_kernel, batch * top_k * cdiv(tokens, tile.rows) * cdiv(hidden, tile.cols),
         x, weight_in, weight_in if bias_in is None else bias_in, index, gate, pairs, pre, units, tokens,
@@ -111,17 +111,11 @@ def backward(
     want_x, want_in, want_bias_in, want_out, want_bias_out, want_gate = wanted
     if x.numel() == 0:
         shapes = (x.shape, weight_in.shape, (num_experts, width), weight_out.shape, (num_experts, size))
-        zeros = [x.new_zeros(shape if want else 0) for shape, want in zip(shapes, wanted, strict=False)]
-        return (
-            zeros[0],
-            zeros[1],
-            zeros[2],
-            zeros[3],
-            zeros[4],
-            gate.new_zeros(gate.shape if want_gate else 0),
-        )
+        grads = [x.new_zeros(shape if want else 0) for shape, want in zip(shapes, wanted, strict=False)]
+        grad_gate = gate.new_zeros(gate.shape if want_gate else 0)
+        return grads[0], grads[1], grads[2], grads[3], grads[4], grad_gate
     order, pairs, offsets = dispatch(index, num_experts)
-    tile = _tiles("hidden_grad", tokens, gated, x.dtype, architecture(x.device))
+    tile = _tiles("hidden_grad", x, tokens, gated)
     blocks_t, blocks_n = cdiv(tokens, tile.rows), cdiv(hidden, tile.cols)
     grad_pre = x.new_empty((batch, top_k, tokens, width) if want_x or want_in else 0)
     units = x.new_empty((batch, top_k, tokens, hidden) if want_out else 0)
@@ -136,15 +130,19 @@ def backward(
         GRAD_PRE=want_x or want_in, UNITS=want_out, GRAD_GATE=want_gate, SUMS_PRE=want_bias_in,
         SUMS_OUT=want_bias_out, PRECISION=dot_precision(x), **tile.meta(),
     )  # fmt: skip
-    nothing = x.new_empty(0)
-    return (
-        _mixture(grad_pre, weight_in, None, index, gate, order, transposed=True) if want_x else nothing,
-        _weight_grad(x, grad_pre, pairs, offsets, weight_in, top_k, 1) if want_in else nothing,
-        _bias_grad(sums_pre, pairs, offsets, None, weight_in) if want_bias_in else nothing,
-        _weight_grad(units, grad, pairs, offsets, weight_out, 1, top_k) if want_out else nothing,
-        _bias_grad(sums_out, pairs, offsets, gate, weight_out) if want_bias_out else nothing,
-        sum_first(gates, gate.dtype) if want_gate else gate.new_empty(0),
-    )
+    grads = [x.new_empty(0) for _ in range(5)]
+    if want_x:
+        grads[0] = _mixture(grad_pre, weight_in, None, index, gate, order, transposed=True)
+    if want_in:
+        grads[1] = _weight_grad(x, grad_pre, pairs, offsets, weight_in, top_k, 1)
+    if want_bias_in:
+        grads[2] = _bias_grad(sums_pre, pairs, offsets, None, weight_in)
+    if want_out:
+        grads[3] = _weight_grad(units, grad, pairs, offsets, weight_out, 1, top_k)
+    if want_bias_out:
+        grads[4] = _bias_grad(sums_out, pairs, offsets, gate, weight_out)
+    grad_gate = sum_first(gates, gate.dtype) if want_gate else gate.new_empty(0)
+    return grads[0], grads[1], grads[2], grads[3], grads[4], grad_gate
 
 
 def _mixture(
@@ -160,7 +158,7 @@ def _mixture(
     batch, top_k, tokens, inner = a.shape
     size = weight.shape[1 if transposed else 2]
     out = a.new_empty(batch, tokens, size)
-    tile = _tiles("mixture", tokens, False, a.dtype, architecture(a.device))
+    tile = _tiles("mixture", a, tokens)
     launch(
         _mixture_kernel, batch * cdiv(tokens, tile.rows) * cdiv(size, tile.cols),
         a, weight, weight if bias is None else bias, index, gate, order, out, tokens, batch,
@@ -176,7 +174,7 @@ def _weight_grad(
     """``dW_e = sum_p left_(p // left_per)^T right_(p // right_per)`` over the pairs p of e."""
     num_experts, rows, cols = weight.shape
     tokens = left.shape[-2]
-    tile = _tiles("weight_grad", tokens, False, weight.dtype, architecture(weight.device))
+    tile = _tiles("weight_grad", weight, tokens)
     tiles = num_experts * cdiv(rows, tile.rows) * cdiv(cols, tile.cols)
     splits = _splits(tiles, pairs.shape[0])
     out = weight.new_empty(splits, *weight.shape, dtype=torch.float32 if splits > 1 else weight.dtype)
