@@ -7,7 +7,6 @@ by hand in test_layer.py.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
