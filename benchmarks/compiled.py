@@ -53,9 +53,9 @@ SHARED_PER_SM = {
 REGISTERS, MAX_THREADS, THREADS_PER_SM, PROGRAMS_PER_SM, TENSOR_COLUMNS = 65536, 1024, 2048, 32, 512
 REASON = """# Shipped tiles, compiled ahead of time
 
-`python -m benchmarks.compiled --markdown` wrote this; no GPU took part. Each tile is the largest that compiles
-without spills for its architecture: a larger tile takes less L2 traffic for each FLOP, and in the model at the
-end L2 bounds every product. No tile has been timed yet.
+`python -m benchmarks.compiled --markdown` wrote this; no GPU took part. Each tile is the largest found that
+compiles without spills for its architecture: a larger tile takes less L2 traffic for each FLOP, and in the
+model at the end L2 bounds every product. No tile has been timed yet.
 """
 TILE = re.compile("BLOCK|ROWS$|COLS$|INNER$")  # constants that are tile sizes
 
