@@ -24,3 +24,4 @@ bench:
 # without a GPU it says so and fails. ARGS=--sanitize adds compute-sanitizer.
 gpu:
 	python -m benchmarks.gpu_report $(ARGS)
+	python -m benchmarks.train_step --output benchmarks/results

@@ -139,7 +139,7 @@ class NinjaBuild(build_ext):
         cxx = find_compiler()
         includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
         common = ["-O3", "-std=c++17"]
-        host = [*common, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *includes]
+        host = [*common, "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *includes]
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         rules = {
             "cpp": f"{cxx} {command(*host)} -MMD -MF $out.d -c $in -o $out",
@@ -149,7 +149,8 @@ class NinjaBuild(build_ext):
         if nvcc:
             archs = cuda_archs()
             host.append(f'-DSWITCH_MOE_CUDA_ARCHS="{" ".join(archs)}"')
-            device = [*common, "--threads=0", *arch_flags(archs), "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            device = [*common, "--threads=0", *arch_flags(archs)]
+            device.append("-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
             compiler = ["-ccbin", cxx.split()[0]]
             rules["cpp"] = f"{cxx} {command(*host)} -MMD -MF $out.d -c $in -o $out"
             rules["cu"] = f"{command(nvcc, *device, *compiler)} -MD -MF $out.d -c $in -o $out"

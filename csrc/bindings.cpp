@@ -45,10 +45,10 @@ PYBIND11_MODULE(_cpu, m) {
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "linear_assignment",
-        [](uintptr_t cost, bool integer, int64_t n, uintptr_t column) {
-            return integer ? linear_assignment(at<int64_t>(cost), n, at<int64_t>(column))
-                           : linear_assignment(at<double>(cost), n, at<int64_t>(column));
+        [](uintptr_t cost, bool integer, int64_t n, uintptr_t prices, uintptr_t column) {
+            return integer ? linear_assignment(at<int64_t>(cost), n, at<int64_t>(prices), at<int64_t>(column))
+                           : linear_assignment(at<double>(cost), n, at<double>(prices), at<int64_t>(column));
         },
-        py::arg("cost"), py::arg("integer"), py::arg("n"), py::arg("column"),
+        py::arg("cost"), py::arg("integer"), py::arg("n"), py::arg("prices"), py::arg("column"),
         py::call_guard<py::gil_scoped_release>());
 }

@@ -11,10 +11,11 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("max_assignment_rows") = switch_moe::kMaxRows;
     m.def(
         "linear_assignment",
-        [](uintptr_t cost, bool integer, int64_t n, uintptr_t column, uintptr_t stream) {
-            switch_moe::linear_assignment_cuda(reinterpret_cast<const void*>(cost), integer, n,
-                                               reinterpret_cast<int64_t*>(column),
-                                               reinterpret_cast<void*>(stream));
+        [](uintptr_t cost, bool integer, int64_t n, uintptr_t prices, uintptr_t column, uintptr_t stream) {
+            switch_moe::linear_assignment_cuda(
+                reinterpret_cast<const void*>(cost), integer, n, reinterpret_cast<void*>(prices),
+                reinterpret_cast<int64_t*>(column), reinterpret_cast<void*>(stream));
         },
-        py::arg("cost"), py::arg("integer"), py::arg("n"), py::arg("column"), py::arg("stream"));
+        py::arg("cost"), py::arg("integer"), py::arg("n"), py::arg("prices"), py::arg("column"),
+        py::arg("stream"));
 }

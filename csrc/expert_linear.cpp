@@ -5,17 +5,7 @@
 #include <vector>
 
 #include "parallel.h"
-
-// One binary for every x86-64 machine: the compiler makes a version per instruction set and the loader picks.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#if __GNUC__ >= 12
-#define SWITCH_MOE_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SWITCH_MOE_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-#else
-#define SWITCH_MOE_VECTORISED
-#endif
+#include "vectorised.h"
 
 namespace switch_moe {
 namespace {

@@ -1,25 +1,30 @@
-// Linear assignment by shortest augmenting paths, O(n^3).
+// Linear assignment by shortest augmenting paths, O(n^3), on the CPU. linear_assignment_core.h holds the
+// algorithm.
 //
 // R. Jonker, A. Volgenant, "A shortest augmenting path algorithm for dense and sparse linear assignment
-// problems", Computing 38, 1987; the form without initialisation of D. F. Crouse, "On implementing 2D
-// rectangular assignment algorithms", IEEE T-AES 52(4), 2016.
+// problems", Computing 38, 1987; prices that persist are D. P. Bertsekas, "The auction algorithm", Annals of
+// Operations Research 14, 1988.
 #pragma once
 
 #include <cstdint>
 
 namespace switch_moe {
 
-// Writes to column[i] the column of row i at the least total cost. Returns false, and leaves `column`
-// undefined, where every assignment has an infinite cost. Costs are not NaN and not -infinity.
-bool linear_assignment(const double* cost,  // [n, n]
-                       int64_t n,
-                       int64_t* column  // [n]
+// Writes to column[i] the column of row i at the least total cost. `prices` may be null; else they are a
+// start, all zero for none, and become the final prices of the columns: the next, similar problem solves
+// faster. Returns an AssignmentStatus; unless it is kSolved (0), `column` and `prices` stay as they were.
+// Costs may be +infinity.
+int linear_assignment(const double* cost,  // [n, n]
+                      int64_t n,
+                      double* prices,  // [n] or null
+                      int64_t* column  // [n]
 );
 
-// The same in exact integer arithmetic; the caller makes sure that 4 * n * max|cost| fits in an int64.
-bool linear_assignment(const int64_t* cost,  // [n, n]
-                       int64_t n,
-                       int64_t* column  // [n]
+// The same in exact integer arithmetic.
+int linear_assignment(const int64_t* cost,  // [n, n]
+                      int64_t n,
+                      int64_t* prices,  // [n] or null
+                      int64_t* column   // [n]
 );
 
 }  // namespace switch_moe

@@ -7,12 +7,12 @@ namespace switch_moe {
 
 constexpr int kMaxRows = 1024;
 
-// Writes to column[i] the column of row i at the least total cost, on `stream` (a cudaStream_t). Writes -1
-// everywhere where no assignment is finite, a float cost is NaN or -infinity, or an integer sum could
-// overflow.
+// Like linear_assignment on the CPU (linear_assignment.h), with the same result to the last tie, on `stream`
+// (a cudaStream_t). Where that returns a reason, this writes -1 everywhere, and `prices` stay as they were.
 void linear_assignment_cuda(const void* cost,  // [n, n] int64 if `integer`, else double
                             bool integer,
                             int64_t n,        // at most kMaxRows
+                            void* prices,     // [n] of the type of cost, or null
                             int64_t* column,  // [n]
                             void* stream);
 

@@ -37,6 +37,22 @@ def problems(count: int, largest: int, seed: int = 0) -> Iterator[np.ndarray]:
             yield rng.integers(-1000, 1000, (n, n)).astype(float)
 
 
+def starts(cost: np.ndarray, seed: int = 0) -> Iterator[np.ndarray]:
+    """Prices that a solve of ``cost`` may start from: none, random, lopsided, useless, out of range."""
+    rng = np.random.default_rng(seed)
+    n, integer = len(cost), cost.dtype == np.int64
+    finite = np.abs(cost[np.isfinite(cost)])
+    scale = finite.max() if finite.size else 1
+    kinds = [np.zeros(n), scale * rng.uniform(-1, 1, n), 4 * scale * rng.choice([-1, 1], n)]
+    kinds += [np.full(n, -scale), cost.min(0), 1000 * scale * rng.uniform(-1, 1, n)]
+    for prices in kinds:
+        yield np.nan_to_num(prices, posinf=0).astype(cost.dtype)
+    for extreme in (-(2**63), 2**63 - 1) if integer else (np.nan, np.inf, -np.inf, 1e308):
+        prices = np.zeros(n, cost.dtype)
+        prices[n // 2 :] = extreme
+        yield prices
+
+
 def total(cost: np.ndarray, column: np.ndarray) -> float:
     """The cost of an assignment, after checking that it is one."""
     assert sorted(column.tolist()) == list(range(len(cost))), "not a permutation"

@@ -1,8 +1,10 @@
-"""setup.py: its choices and its errors, without compiling anything."""
+"""setup.py: its choices and its errors, without compiling anything; and what nvcc says about the kernels."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -93,3 +95,24 @@ def test_no_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CXX", "/opt/none/g++")
     with pytest.raises(SystemExit, match=r"CXX=/opt/none/g\+\+ was not found"):
         build.find_compiler()
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+@pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
+def test_kernels_compile_without_warnings_and_spills(
+    build: ModuleType, tmp_path: Path, source: str, arch: str
+) -> None:
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc; CI has it")
+    flags = ["-O3", "-std=c++17", *build.arch_flags([arch]), "-Xptxas=-v", "-Werror=all-warnings"]
+    flags.append("-Xcompiler=-Wall,-Wextra,-Werror")
+    command = [nvcc, *flags, "-c", ROOT / "csrc" / source, "-o", tmp_path / "kernels.o"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    kernels = result.stderr.split("Compiling entry function ")[1:]
+    assert kernels
+    for report in kernels:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
+        shared = re.search(r"(\d+) bytes smem", report)
+        assert shared is None or int(shared[1]) <= 48 * 1024, report  # what a kernel may have unasked

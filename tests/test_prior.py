@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close
 
 from switch_moe import DiffusionPrior, Router
-from switch_moe.reference.diffusion_prior import jensen_shannon
+from switch_moe.reference.diffusion_prior import jensen_shannon, matching_cost
 
 
 def test_table() -> None:
@@ -46,6 +46,69 @@ def test_ties_break_at_random_and_follow_the_seed() -> None:
     torch.manual_seed(1)
     assert torch.equal(prior.match(selected), first)
     assert not torch.equal(first, second)
+
+
+def test_ties_do_not_favour_a_column() -> None:
+    """All columns alike: every permutation of 4 is as likely, by a chi-squared test (p = 1e-4: 57)."""
+    prior = DiffusionPrior(2, 2, 1, num_timesteps=5)
+    torch.manual_seed(0)
+    counts: dict[tuple[int, ...], int] = {}
+    for _ in range(2400):
+        found = tuple(prior.match(torch.ones(5, 4)).tolist())
+        counts[found] = counts.get(found, 0) + 1
+    assert len(counts) == 24
+    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 57
+
+
+def test_match_is_optimal_from_earlier_prices() -> None:
+    torch.manual_seed(0)
+    prior = DiffusionPrior(4, 3, 2, num_timesteps=100)
+    prices, logits = torch.zeros(12, dtype=torch.int64), torch.randn(100, 12)
+    for _ in range(20):
+        selected = (logits > 0).float()
+        least = (selected - prior.table[:, prior.match(selected)]).abs().sum()
+        assert (selected - prior.table[:, prior.match(selected, prices)]).abs().sum() == least
+        cost = matching_cost(selected, prior.table) - prices  # prices are in the table's order
+        assert cost.min(1).values.sum() + prices.sum() == least
+        logits += 0.1 * torch.randn_like(logits)
+    assert prices.any()
+
+
+def test_matching_cost_is_exact() -> None:
+    torch.manual_seed(0)
+    prior = DiffusionPrior(4, 3, 2, num_timesteps=3000)
+    for precision in ("highest", "medium"):  # medium multiplies in bfloat16
+        torch.set_float32_matmul_precision(precision)
+        try:
+            for ones in (0.0, 0.3, 1.0):
+                selected = (torch.rand(3000, 12) < ones).float()
+                exact = (selected[:, :, None] - prior.table[:, None, :]).abs().sum(0)
+                assert torch.equal(matching_cost(selected, prior.table), exact)
+                assert torch.equal(prior._cost(selected), exact.long())
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert torch.equal(prior.bfloat16()._cost(selected.bfloat16()), exact.long())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_match_captured_in_a_cuda_graph() -> None:
+    prior = DiffusionPrior(28, 3, 2).cuda()
+    selected = (torch.rand(1000, 84, device="cuda") < 0.6).float()
+    prices = torch.zeros(84, dtype=torch.int64, device="cuda")
+    prior.match(selected, prices)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = prior.match(selected, prices)
+    seen = set()
+    for _ in range(3):
+        selected.copy_(torch.rand_like(selected) < 0.6)
+        graph.replay()
+        least = (selected - prior.table[:, prior.match(selected)]).abs().sum()
+        assert (selected - prior.table[:, found]).abs().sum() == least
+        selected.fill_(1)
+        graph.replay()  # all columns alike: replays draw new random numbers
+        seen.add(tuple(found.tolist()))
+    assert len(seen) == 3
 
 
 def test_loss_is_zero_only_for_the_prior() -> None:
@@ -127,6 +190,7 @@ def test_loss_takes_int32_timesteps_and_an_empty_batch(batch: int) -> None:
         ({"depth": 0}, "depth is 0; it must be at least 1"),
         ({"top_k": 4}, "top_k is 4; it must be between 1 and the number of experts, 3"),
         ({"num_timesteps": 0}, "num_timesteps is 0"),
+        ({"num_timesteps": 2**24 + 1}, "num_timesteps is 16777217; it must be at most 2\\^24"),
     ],
 )
 def test_errors(settings: dict, message: str) -> None:

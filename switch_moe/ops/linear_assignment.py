@@ -6,43 +6,67 @@ import torch
 from torch import Tensor
 
 from switch_moe import native
-from switch_moe.ops._dispatch import LIBRARY, choose, register
+from switch_moe.ops._dispatch import LIBRARY, check_device, check_dtype, check_shape, choose, register
 from switch_moe.reference.linear_assignment import linear_assignment as reference_linear_assignment
 
+_NO_FINITE_TOTAL, _NOT_A_NUMBER, _TOO_LARGE = 1, 2, 3  # AssignmentStatus of csrc/linear_assignment_core.h
 
-def linear_assignment(cost: Tensor, *, backend: str = "auto") -> Tensor:
+
+def linear_assignment(cost: Tensor, *, prices: Tensor | None = None, backend: str = "auto") -> Tensor:
     """The assignment of rows to columns at the least total cost.
 
-    Shortest augmenting paths, O(n^3): Jonker and Volgenant, Computing 38, 1987. Integer costs are solved
-    exactly, floating costs in float64.
+    Bids and shortest augmenting paths, O(n^3): Jonker and Volgenant, Computing 38, 1987. Integer costs are
+    solved exactly, floating costs in float64.
 
     Args:
         cost: ``[n, n]``, any real type. +inf forbids a pair.
+        prices: where to start, ``[n]`` on the device of ``cost``, int64 for integer costs and float64 for
+            floating ones; updated in place. Begin with zeros and pass the same tensor again: a problem like
+            the last one is solved in a fraction of the time. Any prices are allowed and the total is the
+            least, but which of several equal optima is found depends on them. Prices too far from the costs
+            to help, NaN among them, are replaced.
         backend: ``auto``, ``native`` (compiled; up to 1,024 rows on a GPU) or ``reference`` (plain PyTorch).
             Where the GPU kernels are not built, ``auto`` solves on the CPU, and waits for it.
 
     Returns:
         int64 ``[n]`` on the device of ``cost``: the column of each row. Equal optima: any one of them, the
-        same every time.
+        same every time; CPU and GPU find the same one.
 
     Raises:
         ValueError: ``cost`` is not square, holds NaN or -inf, has no finite assignment, or holds integers so
-            large that sums overflow int64. A compiled GPU solve does not wait for the host: it cannot raise,
-            and returns -1 everywhere for such costs.
+            large that sums overflow int64; ``prices`` has another shape or device, or is not contiguous. A
+            compiled GPU solve does not wait for the host: it cannot raise for the values of ``cost``, and
+            returns -1 everywhere instead.
+        TypeError: ``cost`` is not real, or ``prices`` has another type.
         RuntimeError: the named backend cannot run here.
     """
     if cost.dim() != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"cost has shape {tuple(cost.shape)}; it must be square, [n, n]")
     if cost.is_complex() or cost.dtype == torch.bool:
         raise TypeError(f"cost is {cost.dtype}; it must be a real floating or integer type")
+    cost = cost.detach()
+    if prices is not None:
+        check_dtype("prices", prices, _exact_dtype(cost))
+        check_shape("prices", prices, (cost.shape[0],))
+        check_device("prices", prices, cost.device)
+        if not prices.is_contiguous():
+            raise ValueError("prices is not contiguous; it is updated in place, so pass a contiguous tensor")
+        prices = prices.detach()
     if choose("linear_assignment", backend, cost.device, native_devices=("cpu", "cuda")) == "native":
-        column: Tensor = torch.ops.switch_moe.linear_assignment(cost.detach())
+        column = _native(cost, prices)
     elif backend == "auto" and cost.device.type != "cpu" and native.cpu.reason is None:
-        column = torch.ops.switch_moe.linear_assignment(cost.detach().cpu()).to(cost.device)
+        on_cpu = None if prices is None else prices.cpu()
+        column = _native(cost.cpu(), on_cpu).to(cost.device)
+        if prices is not None and on_cpu is not None:
+            prices.copy_(on_cpu)
     else:
         _check_values(cost)
-        column = reference_linear_assignment(cost.detach())
+        column = reference_linear_assignment(cost, prices)
     return column
+
+
+def _exact_dtype(cost: Tensor) -> torch.dtype:
+    return torch.float64 if cost.is_floating_point() else torch.int64
 
 
 def _check_values(cost: Tensor) -> None:
@@ -53,39 +77,57 @@ def _check_values(cost: Tensor) -> None:
             raise ValueError("cost holds NaN or -inf; every cost must be a number or +inf")
     else:
         largest = max(abs(int(bound)) for bound in cost.aminmax())
-        if 4 * cost.shape[0] * largest > torch.iinfo(torch.int64).max:
+        if largest > torch.iinfo(torch.int64).max // 8 // cost.shape[0]:
             raise ValueError(
                 f"cost holds {largest}; sums over {cost.shape[0]} rows overflow int64, scale it down"
             )
 
 
-def _fake(cost: Tensor) -> Tensor:
+def _native(cost: Tensor, prices: Tensor | None) -> Tensor:
+    if prices is None:
+        found: Tensor = torch.ops.switch_moe.linear_assignment(cost)
+    else:
+        found = torch.ops.switch_moe.linear_assignment_from(cost, prices)
+    return found
+
+
+def _fake(cost: Tensor, prices: Tensor | None = None) -> Tensor:
     return cost.new_empty(cost.shape[0], dtype=torch.int64)
 
 
+# Two operators, for torch.compile (2.13) fails on one with an optional tensor that it changes, left out.
 @register("linear_assignment(Tensor cost) -> Tensor", _fake, key="CPU")
-def _cpu(cost: Tensor) -> Tensor:
-    _check_values(cost)
+@register("linear_assignment_from(Tensor cost, Tensor(a!) prices) -> Tensor", _fake, key="CPU")
+def _cpu(cost: Tensor, prices: Tensor | None = None) -> Tensor:
     n = cost.shape[0]
-    exact = cost.to(torch.float64 if cost.is_floating_point() else torch.int64).contiguous()
+    exact = cost.to(_exact_dtype(cost)).contiguous()
     column = torch.empty(n, dtype=torch.int64, device=cost.device)
     solve = native.cpu.require().linear_assignment
-    if not solve(exact.data_ptr(), not cost.is_floating_point(), n, column.data_ptr()):
+    status = solve(exact.data_ptr(), not cost.is_floating_point(), n, _address(prices), column.data_ptr())
+    if status in (_NOT_A_NUMBER, _TOO_LARGE):
+        _check_values(cost)
+    if status == _NO_FINITE_TOTAL:
         raise ValueError("cost has no assignment of finite total cost")
     return column
 
 
-def _cuda(cost: Tensor) -> Tensor:
+def _cuda(cost: Tensor, prices: Tensor | None = None) -> Tensor:
     solver = native.cuda.require()
     n = cost.shape[0]
     if n > solver.max_assignment_rows:
         raise ValueError(f"cost has {n} rows; on a GPU there can be at most {solver.max_assignment_rows}")
-    exact = cost.to(torch.float64 if cost.is_floating_point() else torch.int64).contiguous()
+    integer = not cost.is_floating_point()
+    exact = cost.to(_exact_dtype(cost)).contiguous()
     column = torch.empty(n, dtype=torch.int64, device=cost.device)
     with torch.cuda.device(cost.device):
         stream = torch.cuda.current_stream().cuda_stream
-        solver.linear_assignment(exact.data_ptr(), not cost.is_floating_point(), n, column.data_ptr(), stream)
+        solver.linear_assignment(exact.data_ptr(), integer, n, _address(prices), column.data_ptr(), stream)
     return column
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 LIBRARY.impl("linear_assignment", _cuda, "CUDA")
+LIBRARY.impl("linear_assignment_from", _cuda, "CUDA")

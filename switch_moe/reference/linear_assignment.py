@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 
-def linear_assignment(cost: Tensor) -> Tensor:
+def linear_assignment(cost: Tensor, prices: Tensor | None = None) -> Tensor:
     """The column of each row at the least total cost: ``cost [n, n]`` to int64 ``[n]``.
 
-    Jonker and Volgenant, Computing 38, 1987. ``ValueError`` where every assignment has an infinite cost.
+    Jonker and Volgenant, Computing 38, 1987. ``prices [n]`` are a start, and updated in place. ``ValueError``
+    where every assignment has an infinite cost.
     """
     n = cost.shape[0]
     exact = cost.to(torch.float64 if cost.is_floating_point() else torch.int64)
     unreached = torch.inf if cost.is_floating_point() else torch.iinfo(torch.int64).max
-    u, v = exact.new_zeros(n), exact.new_zeros(n)  # duals: cost - u - v >= 0, with equality on assigned pairs
+    # Duals: cost - u - v >= 0, with equality on assigned pairs. Any v will do, given the largest such u.
+    v = exact.new_zeros(n) if prices is None else _usable(prices, exact)
+    u = (exact - v).amin(1) if n else v.clone()
     column_of = torch.full((n,), -1, device=cost.device)
     row_of = torch.full((n,), -1, device=cost.device)
     for start in range(n):
@@ -46,4 +49,16 @@ def linear_assignment(cost: Tensor) -> Tensor:
             column, column_of[row] = int(column_of[row]), column
             if row == start:
                 break
+    if prices is not None and n:
+        prices.copy_(v - v.max())
     return column_of
+
+
+def _usable(prices: Tensor, cost: Tensor) -> Tensor:
+    """Prices that neither overflow nor drown the costs in rounding; zeros for others."""
+    finite = cost[cost.isfinite()]
+    bound = 4 * finite.abs().max() if finite.numel() else finite.new_zeros(())
+    if not cost.is_floating_point():
+        bound = bound.clamp(max=2**59)
+    usable = bool(((prices <= bound) & (prices >= -bound)).all())
+    return prices.clone() if usable else torch.zeros_like(prices)

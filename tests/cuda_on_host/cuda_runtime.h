@@ -1,16 +1,28 @@
-// Enough of CUDA to run a one-warp kernel on a CPU: 32 threads in lockstep at every warp instruction.
-// A test double: it proves a kernel's logic (and its barriers, under a race detector), not its machine code.
+// Enough of CUDA to run a one-warp kernel on a CPU: 32 lanes that wait for one another at every warp
+// instruction. A test double: it proves a kernel's logic, not its machine code.
+//
+// The lanes are fibers of one thread, fast enough for thousands of problems; with CUDA_ON_HOST_THREADS they
+// are threads, so that a race detector sees a missing barrier.
 #pragma once
 
-#include <barrier>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <thread>
 #include <vector>
+
+#ifdef CUDA_ON_HOST_THREADS
+#include <barrier>
+#include <thread>
+#else
+#include <setjmp.h>
+#include <ucontext.h>
+#endif
 
 #define __global__
 #define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
 #define __shared__ static
 
 struct Dim {
@@ -19,31 +31,106 @@ struct Dim {
 inline thread_local Dim threadIdx{0};
 
 namespace warp {
-inline std::barrier<> barrier(32);
-inline uint64_t slots[32];
-}  // namespace warp
 
-inline void __syncwarp() { warp::barrier.arrive_and_wait(); }
+constexpr int kLanes = 32;
+inline uint64_t slots[kLanes];
 
-template <typename T>
-T exchange(T value, int from) {
-    std::memcpy(&warp::slots[threadIdx.x], &value, sizeof value);
-    __syncwarp();
+#ifdef CUDA_ON_HOST_THREADS
+
+inline std::barrier<> barrier(kLanes);
+
+inline void wait() { barrier.arrive_and_wait(); }
+
+inline void run(const std::function<void()>& kernel, bool) {
+    std::vector<std::thread> threads;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        threads.emplace_back([&kernel, lane] {
+            threadIdx.x = lane;
+            kernel();
+        });
+    }
+    for (auto& thread : threads) thread.join();
+}
+
+#else
+
+// Entered by makecontext, switched by setjmp, which unlike swapcontext makes no system call.
+struct Fiber {
+    std::vector<char> stack = std::vector<char>(1 << 18);
+    ucontext_t context;
+    jmp_buf resume;
+    bool entered = false, finished = false;
+};
+
+inline Fiber fibers[kLanes];
+inline jmp_buf scheduler;
+inline const std::function<void()>* kernel_of_fibers;
+
+inline void wait() {
+    Fiber& self = fibers[threadIdx.x];
+    if (_setjmp(self.resume) == 0) _longjmp(scheduler, 1);
+}
+
+inline void enter() {
+    (*kernel_of_fibers)();
+    fibers[threadIdx.x].finished = true;
+    _longjmp(scheduler, 1);
+}
+
+// Every turn runs each lane to its next barrier; the lanes' order within a turn must not matter.
+inline void run(const std::function<void()>& kernel, bool last_lane_first) {
+    kernel_of_fibers = &kernel;
+    for (Fiber& fiber : fibers) fiber.entered = fiber.finished = false;
+    for (int finished = 0; finished < kLanes;) {
+        static int turn;  // survives longjmp
+        finished = 0;
+        for (turn = 0; turn < kLanes; ++turn) {
+            threadIdx.x = last_lane_first ? kLanes - 1 - turn : turn;
+            Fiber& fiber = fibers[threadIdx.x];
+            if (_setjmp(scheduler) == 0) {
+                if (fiber.entered) _longjmp(fiber.resume, 1);
+                fiber.entered = true;
+                getcontext(&fiber.context);
+                fiber.context.uc_stack.ss_sp = fiber.stack.data();
+                fiber.context.uc_stack.ss_size = fiber.stack.size();
+                fiber.context.uc_link = nullptr;
+                makecontext(&fiber.context, enter, 0);
+                setcontext(&fiber.context);
+            }
+        }
+        for (const Fiber& fiber : fibers) finished += fiber.finished;
+        if (finished != 0 && finished != kLanes) std::abort();  // lanes that took different ways
+    }
+}
+
+#endif
+
+template <typename T, typename Combine>
+T reduce(T value, Combine combine) {
+    std::memcpy(&slots[threadIdx.x], &value, sizeof value);
+    wait();
     T result;
-    std::memcpy(&result, &warp::slots[from], sizeof result);
-    __syncwarp();
+    std::memcpy(&result, &slots[0], sizeof result);
+    for (int lane = 1; lane < kLanes; ++lane) {
+        T other;
+        std::memcpy(&other, &slots[lane], sizeof other);
+        result = combine(result, other);
+    }
+    wait();
     return result;
 }
 
+}  // namespace warp
+
+inline void __syncwarp() { warp::wait(); }
+
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-    return exchange(value, threadIdx.x ^ mask);
+T __reduce_min_sync(unsigned, T value) {
+    return warp::reduce(value, [](T a, T b) { return b < a ? b : a; });
 }
 
 inline bool __all_sync(unsigned, bool value) {
-    bool all = true;
-    for (int lane = 0; lane < 32; ++lane) all = exchange(value, lane) && all;
-    return all;
+    return warp::reduce(value, [](bool a, bool b) { return a && b; });
 }
 
 inline double __longlong_as_double(long long bits) {
@@ -52,16 +139,18 @@ inline double __longlong_as_double(long long bits) {
     return value;
 }
 
-// A launch `kernel<<<1, lanes, 0, stream>>>(arguments)` becomes launch(lanes, [&] { kernel(arguments); }).
+inline long long __double_as_longlong(double value) {
+    long long bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// A launch `kernel<<<1, 32, 0, stream>>>(arguments)` becomes launch(32, [&] { kernel(arguments); }).
+inline bool last_lane_first = false;
+
 inline void launch(int lanes, const std::function<void()>& kernel) {
-    std::vector<std::thread> threads;
-    for (int lane = 0; lane < lanes; ++lane) {
-        threads.emplace_back([&kernel, lane] {
-            threadIdx.x = lane;
-            kernel();
-        });
-    }
-    for (auto& thread : threads) thread.join();
+    if (lanes != warp::kLanes) std::abort();
+    warp::run(kernel, last_lane_first);
 }
 
 using cudaStream_t = void*;
