@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +18,7 @@ SHAPES = [(4, 3, 2, 5, 50), (1, 1, 1, 1, 1), (12, 3, 2, 33, 1000), (3, 5, 5, 2, 
 BACKENDS = ["auto", "triton"]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty holds NaN: whatever is read before it is written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def make_inputs(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from helpers import assert_close, break_kernels, relative_rms
+from helpers import assert_close, assert_error_rule, break_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_expert_linear import NAMES, forward_backward, make_inputs, reference
@@ -36,13 +35,7 @@ SHAPES = [
 SMALL = {"num_warps": 4, "num_stages": 2}
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty holds NaN: whatever is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def use_small_tiles(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,11 +65,7 @@ def check(
     exact = forward_backward(reference, [t.double() for t in tensors], index, grad.double(), modulate)
     same_type = forward_backward(reference, tensors, index, grad, modulate)
     for name, a, e, s in zip(("out", *NAMES), actual, exact, same_type, strict=True):
-        assert a.dtype == s.dtype, name
-        if dtype == torch.float32:
-            assert_close(name, a, e, 1e-5)
-        else:
-            assert_close(name, a, e, max(1.5 * relative_rms(s, e), torch.finfo(dtype).eps / 2))
+        assert_error_rule(name, a, e, s, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -404,6 +404,25 @@ def _grad_x_kernel(
 
 
 @triton.jit
+def _add_tokens(
+    p, s, grad_ptr, x_ptr, row, count, i0, n0, owns_bias,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, MODULATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """P and s with up to BLOCK_T tokens more, ``count`` of which, from ``row`` on, are the sample's."""
+    t, i, n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    token_mask = (t < count)[:, None]
+    x_tile = row * D_IN + i0 + t[:, None] * D_IN + i[None, :]
+    x = tl.load(x_ptr + x_tile, mask=token_mask & (i0 + i < D_IN)[None, :], other=0.0)
+    grad_tile = row * D_OUT + n0 + t[:, None] * D_OUT + n[None, :]
+    dm = _grad_mixture(grad_ptr, x_ptr, grad_tile, token_mask & (n0 + n < D_OUT)[None, :], MODULATE)
+    p = tl.dot(tl.trans(x), dm, p, input_precision=PRECISION)
+    if owns_bias:
+        s += tl.sum(dm.to(tl.float32), 0)
+    return p, s
+
+
+@triton.jit
 def _gate_of(index_ptr, gate_ptr, sample, expert: tl.constexpr, TOP_K: tl.constexpr):
     """The gate of one expert for a sample, 0 where it was not chosen."""
     total = 0.0
@@ -432,7 +451,7 @@ def _grad_weights_kernel(
     TILES: tl.constexpr = BLOCKS_N * ((D_IN + BLOCK_I - 1) // BLOCK_I)
     tile, split = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     n0, i0 = (tile % BLOCKS_N) * BLOCK_N, (tile // BLOCKS_N) * BLOCK_I
-    t, i, n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    i, n = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
     row_mask, column_mask = i0 + i < D_IN, n0 + n < D_OUT
     place = (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -448,14 +467,10 @@ def _grad_weights_kernel(
         sample = split + (step // steps) * splits
         t0 = (step % steps) * BLOCK_T
         row = sample.to(tl.int64) * tokens + t0
-        token_mask = (t < tokens - t0)[:, None]
-        x_tile = row * D_IN + i0 + t[:, None] * D_IN + i[None, :]
-        x = tl.load(x_ptr + x_tile, mask=token_mask & row_mask[None, :], other=0.0)
-        grad_tile = row * D_OUT + n0 + t[:, None] * D_OUT + n[None, :]
-        dm = _grad_mixture(grad_ptr, x_ptr, grad_tile, token_mask & column_mask[None, :], MODULATE)
-        p = tl.dot(tl.trans(x), dm, p, input_precision=PRECISION)
-        if owns_bias:
-            s += tl.sum(dm.to(tl.float32), 0)
+        p, s = _add_tokens(
+            p, s, grad_ptr, x_ptr, row, tokens - t0, i0, n0, owns_bias,
+            D_IN, D_OUT, MODULATE, PRECISION, BLOCK_I, BLOCK_N, BLOCK_T,
+        )  # fmt: skip
         if t0 + BLOCK_T >= tokens:
             for j in tl.static_range(TOP_K):
                 expert = tl.load(index_ptr + sample * TOP_K + j).to(tl.int64)
@@ -522,7 +537,7 @@ def _grad_each_weight_kernel(
     expert = (tl.program_id(0) // TILES) % M
     split = tl.program_id(0) // (TILES * M)
     n0, i0 = (tile % BLOCKS_N) * BLOCK_N, (tile // BLOCKS_N) * BLOCK_I
-    t, i, n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    i, n = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
     row_mask, column_mask = i0 + i < D_IN, n0 + n < D_OUT
     place = expert.to(tl.int64) * (D_IN * D_OUT) + (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
@@ -538,14 +553,10 @@ def _grad_each_weight_kernel(
         pair = tl.load(pairs_ptr + first + (step // steps) * splits)
         t0 = (step % steps) * BLOCK_T
         row = (pair // TOP_K).to(tl.int64) * tokens + t0
-        token_mask = (t < tokens - t0)[:, None]
-        x_tile = row * D_IN + i0 + t[:, None] * D_IN + i[None, :]
-        x = tl.load(x_ptr + x_tile, mask=token_mask & row_mask[None, :], other=0.0)
-        grad_tile = row * D_OUT + n0 + t[:, None] * D_OUT + n[None, :]
-        dm = _grad_mixture(grad_ptr, x_ptr, grad_tile, token_mask & column_mask[None, :], MODULATE)
-        p = tl.dot(tl.trans(x), dm, p, input_precision=PRECISION)
-        if owns_bias:
-            s += tl.sum(dm.to(tl.float32), 0)
+        p, s = _add_tokens(
+            p, s, grad_ptr, x_ptr, row, tokens - t0, i0, n0, owns_bias,
+            D_IN, D_OUT, MODULATE, PRECISION, BLOCK_I, BLOCK_N, BLOCK_T,
+        )  # fmt: skip
         if t0 + BLOCK_T >= tokens:
             gate = tl.load(gate_ptr + pair)
             w = tl.load(weight_ptr + place, mask=mask, other=0.0)
