@@ -160,7 +160,7 @@ def inspect(spec: Specialisation) -> Row:
     try:
         target = GPUTarget("cuda", spec.arch, 32)
         kernel = triton.compile(source, target=target, options=vars(spec.options))
-    except Exception as error:
+    except Exception as error:  # whatever the compiler raises is this kernel's fault, and a row of the report
         return row | {"faults": {"compiles": f"{type(error).__name__}: {error}"}}
     products = [
         (int(rows), "tf32" if "tf32" in arguments else kind)

@@ -249,7 +249,7 @@ def checked_contender(case: Case, contender: Contender, inputs: Inputs) -> dict[
     """What :func:`check` found, numbers that JSON can hold; an exception is a failure."""
     try:
         found = check(case, contender, inputs)
-    except Exception as error:
+    except Exception as error:  # one contender that fails must not end the report
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # raises where the device itself failed: nothing can go on then
         return {"error": None, "allowed": None, "failure": describe(error)}

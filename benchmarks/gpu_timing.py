@@ -54,7 +54,7 @@ def time_steps(contenders: dict[str, list[Step]], rounds: int = ROUNDS) -> dict[
         stream = torch.cuda.Stream()  # of its own: a capture that fails may leave its stream unusable
         try:
             ready[name] = _prepare(steps, stream)
-        except Exception as error:
+        except Exception as error:  # handed back: one contender must not end the others
             found[name] = error.with_traceback(None)  # whose frames would keep memory
         torch.cuda.synchronize()  # raises where the device itself failed: nothing can go on then
     samples: dict[str, list[float]] = {name: [] for name in ready}
