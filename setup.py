@@ -23,7 +23,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "80 90a 100+PTX"
-CPU_SOURCES = ["bindings.cpp", "expert_linear.cpp", "linear_assignment.cpp", "parallel.cpp"]
+CPU_SOURCES = [
+    "bindings.cpp",
+    "expert_linear.cpp",
+    "linear_assignment.cpp",
+    "matching_cost.cpp",
+    "parallel.cpp",
+]
 CUDA_SOURCES = ["bindings_cuda.cpp", "linear_assignment.cu"]
 CPU = Extension("switch_moe._cpu", [f"csrc/{name}" for name in CPU_SOURCES])
 CUDA = Extension("switch_moe._cuda", [f"csrc/{name}" for name in CUDA_SOURCES])

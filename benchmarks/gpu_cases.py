@@ -30,8 +30,8 @@ from benchmarks.gpu_check import (
 )
 from benchmarks.gpu_peers import peers
 from switch_moe import DiffusionPrior
-from switch_moe.ops import expert_linear, expert_mlp, linear_assignment, timestep_gate
-from switch_moe.reference.diffusion_prior import jensen_shannon, matching_cost
+from switch_moe.ops import expert_linear, expert_mlp, linear_assignment, matching_cost, timestep_gate
+from switch_moe.reference.diffusion_prior import jensen_shannon
 from switch_moe.reference.expert_linear import expert_linear as reference_linear
 from switch_moe.reference.expert_mlp import expert_mlp as reference_mlp
 from switch_moe.reference.timestep_gate import selected_experts
@@ -199,6 +199,7 @@ def matching_case(
     """
     slots = depth * experts
     prior = DiffusionPrior(depth, experts, top_k, timesteps).to(device)
+    in_order = torch.arange(slots, device=device)
 
     def make(seed: int) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)
@@ -224,7 +225,7 @@ def matching_case(
 
     def exact(i: Inputs, outputs: Outputs) -> Outputs:
         """NaN unless the assignment has the least cost; of several such ones any is right."""
-        cost, found = matching_cost(i["selected"], i["table"]).cpu(), outputs[1].cpu()
+        cost, found = matching_cost(i["selected"], i["table"], in_order, in_order).cpu(), outputs[1].cpu()
         rows = torch.arange(slots)
         valid = torch.equal(found.sort().values, rows)
         least = cost[rows, linear_assignment(cost)].sum()
@@ -235,7 +236,7 @@ def matching_case(
     def with_scipy(i: Inputs) -> Outputs:
         from scipy.optimize import linear_sum_assignment
 
-        cost = matching_cost(i["selected"], i["table"]).cpu().numpy()
+        cost = matching_cost(i["selected"], i["table"], in_order, in_order).cpu().numpy()
         assignment = torch.from_numpy(linear_sum_assignment(cost)[1]).to(device)
         return exact_loss(i, assignment), assignment
 

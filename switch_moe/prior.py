@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from switch_moe.ops._dispatch import check_shape, check_top_k
 from switch_moe.ops.diffusion_prior import diffusion_prior_loss
 from switch_moe.ops.linear_assignment import linear_assignment
+from switch_moe.ops.matching_cost import matching_cost
 from switch_moe.reference.diffusion_prior import prior_table
+from switch_moe.reference.matching_cost import MOST_TIMESTEPS
 
 
 class DiffusionPrior(nn.Module):
@@ -24,12 +26,9 @@ class DiffusionPrior(nn.Module):
 
     Attributes:
         table: the prior, float32 0/1 ``[N, L*M]`` with ``k*L`` ones in each row; not part of the state_dict.
-        signs, column_sums: ``1 - 2 table`` and the table's sums over N, int64 ``[L*M]``, for the matching.
     """
 
     table: Tensor
-    signs: Tensor
-    column_sums: Tensor
 
     def __init__(
         self, depth: int, num_experts: int, top_k: int, num_timesteps: int = 1000, alpha: float = 4.0
@@ -39,7 +38,7 @@ class DiffusionPrior(nn.Module):
         for name, value in (("depth", depth), ("num_timesteps", num_timesteps)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if num_timesteps > 2**24:
+        if num_timesteps > MOST_TIMESTEPS:
             raise ValueError(
                 f"num_timesteps is {num_timesteps}; it must be at most 2^24, what float32 counts"
             )
@@ -52,8 +51,6 @@ class DiffusionPrior(nn.Module):
         self.alpha = alpha
         table = prior_table(num_timesteps, depth * num_experts, depth * top_k, alpha)
         self.register_buffer("table", table, persistent=False)
-        self.register_buffer("signs", 1 - 2 * table, persistent=False)
-        self.register_buffer("column_sums", table.sum(0).to(torch.int64), persistent=False)
 
     @torch.no_grad()
     def match(self, selected: Tensor, prices: Tensor | None = None) -> Tensor:
@@ -73,24 +70,16 @@ class DiffusionPrior(nn.Module):
         """
         check_shape("selected", selected, tuple(self.table.shape))
         slots = self.table.shape[1]
-        # Two sorted rows of random numbers are fewer launches than two calls of torch.randperm.
-        of_model, of_table = torch.rand(2, slots, device=selected.device).argsort(-1)
-        cost = self._cost(selected).index_select(0, of_model).index_select(1, of_table)
+        if selected.device.type == "cpu":
+            of_model, of_table = torch.randperm(slots), torch.randperm(slots)
+        else:  # fewer launches
+            of_model, of_table = torch.rand(2, slots, device=selected.device).argsort(-1)
+        cost = matching_cost(selected, self.table, of_model, of_table)
         permuted = None if prices is None else prices[of_table]
         found = linear_assignment(cost, prices=permuted)
         if prices is not None and permuted is not None:
             prices.index_copy_(0, of_table, permuted)
-        return torch.empty_like(found).index_copy_(0, of_model, of_table[found])
-
-    def _cost(self, selected: Tensor) -> Tensor:
-        """``sum_t |selected - table|`` of each pair of columns: int64 ``[L*M, L*M]``, exact.
-
-        ``sum(A) + sum(U) - 2 A^T U = sum(U) + A^T (1 - 2 U)``. Zeros and signs survive TF32 and bfloat16
-        products, and float32 counts to 2^24.
-        """
-        with torch.autocast(selected.device.type, enabled=False):
-            product = selected.float().t() @ self.signs.float()
-        return product.to(torch.int64) + self.column_sums
+        return torch.empty_like(found).index_copy_(0, of_model, of_table.index_select(0, found))
 
     def loss(self, probs: Tensor, t: Tensor, assignment: Tensor) -> Tensor:
         """Jensen-Shannon divergence of the routers' probabilities and the matched prior.

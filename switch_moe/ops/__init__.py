@@ -8,6 +8,14 @@ from switch_moe.ops.diffusion_prior import diffusion_prior_loss
 from switch_moe.ops.expert_linear import expert_linear
 from switch_moe.ops.expert_mlp import expert_mlp
 from switch_moe.ops.linear_assignment import linear_assignment
+from switch_moe.ops.matching_cost import matching_cost
 from switch_moe.ops.timestep_gate import timestep_gate
 
-__all__ = ["diffusion_prior_loss", "expert_linear", "expert_mlp", "linear_assignment", "timestep_gate"]
+__all__ = [
+    "diffusion_prior_loss",
+    "expert_linear",
+    "expert_mlp",
+    "linear_assignment",
+    "matching_cost",
+    "timestep_gate",
+]

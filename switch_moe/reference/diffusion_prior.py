@@ -1,4 +1,4 @@
-"""Specification of :class:`switch_moe.DiffusionPrior`: the table, the matching cost and the divergence."""
+"""Specification of :class:`switch_moe.DiffusionPrior`: the table and the divergence."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ def prior_table(num_timesteps: int, slots: int, active: int, alpha: float) -> Te
     first = torch.round(fraction**alpha * (slots - active))[:, None]
     column = torch.arange(slots)
     return ((column >= first) & (column < first + active)).float()
-
-
-def matching_cost(selected: Tensor, table: Tensor) -> Tensor:
-    """``C[a, b] = sum_t |selected[t, a] - table[t, b]|`` of two 0/1 tables ``[N, S]``, as float32 ``[S, S]``.
-
-    By ``sum_t selected + sum_t table - 2 selected^T table``: a product instead of an ``[N, S, S]`` tensor.
-    Exact up to N = 2^22: zeros and ones survive TF32 and bfloat16 products, and float32 counts to 2^24.
-    """
-    either = selected.sum(0)[:, None] + table.sum(0)
-    return either - 2 * (selected.t() @ table)
 
 
 def jensen_shannon(q: Tensor, u: Tensor) -> Tensor:
