@@ -32,7 +32,7 @@ def matching_cost(
     Raises:
         ValueError: a shape or device does not fit; N is over 2^24, what float32 counts to; ``native``: rows
             or columns leave ``[0, S)``. TypeError: rows or columns are not int64. RuntimeError: the named
-            backend cannot run here. IndexError, from ``reference`` on a CPU: rows or columns leave ``[0, S)``.
+            backend cannot run here. IndexError, ``reference``: rows or columns leave ``[0, S)``.
     """
     check_shape("selected", selected, ("N", "S"))
     check_shape("table", table, tuple(selected.shape))
