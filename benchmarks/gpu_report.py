@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_tables, gpu_timing
-from benchmarks.gpu_check import COMPILED, PEER_TOLERANCE, Case, Contender, Inputs, check
+from benchmarks.case import COMPILED, PEER_TOLERANCE, Case, Contender, Inputs, check
 
-# benchmarks.gpu_cases imports the compiled kernels, so it is imported after the build.
+# benchmarks.cases imports the compiled kernels, so it is imported after the build.
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -159,7 +159,7 @@ def sanitize(budget: Budget) -> str:
     tool = find_sanitizer()
     if tool is None:
         return "not found in CUDA_HOME or PATH"
-    small = [sys.executable, "-m", "benchmarks.gpu_cases", "--small"]
+    small = [sys.executable, "-m", "benchmarks.cases", "--small"]
     for check_name in ("memcheck", "racecheck"):
         command = [tool, "--tool", check_name, "--error-exitcode", "9", *small]
         run(f"compute-sanitizer {check_name}", command, budget, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -169,7 +169,7 @@ def sanitize(budget: Budget) -> str:
 def warm_up(processes: int, seconds: float) -> None:
     """Compiles the kernels of all cases in parallel into the caches on disk."""
     say(f"compiling in {processes} processes")
-    command = [sys.executable, "-m", "benchmarks.gpu_cases", "--warm"]
+    command = [sys.executable, "-m", "benchmarks.cases", "--warm"]
     in_parallel([[*command, f"{i + 1}/{processes}"] for i in range(processes)], seconds)
 
 
@@ -313,7 +313,7 @@ def find_device() -> str | None:
 
 
 def plan(device: str) -> Iterable[Case]:
-    from benchmarks.gpu_cases import full_plan
+    from benchmarks.cases import full_plan
 
     return full_plan(device)
 
@@ -327,7 +327,7 @@ def report_on(device: str, arguments: argparse.Namespace, budget: Budget) -> dic
     report["sanitizer"] = sanitize(budget) if arguments.sanitize else "not run"
     fitting = max(1, report["machine"]["memory_bytes"] // WARM_UP_BYTES)
     warm_up(min(arguments.processes, fitting), budget.left() / 2)
-    from benchmarks.gpu_peers import peers
+    from benchmarks.peers import peers
     from switch_moe.ops._dispatch import choose
 
     report["backend"] = choose("expert_linear", "auto", torch.device(device), ("cpu",), triton=True)

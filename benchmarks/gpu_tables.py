@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check import ANY_K, BOTH, FORWARD, LINEAR, MODULATED, OURS
+from benchmarks.case import ANY_K, BOTH, FORWARD, LINEAR, MODULATED, OURS
 
 Row = dict[str, Any]
 Report = dict[str, Any]

@@ -18,10 +18,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_cases, gpu_check, gpu_peers, gpu_report, gpu_tables, gpu_timing  # noqa: E402
+from benchmarks import case as checking  # noqa: E402
+from benchmarks import cases as plans  # noqa: E402
+from benchmarks import gpu_report, gpu_tables, gpu_timing  # noqa: E402
+from benchmarks import peers as libraries  # noqa: E402
 from benchmarks.baselines import grouped_linear, grouped_mlp  # noqa: E402
 
-TINY = list(gpu_cases.tiny_plan("cpu", torch.float32))
+TINY = list(plans.tiny_plan("cpu", torch.float32))
 LIMITS = {"bfloat16_tflops": 100.0, "float32_tflops": 10.0, "gbps": 1000.0}
 MACHINE = {
     "gpu": "Made Up 1", "capability": "0.0", "multiprocessors": 1, "memory_bytes": 2**30, "l2_bytes": 2**12
@@ -34,15 +37,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
     [(case, contender.name) for case in TINY for contender in case.contenders],
     ids=[f"{case.name}, {contender.name}" for case in TINY for contender in case.contenders],
 )
-def test_contenders_are_right(case: gpu_check.Case, name: str) -> None:
+def test_contenders_are_right(case: checking.Case, name: str) -> None:
     contender = next(contender for contender in case.contenders if contender.name == name)
-    found = gpu_check.check(case, contender, case.make(1))
+    found = checking.check(case, contender, case.make(1))
     assert found["failure"] is None
     assert 0 <= found["error"] <= (1e-5 if contender.ours else 2e-6)
 
 
 def test_bfloat16_by_the_error_of_the_reference() -> None:
-    assert gpu_cases.run_small("cpu", torch.bfloat16) == []
+    assert plans.run_small("cpu", torch.bfloat16) == []
 
 
 @pytest.mark.parametrize("change", ["scaled", "nan", "gradient"])
@@ -50,13 +53,13 @@ def test_wrong_results_are_noticed(change: str) -> None:
     case = TINY[0]
     ours = next(contender for contender in case.contenders if contender.ours)
 
-    def broken(inputs: gpu_check.Inputs) -> gpu_check.Outputs:
+    def broken(inputs: checking.Inputs) -> checking.Outputs:
         (out,) = ours.run(inputs)
         bias = inputs["bias"].sum()
         nan = out.masked_fill(out > 3, torch.nan)
         return ({"scaled": out * 1.0001, "nan": nan, "gradient": out + bias - bias.detach()}[change],)
 
-    failure = gpu_check.check(case, ours._replace(run=broken), case.make(0))["failure"]
+    failure = checking.check(case, ours._replace(run=broken), case.make(0))["failure"]
     assert failure.startswith("wrong: gradient of bias" if change == "gradient" else "wrong: ")
 
 
@@ -64,11 +67,11 @@ def test_an_assignment_that_is_not_the_best_is_noticed() -> None:
     case = next(case for case in TINY if case.operation.startswith("matching"))
     ours = case.contenders[0]
 
-    def worse(inputs: gpu_check.Inputs) -> gpu_check.Outputs:
+    def worse(inputs: checking.Inputs) -> checking.Outputs:
         loss, assignment = ours.run(inputs)
         return loss, assignment.roll(5)
 
-    assert "loss" in gpu_check.check(case, ours._replace(run=worse), case.make(0))["failure"]
+    assert "loss" in checking.check(case, ours._replace(run=worse), case.make(0))["failure"]
 
 
 def test_work_counts_each_tensor_once() -> None:
@@ -76,19 +79,19 @@ def test_work_counts_each_tensor_once() -> None:
     linear, inputs = case.contenders[0], case.make(0)
     rows, size = 5 * 24, 48
     forward = 4 * (2 * rows * size + size * size + size)
-    assert case.work(linear, inputs, gpu_check.FORWARD) == (2.0 * rows * size * size, forward)
+    assert case.work(linear, inputs, checking.FORWARD) == (2.0 * rows * size * size, forward)
     both = forward + 4 * (2 * rows * size + size * size + size)  # gradients of out, x, weight, bias
-    assert case.work(linear, inputs, gpu_check.BOTH) == (6.0 * rows * size * size, both)
+    assert case.work(linear, inputs, checking.BOTH) == (6.0 * rows * size * size, both)
 
 
 def test_the_full_plan_has_what_the_design_asks() -> None:
-    cases = list(gpu_cases.full_plan("cpu"))
+    cases = list(plans.full_plan("cpu"))
     dense = {(c.shape["D"], c.shape["B"]) for c in cases[:16]}
     assert dense == {(size, batch) for size in (384, 768, 1024, 1152) for batch in (32, 64, 128, 256)}
     assert {c.operation for c in cases} == {
         "expert_linear", "matching + prior loss", "timestep_gate", "expert_mlp", "dispatch"
     }  # fmt: skip
-    sweeps = [c for c in cases if c.note == gpu_check.ANY_K and c.shape["D"] == 1152]
+    sweeps = [c for c in cases if c.note == checking.ANY_K and c.shape["D"] == 1152]
     assert [[k.name for k in c.contenders] for c in sweeps] == [
         [f"k={k}" for k in range(1, experts + 1)] for experts in (3, 4, 8, 16)
     ]
@@ -157,7 +160,7 @@ def test_verdicts_take_the_worst_shape() -> None:
 
 def test_verdicts_over_k() -> None:
     times = {"k=1": 1000, "k=2": 1050, "k=3": 1101}
-    rows = [fake_row(name, t, case="sweep", note=gpu_check.ANY_K) for name, t in times.items()]
+    rows = [fake_row(name, t, case="sweep", note=checking.ANY_K) for name, t in times.items()]
     assert verdict(fake_report(rows), "expert_linear at any k / k=1, forward") == (1.101, "missed")
     rows[2] |= {"microseconds": None, "method": None, "failure": "wrong"}
     assert verdict(fake_report(rows), "expert_linear at any k / k=1, forward") == (1.05, "met where measured")
@@ -198,7 +201,7 @@ def test_markdown_says_what_the_json_says() -> None:
 @pytest.mark.parametrize("empty", [False, True])
 def test_plot(empty: bool, tmp_path: Path) -> None:
     rows = [fake_row("F.linear", 1000.0), fake_row("switch_moe", 900.0)]
-    rows += [fake_row(f"k={k}", 1000.0 + k, case="sweep", note=gpu_check.ANY_K) for k in (1, 2)]
+    rows += [fake_row(f"k={k}", 1000.0 + k, case="sweep", note=checking.ANY_K) for k in (1, 2)]
     gpu_tables.plot(fake_report([] if empty else rows), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
@@ -225,7 +228,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append("tests")
         return {"passed": 7, "files": files, "processes": processes}
 
-    tiny = [case for case in gpu_cases.tiny_plan("cpu", torch.float32) if case.note != gpu_check.COMPILED]
+    tiny = [case for case in plans.tiny_plan("cpu", torch.float32) if case.note != checking.COMPILED]
     monkeypatch.setattr(gpu_report, "find_device", lambda: "cpu")
     monkeypatch.setattr(gpu_report, "build", lambda budget: done.append("build"))
     monkeypatch.setattr(gpu_report, "run_tests", run_tests)
@@ -290,7 +293,7 @@ def test_no_time_left(without_a_gpu: list[str], tmp_path: Path, capsys: pytest.C
 def test_one_that_raises_and_one_that_is_wrong(
     ours: bool, without_a_gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def raises(inputs: gpu_check.Inputs) -> gpu_check.Outputs:
+    def raises(inputs: checking.Inputs) -> checking.Outputs:
         raise RuntimeError("made up\nand more")
 
     case = next(case for case in TINY if case.operation == "expert_mlp")
@@ -458,29 +461,29 @@ def test_adapters_on_stand_ins(library: str, top_k: int, monkeypatch: pytest.Mon
     quack.gemm = quack_gemm
     for module in (types.ModuleType("scattermoe"), scattermoe, types.ModuleType("quack"), quack):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    found, missing = gpu_peers.peers.__wrapped__()
+    found, missing = libraries.peers.__wrapped__()
     assert not missing
-    peers = {peer.name: peer for peer in [*found, gpu_peers.Peer("grouped_mm", grouped_linear, grouped_mlp)]}
+    peers = {peer.name: peer for peer in [*found, libraries.Peer("grouped_mm", grouped_linear, grouped_mlp)]}
     peer = peers[library]
-    case = gpu_cases.linear_case("cpu", torch.float32, 5, 6, 8, 4, (top_k,))
-    contender = next(c for c in case.contenders if c.name == gpu_check.OURS)
+    case = plans.linear_case("cpu", torch.float32, 5, 6, 8, 4, (top_k,))
+    contender = next(c for c in case.contenders if c.name == checking.OURS)
     inputs = case.make(0)
     inputs[f"index{top_k}"][:, 0] = 2  # one that everybody chose; with k = 1 all others by nobody
     arguments = [inputs[name] for name in ("x", "weight", "bias", f"index{top_k}", f"gate{top_k}")]
     run = contender._replace(run=lambda _: (peer.linear(*arguments),), ours=False)
-    assert gpu_check.check(case, run, inputs)["error"] <= 2e-6
+    assert checking.check(case, run, inputs)["error"] <= 2e-6
     for gated in (False, True):
-        case = gpu_cases.mlp_case("cpu", torch.float32, 3, 4, 8, 4, top_k, gated)
+        case = plans.mlp_case("cpu", torch.float32, 3, 4, 8, 4, top_k, gated)
         contender = case.contenders[0]
         inputs = case.make(0)
         names = ("x", "weight_in", "bias_in", "weight_out", "bias_out", "index", "gate")
         arguments = [inputs[name] for name in names]
         run = contender._replace(run=lambda _, a=arguments, g=gated: (peer.mlp(*a, g),), ours=False)
-        assert gpu_check.check(case, run, inputs)["error"] <= 2e-6
+        assert checking.check(case, run, inputs)["error"] <= 2e-6
 
 
 def test_libraries_that_are_missing_say_why() -> None:
-    found, missing = gpu_peers.peers()
+    found, missing = libraries.peers()
     assert {peer.name for peer in found} | set(missing) == {"ScatterMoE", "QuACK"}
     assert all(reason.startswith("not importable: ") for reason in missing.values())
 
@@ -488,15 +491,15 @@ def test_libraries_that_are_missing_say_why() -> None:
 def test_compiling_ahead_runs_ours_in_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    def run(inputs: gpu_check.Inputs) -> gpu_check.Outputs:
+    def run(inputs: checking.Inputs) -> checking.Outputs:
         ran.append(torch.is_grad_enabled())
         raise RuntimeError("made up")
 
     case = TINY[0]
     contenders = [contender._replace(run=run) for contender in case.contenders]
     broken = dataclasses.replace(case, contenders=contenders)
-    monkeypatch.setattr(gpu_cases, "full_plan", lambda device: [broken, broken])
-    gpu_cases.warm_up("cpu", 2, 3)
+    monkeypatch.setattr(plans, "full_plan", lambda device: [broken, broken])
+    plans.warm_up("cpu", 2, 3)
     assert ran == [False, True]  # the second of four of ours: switch_moe and x(1+m), twice
 
 
@@ -522,7 +525,7 @@ def test_time_steps_captures_what_does_not_wait() -> None:
 
 @needs_gpu
 def test_contenders_on_the_gpu() -> None:
-    for case in gpu_cases.tiny_plan("cuda", torch.bfloat16):
+    for case in plans.tiny_plan("cuda", torch.bfloat16):
         for contender in case.contenders:
-            if contender.name not in ("grouped_mm", gpu_check.COMPILED):  # not on every GPU; slow
-                assert gpu_check.check(case, contender, case.make(0))["failure"] is None
+            if contender.name not in ("grouped_mm", checking.COMPILED):  # not on every GPU; slow
+                assert checking.check(case, contender, case.make(0))["failure"] is None

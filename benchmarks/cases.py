@@ -1,7 +1,7 @@
 """What the GPU report measures: for each operation and shape its contenders, their inputs and what is right.
 
-python -m benchmarks.gpu_cases --small       # our kernels at tiny shapes, checked: for compute-sanitizer
-python -m benchmarks.gpu_cases --warm 1/8    # compile every 8th case's kernels into the caches on disk
+python -m benchmarks.cases --small       # our kernels at tiny shapes, checked: for compute-sanitizer
+python -m benchmarks.cases --warm 1/8    # compile every 8th case's kernels into the caches on disk
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.baselines import expert_loop, grouped_linear, grouped_mlp
-from benchmarks.gpu_check import (
+from benchmarks.case import (
     ANY_K,
     COMPILED,
     LINEAR,
@@ -28,7 +28,7 @@ from benchmarks.gpu_check import (
     Outputs,
     check,
 )
-from benchmarks.gpu_peers import peers
+from benchmarks.peers import peers
 from switch_moe import DiffusionPrior
 from switch_moe.ops import expert_linear, expert_mlp, linear_assignment, matching_cost, timestep_gate
 from switch_moe.reference.diffusion_prior import jensen_shannon
