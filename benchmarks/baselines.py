@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,27 +40,6 @@ class _LoopOverExperts(torch.autograd.Function):
         return grad_rows, grad_weight, grad_bias, None
 
 
-def expert_loop(x: Tensor, weight: Tensor, bias: Tensor, expert_index: Tensor, expert_gate: Tensor) -> Tensor:
-    """A loop over experts between a gather and an index_add, structured as the official Switch-DiT's mixture.
-
-    The k copies of every sample are gathered in the order of their experts, each expert takes its part, the
-    outputs are scaled by their gates and added to their samples. Shapes and result as in
-    :func:`switch_moe.ops.expert_linear`; differentiable in the same arguments.
-    """
-    batch, tokens, _ = x.shape
-    top_k = expert_index.shape[1]
-    by_expert = torch.argsort(expert_index.flatten(), stable=True)  # [B*k]
-    sample = by_expert // top_k
-    sizes = (torch.bincount(expert_index.flatten(), minlength=weight.shape[0]) * tokens).tolist()
-    rows = x[sample].reshape(-1, x.shape[2])  # [B*k*T, Din]
-    out = _LoopOverExperts.apply(rows, weight, bias, sizes)
-    scaled = out.view(-1, tokens, weight.shape[2]) * expert_gate.flatten()[by_expert][:, None, None].to(
-        x.dtype
-    )
-    total = torch.zeros(batch, tokens, weight.shape[2], dtype=x.dtype, device=x.device)
-    return total.index_add(0, sample, scaled)
-
-
 class _Take(torch.autograd.Function):
     """``x[take]``, every row ``copies`` times; ``back`` finds them again. No atomics either way."""
 
@@ -81,18 +61,44 @@ class Groups:
 
     def __init__(self, expert_index: Tensor, num_experts: int, tokens: int) -> None:
         self.batch, self.top_k = expert_index.shape
+        self.index, self.num_experts, self.tokens = expert_index, num_experts, tokens
         self.order = torch.argsort(expert_index.flatten(), stable=True)  # [B*k]
-        self.inverse = torch.argsort(self.order)
-        self.expert = expert_index.flatten()[self.order].long()
-        experts = torch.arange(num_experts, device=expert_index.device)
-        self.ends = (torch.searchsorted(self.expert, experts, right=True) * tokens).to(torch.int32)  # [M]
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """Where each pair went, ``[B*k]``."""
+        return torch.argsort(self.order)
+
+    @cached_property
+    def expert(self) -> Tensor:
+        """The experts in order, ``[B*k]``."""
+        return self.index.flatten()[self.order].long()
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """The last row of each expert + 1, int32 ``[M]``."""
+        experts = torch.arange(self.num_experts, device=self.index.device)
+        return (torch.searchsorted(self.expert, experts, right=True) * self.tokens).to(torch.int32)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Rows of each expert, on the host, which waits for them."""
+        counts = torch.bincount(self.index.flatten(), minlength=self.num_experts)
+        return (counts * self.tokens).tolist()
+
+    def ahead(self) -> Groups:
+        """Itself, with all of it computed."""
+        _ = self.inverse, self.expert, self.ends, self.sizes
+        return self
 
     def gather(self, x: Tensor) -> Tensor:
         """``[B, T, D]`` to rows ``[B*k*T, D]``."""
         return _Take.apply(x, self.order // self.top_k, self.inverse, self.top_k).flatten(0, 1)
 
-    def add_bias(self, rows: Tensor, bias: Tensor) -> Tensor:
+    def add_bias(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         """Each row plus the bias of its expert."""
+        if bias is None:
+            return rows
         return (rows.unflatten(0, (len(self.order), -1)) + bias[self.expert][:, None]).flatten(0, 1)
 
     def combine(self, rows: Tensor, expert_gate: Tensor) -> Tensor:
@@ -100,6 +106,31 @@ class Groups:
         pairs = _Take.apply(rows.unflatten(0, (len(self.order), -1)), self.inverse, self.order, 1)
         gates = expert_gate.to(rows.dtype)[:, None]  # [B, 1, k]
         return (gates @ pairs.reshape(self.batch, self.top_k, -1)).view(self.batch, -1, rows.shape[1])
+
+
+def expert_loop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    expert_index: Tensor,
+    expert_gate: Tensor,
+    groups: Groups | None = None,
+) -> Tensor:
+    """A loop over experts between a gather and an index_add, structured as the official Switch-DiT's mixture.
+
+    The k copies of every sample are gathered in the order of their experts, each expert takes its part, the
+    outputs are scaled by their gates and added to their samples. Shapes and result as in
+    :func:`switch_moe.ops.expert_linear`; differentiable in the same arguments. ``groups``: made ahead.
+    """
+    batch, tokens, _ = x.shape
+    groups = groups or Groups(expert_index, weight.shape[0], tokens)
+    sample = groups.order // groups.top_k  # [B*k]
+    rows = x[sample].reshape(-1, x.shape[2])  # [B*k*T, Din]
+    out = _LoopOverExperts.apply(rows, weight, bias, groups.sizes)
+    gates = expert_gate.flatten()[groups.order].to(x.dtype)
+    scaled = out.view(-1, tokens, weight.shape[2]) * gates[:, None, None]
+    total = torch.zeros(batch, tokens, weight.shape[2], dtype=x.dtype, device=x.device)
+    return total.index_add(0, sample, scaled)
 
 
 def torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -114,12 +145,13 @@ def grouped_linear(
     expert_index: Tensor,
     expert_gate: Tensor,
     product: Product = torch_grouped_mm,
+    groups: Groups | None = None,
 ) -> Tensor:
     """Gather, one grouped product, combine: what a generic mixture-of-experts library does.
 
     Shapes and result as in :func:`switch_moe.ops.expert_linear`; the gates are rounded to the type of ``x``.
     """
-    groups = Groups(expert_index, weight.shape[0], x.shape[1])
+    groups = groups or Groups(expert_index, weight.shape[0], x.shape[1])
     rows = groups.add_bias(product(groups.gather(x), weight, groups.ends), bias)
     return groups.combine(rows, expert_gate)
 
@@ -127,16 +159,17 @@ def grouped_linear(
 def grouped_mlp(
     x: Tensor,
     weight_in: Tensor,
-    bias_in: Tensor,
+    bias_in: Tensor | None,
     weight_out: Tensor,
-    bias_out: Tensor,
+    bias_out: Tensor | None,
     expert_index: Tensor,
     expert_gate: Tensor,
     gated: bool,
     product: Product = torch_grouped_mm,
+    groups: Groups | None = None,
 ) -> Tensor:
     """As :func:`grouped_linear`, with two products. Shapes as in :func:`switch_moe.ops.expert_mlp`."""
-    groups = Groups(expert_index, weight_in.shape[0], x.shape[1])
+    groups = groups or Groups(expert_index, weight_in.shape[0], x.shape[1])
     hidden = groups.add_bias(product(groups.gather(x), weight_in, groups.ends), bias_in)
     hidden = activation(hidden, gated)
     rows = groups.add_bias(product(hidden, weight_out, groups.ends), bias_out)

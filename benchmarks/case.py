@@ -1,9 +1,10 @@
-"""A case of the GPU report: an operation at one shape, who computes it, and whether that is right."""
+"""A case: an operation at one shape, who computes it, and whether that is right."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,14 +21,17 @@ PEER_TOLERANCE = 3e-2  # of others in bfloat16; some round gates or sums that ou
 
 
 class Contender(NamedTuple):
-    """One way to compute a case. ``run`` returns the compared outputs first."""
+    """One way to compute a case. ``run`` returns the compared outputs first; it gets the inputs and, where
+    there is ``prepare``, what that made of them ahead of time.
+    """
 
     name: str
-    run: Callable[[Inputs], Outputs]
+    run: Callable[..., Outputs]
     exact: Callable[[Inputs, Outputs], Outputs]  # from inputs in float64, and the outputs of ``run``
     leaves: tuple[str, ...]  # inputs that get gradients
     reads: tuple[str, ...]  # other inputs that it needs
     ours: bool = False
+    prepare: Callable[[Inputs], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +59,21 @@ class Case:
 
     def step(self, contender: Contender, inputs: Inputs, which: str) -> Callable[[], Outputs]:
         """One pass: returns the outputs, then the gradients of the leaves."""
+        prepared = () if contender.prepare is None else (contender.prepare(inputs),)
         if which == FORWARD:
-            return torch.no_grad()(lambda: contender.run(inputs))
+            return torch.no_grad()(lambda: contender.run(inputs, *prepared))
         leaves = [inputs[name].requires_grad_() for name in contender.leaves]
         grads = [inputs[name] for name in self.outputs.values()]
 
         def run() -> Outputs:
-            outputs = contender.run(inputs)
+            outputs = contender.run(inputs, *prepared)
             return (*outputs, *torch.autograd.grad(outputs[: len(grads)], leaves, grads))
 
         return run
 
     def work(self, contender: Contender, inputs: Inputs, which: str) -> tuple[float, int]:
         """FLOPs and least bytes: each input read once, each output and gradient written once."""
-        with torch.no_grad():
-            outputs = contender.run(inputs)
+        outputs = self.step(contender, inputs, FORWARD)()
         moved = [*outputs, *(inputs[name] for name in (*contender.leaves, *contender.reads))]
         if which == BOTH:
             moved += [inputs[name] for name in (*self.outputs.values(), *contender.leaves)]
@@ -94,6 +98,26 @@ def check(case: Case, contender: Contender, inputs: Inputs, host: bool = False) 
     return worst
 
 
+def checked(case: Case, contender: Contender, inputs: Inputs) -> dict[str, Any]:
+    """What :func:`check` found, numbers that JSON can hold; an exception is a failure."""
+    try:
+        found = check(case, contender, inputs)
+    except Exception as error:  # one contender that fails must not end a report
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where the device itself failed: nothing can go on then
+        return {"error": None, "allowed": None, "failure": describe(error)}
+    finite = found["error"] is not None and math.isfinite(found["error"])
+    return found | {"error": found["error"] if finite else None}
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first[:300]}"
+
+
 def _errors(
     case: Case, contender: Contender, inputs: Inputs, which: str, host: bool
 ) -> Iterator[tuple[str, float, float]]:
@@ -106,7 +130,9 @@ def _errors(
         found = tuple(tensor.cpu() for tensor in found)
     leaves = contender.leaves if which == BOTH else ()
     outputs, gradients = found[: len(found) - len(leaves)], found[len(found) - len(leaves) :]
-    twin = contender._replace(run=lambda given: contender.exact(given, outputs)[: len(case.outputs)])
+    twin = contender._replace(
+        run=lambda given: contender.exact(given, outputs)[: len(case.outputs)], prepare=None
+    )
     in_float64 = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     exact = case.step(twin, in_float64, which)()
     lossy = contender.ours and case.dtype != torch.float32

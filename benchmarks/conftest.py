@@ -1,27 +1,104 @@
-"""Prints the ratios after the table."""
+"""Options of the benchmarks, the rows that they record, and the ratio tables at the end."""
 
 from __future__ import annotations
 
-import platform
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-_RATIOS: list[str] = []
+from benchmarks.case import Case, Contender, Inputs, checked
+from benchmarks.environment import describe
+from benchmarks.peers import parse_peer_path, peer_states
+
+GROUPS = ("gate", "expert_linear", "expert_mlp", "assignment", "prior", "layer", "train_step", "sample_step",
+          "growth")  # fmt: skip
+
+
+class Recorder:
+    """Rows of this session.
+
+    ``quick``: few shapes, few rounds. ``seconds``: time to spend on the rounds of one table line.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.quick: bool = config.getoption("--quick")
+        self.seconds = 0.4 if self.quick else 3.0
+        self.rows: list[dict[str, Any]] = []
+        self._checked: dict[Any, dict[str, Any]] = {}
+
+    def check(self, case: Case, contender: Contender, inputs: Inputs) -> dict[str, Any]:
+        """What :func:`benchmarks.case.checked` found, once for all passes."""
+        key = (case.name, case.dtype, inputs["x"].device if "x" in inputs else None, contender.name)
+        if key not in self._checked:
+            self._checked[key] = checked(case, contender, inputs)
+        return self._checked[key]
+
+    def add(self, **row: Any) -> None:
+        assert row["group"] in GROUPS
+        self.rows.append(row)
+
+    def report(self) -> dict[str, Any]:
+        """What a result file holds."""
+        return {"format": 1, **describe(), "quick": self.quick, "peers": peer_states(), "rows": self.rows}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("switch_moe")
+    group.addoption("--quick", action="store_true", help="few shapes and rounds: about a minute on two cores")
+    group.addoption(
+        "--peer-path", action="append", default=[], metavar="NAME=DIR",
+        help="a clone of another library, for example official=../Switch-DiT; may be given several times",
+    )  # fmt: skip
+    group.addoption("--results", type=Path, metavar="FILE", help="write the measurements as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        for text in config.getoption("--peer-path"):
+            parse_peer_path(text)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[_RECORDER] = Recorder(config)
+
+
+_RECORDER = pytest.StashKey[Recorder]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``measured``: the passes of ``cases(device, quick)`` of the module, on each device."""
+    if "measured" in metafunc.fixturenames:
+        from benchmarks.measure import Measured
+
+        module, quick = metafunc.module, metafunc.config.getoption("--quick")
+        found = [
+            Measured(group, case, which, device)
+            for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+            for group, case in module.cases(device, quick)
+            for which in case.passes
+            if which in getattr(module, "PASSES", case.passes)
+        ]
+        metafunc.parametrize("measured", found, ids=[str(one) for one in found])
 
 
 @pytest.fixture
-def ratios() -> list[str]:
-    """Lines for the end of the report."""
-    return _RATIOS
+def recorder(pytestconfig: pytest.Config) -> Recorder:
+    return pytestconfig.stash[_RECORDER]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _RATIOS:
-        threads = torch.get_num_threads()
-        terminalreporter.section("ratios of medians taken side by side")
-        terminalreporter.write_line(
-            f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}"
-        )
-        for line in _RATIOS:
-            terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    recorder = config.stash[_RECORDER]
+    if not recorder.rows:
+        return
+    from benchmarks.report import ratio_tables
+
+    report = recorder.report()
+    terminalreporter.section("time as a multiple of the first column's, medians of turns side by side")
+    terminalreporter.write(ratio_tables(report))
+    path: Path | None = config.getoption("--results")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        terminalreporter.write_line(f"wrote {path}")

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -30,11 +28,11 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_tables, gpu_timing
-from benchmarks.case import COMPILED, PEER_TOLERANCE, Case, Contender, Inputs, check
+from benchmarks.case import COMPILED, PEER_TOLERANCE, Case, checked, describe
+from benchmarks.environment import ROOT, git, version
 
 # benchmarks.cases imports the compiled kernels, so it is imported after the build.
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TESTED = ("expert_linear", "expert_mlp", "timestep_gate", "diffusion_prior", "dispatch", "linear_assignment",
           "layer", "prior")  # fmt: skip
@@ -178,14 +176,6 @@ def floor_us(flops: float, moved: float, limits: dict[str, float], dtype: str) -
     return max(flops / limits[f"{dtype}_tflops"] / 1e6, moved / limits["gbps"] / 1e3)
 
 
-def describe(error: BaseException) -> str:
-    """One line about an error."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first[:300]}"
-
-
 def measure(
     cases: Iterable[Case], machine: dict[str, Any], limits: dict[str, float], budget: Budget
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
@@ -212,8 +202,8 @@ def measure(
 def measure_case(case: Case, cache_bytes: int, limits: dict[str, float]) -> list[dict[str, Any]]:
     """Checks the contenders, then times those that are right."""
     inputs = case.make(0)
-    checked = {contender.name: checked_contender(case, contender, inputs) for contender in case.contenders}
-    right = [contender for contender in case.contenders if checked[contender.name]["failure"] is None]
+    found = {contender.name: checked(case, contender, inputs) for contender in case.contenders}
+    right = [contender for contender in case.contenders if found[contender.name]["failure"] is None]
     read = [sum(inputs[name].nbytes for name in (*c.leaves, *c.reads)) for c in case.contenders]
     count = gpu_timing.input_sets(min(read), cache_bytes)
     sets = [inputs, *(case.make(seed) for seed in range(1, count))] if right else []
@@ -228,7 +218,7 @@ def measure_case(case: Case, cache_bytes: int, limits: dict[str, float]) -> list
                 "ours": contender.ours, "method": None, "microseconds": None, "quartiles": None,
                 "tflops": None, "gbps": None, "floor_us": None, "fraction": None, "peak_bytes": None,
                 "sets": count,
-                **checked[contender.name],
+                **found[contender.name],
             }  # fmt: skip
             timing = timings.get(contender.name)
             if isinstance(timing, Exception):
@@ -245,26 +235,6 @@ def measure_case(case: Case, cache_bytes: int, limits: dict[str, float]) -> list
     return rows
 
 
-def checked_contender(case: Case, contender: Contender, inputs: Inputs) -> dict[str, Any]:
-    """What :func:`check` found, numbers that JSON can hold; an exception is a failure."""
-    try:
-        found = check(case, contender, inputs)
-    except Exception as error:  # one contender that fails must not end the report
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises where the device itself failed: nothing can go on then
-        return {"error": None, "allowed": None, "failure": describe(error)}
-    finite = found["error"] is not None and math.isfinite(found["error"])
-    return found | {"error": found["error"] if finite else None}
-
-
-def git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def environment(commit: str | None) -> dict[str, Any]:
     """Machine, versions and commit."""
     machine = gpu_timing.machine()
@@ -273,12 +243,6 @@ def environment(commit: str | None) -> dict[str, Any]:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         driver = "unknown"
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
 
     return {
         "machine": machine | {"driver": driver},

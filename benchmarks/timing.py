@@ -1,19 +1,72 @@
-"""Side-by-side timing: the functions take turns, so that drift of the machine hits all alike."""
+"""Side-by-side timing: the contenders take turns, so that drift of the machine hits all alike."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Step = Callable[[], Any]
+
+SHORT = 1e-3  # seconds; a step below it finds the caches that the contender before it left: it is warmed up
 
 
-def interleaved_medians(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each function over ``rounds`` turns, after two turns of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 2):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+def wait(device: str) -> None:
+    """Waits for the device, where it runs on its own."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(step: Step, device: str = "cpu", repeats: int = 1) -> float:
+    """Seconds of one call."""
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    wait(device)
+    return (time.perf_counter() - started) / repeats
+
+
+class Turns:
+    """Calls contenders in turn.
+
+    Args:
+        steps: by name. seconds: time for all rounds, in all. least, most: rounds.
+    """
+
+    def __init__(
+        self, steps: dict[str, Step], seconds: float, least: int = 5, most: int = 101, device: str = "cpu"
+    ) -> None:
+        self.steps, self.device = steps, device
+        for step in steps.values():
+            step()
+        self.warm = {name: seconds_of(step, device) < SHORT for name, step in steps.items()}
+        once = sum(seconds_of(step, device) * (1 + self.warm[name]) for name, step in steps.items())
+        self.rounds = int(min(most, max(least, seconds / max(once, 1e-9))))
+        self.samples: dict[str, list[float]] = {name: [] for name in steps}
+
+    def sample(self, name: str) -> None:
+        """One more sample of a contender."""
+        self.warm_up(name)
+        self.samples[name].append(seconds_of(self.steps[name], self.device))
+
+    def warm_up(self, name: str) -> None:
+        """The untimed call before a timed one, of a short step."""
+        if self.warm[name]:
+            self.steps[name]()
+
+    def run(self) -> dict[str, list[float]]:
+        """Seconds of each contender: sample i of all of them is from round i."""
+        for _ in range(self.rounds):
+            for name in self.steps:
+                self.sample(name)
+        return self.samples
+
+
+def interleaved_medians(steps: dict[str, Step], rounds: int = 15) -> dict[str, float]:
+    """Median seconds of each step over ``rounds`` turns."""
+    samples = Turns(steps, 0.0, least=rounds, most=rounds).run()
+    return {name: statistics.median(values) for name, values in samples.items()}

@@ -1,12 +1,14 @@
 """Every Triton kernel at every shipped tile, compiled for sm_80, sm_90, sm_100: what machine code it becomes.
 
-The compiler runs in a process of its own: in this one, Triton interprets (conftest.py).
+Compared with the committed benchmarks/results/compiled.json it takes no more registers, no more work and no
+longer by the model. The compiler runs in a process of its own: in this one, Triton interprets (conftest.py).
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +20,11 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 90, 100)
+COMMITTED = ROOT / "benchmarks" / "results" / "compiled.json"
+REMEDY = "if that is meant: python -m benchmarks.compiled --markdown --json {0}.json > {0}.md".format(
+    "benchmarks/results/compiled"
+)
+IDENTITY = ("kernel", "arch", "dtype", "tile", "constants", "warps", "stages")
 PROPERTIES = ("compiles", "spills", "tensor cores", "float32", "shared memory", "registers")
 
 
@@ -85,6 +92,95 @@ def test_products_are_of_the_types_that_ship(report: dict) -> None:
         rows = [row for row in report["rows"] if row["arch"] == arch]
         kinds = {kind for row in rows for _, kind in row.get("products", [])}
         assert {"bf16", "f32", "tf32"} <= kinds
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict:
+    return json.loads(COMMITTED.read_text())
+
+
+@pytest.fixture
+def same_compiler(report: dict, committed: dict) -> None:
+    if report["triton"] != committed["triton"]:
+        pytest.skip(f"Triton is {report['triton']}; {COMMITTED.name} is of {committed['triton']}")
+
+
+def identified(rows: list[dict]) -> dict[str, dict]:
+    """Rows by what was compiled."""
+    found = {json.dumps([row[name] for name in IDENTITY], sort_keys=True): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def worse(row: dict, before: dict) -> list[str]:
+    """In which numbers a kernel got worse."""
+    found = [name for name in ("registers", "spilled") if row[name] > before[name]]
+    found += ["resident"] if row["resident"] < before["resident"] else []
+    costs, costs_before = (
+        {name: cost["steps"] * cost[name] for name in ("bytes", "flops", "other")} if cost else {}
+        for cost in (row.get("cost"), before.get("cost"))
+    )
+    return found + [name for name in costs if costs[name] > costs_before[name]]
+
+
+def slower(predictions: list[dict], before: list[dict]) -> list[str]:
+    """Shapes that the model expects to take longer, as a multiple of the floor, or whose time it lost."""
+    names = ("operation", "shape")
+    ratio = {tuple(row[n] for n in names): row["predicted"] / row["floor"] for row in predictions}
+    return [
+        f"{row['operation']} {row['shape']}"
+        for row in before
+        if not ratio.get(tuple(row[n] for n in names), math.inf) <= 1.000001 * row["predicted"] / row["floor"]
+    ]
+
+
+def test_the_committed_report_is_of_these_kernels(report: dict, committed: dict) -> None:
+    """Another Triton may change the machine code, but not what is compiled."""
+    found, expected = identified(report["rows"]).keys(), identified(committed["rows"]).keys()
+    assert sorted(found - expected) == sorted(expected - found) == [], REMEDY
+
+
+@pytest.mark.usefixtures("same_compiler")
+@pytest.mark.parametrize("kernel", launched_kernels())
+def test_is_not_worse_than_committed(report: dict, committed: dict, kernel: str) -> None:
+    before = identified(committed["rows"])
+    rows = {key: row for key, row in identified(report["rows"]).items() if row["kernel"] == kernel}
+    found = {describe(row): worse(row, before[key]) for key, row in rows.items() if key in before}
+    assert {name: numbers for name, numbers in found.items() if numbers} == {}, REMEDY
+
+
+@pytest.mark.usefixtures("same_compiler")
+def test_is_not_slower_by_the_model_than_committed(report: dict, committed: dict) -> None:
+    assert slower(report["predictions"], committed["predictions"]) == [], REMEDY
+
+
+def test_a_worse_kernel_is_noticed(committed: dict) -> None:
+    row = next(row for row in committed["rows"] if row["kernel"] == "expert_linear._forward_kernel")
+    assert worse(row, row) == []
+    for name, change in (("registers", 1), ("spilled", 8), ("resident", -1)):
+        assert worse(row | {name: row[name] + change}, row) == [name]
+    assert worse(row | {"cost": row["cost"] | {"steps": row["cost"]["steps"] + 1}}, row) == [
+        "bytes",
+        "flops",
+        "other",
+    ]
+    prediction, *others = committed["predictions"]
+    longer = prediction | {"predicted": 1.01 * prediction["predicted"]}
+    name = f"{prediction['operation']} {prediction['shape']}"
+    assert slower([longer, *others], [prediction, *others]) == [name]
+    assert slower(others, [prediction, *others]) == [name]
+
+
+def test_the_tables_are_of_the_committed_report(
+    committed: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.compiled import kernel_table, prediction_table, show
+
+    text = COMMITTED.with_suffix(".md").read_text()
+    for table in (kernel_table(committed["rows"]), prediction_table(committed["predictions"])):
+        show(table, markdown=True)
+        assert capsys.readouterr().out in text, REMEDY
 
 
 def test_predictions_are_above_the_floor(report: dict) -> None:

@@ -228,9 +228,14 @@ class GraphedStep:
 
 
 class Trainer:
-    """Owns the model, its moving average, the optimizer and the data of one run."""
+    """Owns the model, its moving average, the optimizer and the data of one run.
 
-    def __init__(self, config: TrainConfig, images: Images) -> None:
+    ``create`` makes the model, from what :func:`switch_dit.model.create_model` takes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, images: Images, create: Callable[..., torch.nn.Module] = create_model
+    ) -> None:
         self.config, self.images = config, images
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
@@ -251,7 +256,7 @@ class Trainer:
             "num_experts": config.num_experts,
             "top_k": config.top_k,
         }
-        self.model = create_model(config.model, **model_settings).to(self.device)
+        self.model = create(config.model, **model_settings).to(self.device)
         self.diffusion_settings = {"schedule": config.schedule, "weighting": config.weighting}
         self.diffusion = GaussianDiffusion(**self.diffusion_settings)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)

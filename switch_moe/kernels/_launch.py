@@ -10,6 +10,21 @@ import torch
 from torch import Tensor
 
 
+class Tile(NamedTuple):
+    """A program computes ``rows x columns`` numbers, ``depth`` deep at a time; how Triton schedules it."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self, rows: str, columns: str, depth: str) -> dict[str, int]:
+        """As arguments of a launch, whose kernel has these names for the sizes."""
+        names = (rows, columns, depth, "num_warps", "num_stages")
+        return dict(zip(names, self, strict=True))
+
+
 class Launch(NamedTuple):
     """One recorded start of a kernel: enough to compile it ahead of time."""
 

@@ -7,14 +7,12 @@ is formed in registers in float32, rounded once, and never reaches DRAM. Where D
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_moe.kernels._launch import architecture, cdiv, dot_precision, launch
+from switch_moe.kernels._launch import Tile, architecture, cdiv, dot_precision, launch
 from switch_moe.kernels.dispatch import dispatch
 
 MAX_ACCUMULATORS = 4  # experts whose weight gradients fit the registers of one program, beside P
@@ -22,44 +20,34 @@ _UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded
 _MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
 
 
-class _Tile(NamedTuple):
-    """Rows, columns and depth of a product, and how Triton schedules it."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
 # Chosen from the compiled code (python -m benchmarks.compiled): the largest tile without spills, for the
 # larger it is, the less L2 traffic a FLOP takes. Forward and dx: more than 128 tokens, up to 128, up to 64.
 _PRODUCTS = {
     # kind of product, architecture, whether it is dx
-    ("half", 80, False): (_Tile(128, 128, 32, 8, 3), _Tile(128, 128, 32, 8, 3), _Tile(64, 128, 32, 4, 3)),
-    ("half", 80, True): (_Tile(128, 128, 32, 8, 3), _Tile(128, 128, 32, 8, 3), _Tile(64, 128, 32, 4, 3)),
-    ("half", 90, False): (_Tile(256, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3)),
-    ("half", 90, True): (_Tile(256, 128, 32, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3)),
-    ("half", 100, False): (_Tile(256, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3)),
-    ("half", 100, True): (_Tile(256, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3), _Tile(64, 128, 64, 4, 3)),
-    ("tf32", 80, False): (_Tile(64, 64, 32, 4, 2),) * 3,
-    ("tf32", 80, True): (_Tile(64, 64, 32, 4, 2),) * 3,
-    ("tf32", 90, False): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 64, 32, 4, 3)),
-    ("tf32", 90, True): (_Tile(128, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3), _Tile(64, 64, 32, 4, 3)),
-    ("tf32", 100, False): (_Tile(128, 64, 32, 8, 3),) * 3,
-    ("tf32", 100, True): (_Tile(128, 64, 32, 8, 3),) * 3,
+    ("half", 80, False): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
+    ("half", 80, True): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
+    ("half", 90, False): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("half", 90, True): (Tile(256, 128, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("half", 100, False): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("half", 100, True): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("tf32", 80, False): (Tile(64, 64, 32, 4, 2),) * 3,
+    ("tf32", 80, True): (Tile(64, 64, 32, 4, 2),) * 3,
+    ("tf32", 90, False): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("tf32", 90, True): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("tf32", 100, False): (Tile(128, 64, 32, 8, 3),) * 3,
+    ("tf32", 100, True): (Tile(128, 64, 32, 8, 3),) * 3,
 }
-_IEEE_PRODUCT = _Tile(64, 64, 32, 8, 2)
+_IEEE_PRODUCT = Tile(64, 64, 32, 8, 2)
 
 # dW, by the accumulators a program holds beside P: up to 3, 4, or 1 (one expert a program).
 _WEIGHTS = {
-    ("half", 80): (_Tile(64, 64, 32, 8, 3), _Tile(64, 64, 32, 8, 3), _Tile(128, 64, 32, 8, 3)),
-    ("half", 90): (_Tile(128, 64, 64, 8, 3), _Tile(64, 64, 64, 8, 3), _Tile(128, 128, 32, 8, 3)),
-    ("half", 100): (_Tile(128, 64, 32, 8, 3), _Tile(64, 64, 64, 8, 3), _Tile(128, 64, 64, 8, 3)),
-    ("tf32", 80): (_Tile(64, 32, 32, 4, 2), _Tile(64, 32, 32, 4, 2), _Tile(64, 64, 32, 8, 2)),
-    ("tf32", 90): (_Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2)),
-    ("tf32", 100): (_Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 2), _Tile(64, 64, 32, 8, 3)),
-    ("ieee",): (_Tile(32, 64, 16, 8, 3), _Tile(32, 64, 16, 8, 3), _Tile(64, 64, 16, 8, 3)),
+    ("half", 80): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
+    ("half", 90): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
+    ("half", 100): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
+    ("tf32", 80): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
+    ("tf32", 90): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
+    ("tf32", 100): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 3)),
+    ("ieee",): (Tile(32, 64, 16, 8, 3), Tile(32, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3)),
 }
 
 
@@ -86,7 +74,7 @@ def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> dict[st
         tile = large if tokens > 128 and filled else middle if tokens > 64 else small
     if 2 < top_k <= _UNROLLED.value:  # more weight tiles in flight: shared memory
         tile = tile._replace(depth=min(tile.depth, 32), num_stages=2 if arch == 80 else tile.num_stages)
-    return _meta(tile, "BLOCK_T", "BLOCK_N", "BLOCK_K")
+    return tile.meta("BLOCK_T", "BLOCK_N", "BLOCK_K")
 
 
 def weight_tile(x: Tensor, num_experts: int) -> dict[str, int]:
@@ -94,12 +82,7 @@ def weight_tile(x: Tensor, num_experts: int) -> dict[str, int]:
     kind, arch = _kind(x)
     three, four, each = _WEIGHTS[("ieee",) if kind == "ieee" else (kind, arch)]
     tile = three if num_experts <= 3 else four if num_experts <= MAX_ACCUMULATORS else each
-    return _meta(tile, "BLOCK_I", "BLOCK_N", "BLOCK_T")
-
-
-def _meta(tile: _Tile, rows: str, columns: str, depth: str) -> dict[str, int]:
-    sizes = {rows: tile.rows, columns: tile.columns, depth: tile.depth}
-    return {**sizes, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return tile.meta("BLOCK_I", "BLOCK_N", "BLOCK_T")
 
 
 def forward(

@@ -7,31 +7,14 @@ W is H, the hidden width, or 2H for SwiGLU, where a program forms both halves of
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_moe.kernels._launch import architecture, cdiv, dot_precision, launch
+from switch_moe.kernels._launch import Tile, architecture, cdiv, dot_precision, launch
 from switch_moe.kernels.dispatch import dispatch
 from switch_moe.kernels.expert_linear import sum_first
-
-
-class Tile(NamedTuple):
-    """A program computes ``rows x cols`` numbers, ``inner`` deep at a time."""
-
-    rows: int
-    cols: int
-    inner: int
-    warps: int
-    stages: int
-
-    def meta(self) -> dict[str, int]:
-        """As arguments of a launch."""
-        names = ("ROWS", "COLS", "INNER", "num_warps", "num_stages")
-        return dict(zip(names, self, strict=True))
 
 
 def _tiles(kernel: str, x: Tensor, tokens: int, gated: bool = False) -> Tile:
@@ -49,9 +32,9 @@ def _tiles(kernel: str, x: Tensor, tokens: int, gated: bool = False) -> Tile:
     else:
         tile = Tile(128, 128, 64, 8, 3)
     if kernel == "weight_grad":
-        return tile._replace(inner=min(tile.inner, max(16, triton.next_power_of_2(tokens))))
+        return tile._replace(depth=min(tile.depth, max(16, triton.next_power_of_2(tokens))))
     if tile.rows > 64 >= tokens:
-        return tile._replace(rows=64, cols=64 if large_epilogue else 128, warps=4)
+        return tile._replace(rows=64, columns=64 if large_epilogue else 128, num_warps=4)
     return tile
 
 
@@ -84,10 +67,10 @@ def forward(
     units = x.new_empty(batch, top_k, tokens, hidden)
     tile = _tiles("hidden", x, tokens, gated)
     launch(
-        _hidden_kernel, batch * top_k * cdiv(tokens, tile.rows) * cdiv(hidden, tile.cols),
+        _hidden_kernel, batch * top_k * cdiv(tokens, tile.rows) * cdiv(hidden, tile.columns),
         x, weight_in, weight_in if bias_in is None else bias_in, index, gate, pairs, pre, units, tokens,
         batch * top_k, D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_in is not None,
-        KEEP=keep, PRECISION=dot_precision(x), **tile.meta(),
+        KEEP=keep, PRECISION=dot_precision(x), **tile.meta("ROWS", "COLS", "INNER"),
     )  # fmt: skip
     return _mixture(units, weight_out, bias_out, index, gate, order, transposed=False), pre
 
@@ -116,7 +99,7 @@ def backward(
         return grads[0], grads[1], grads[2], grads[3], grads[4], grad_gate
     order, pairs, offsets = dispatch(index, num_experts)
     tile = _tiles("hidden_grad", x, tokens, gated)
-    blocks_t, blocks_n = cdiv(tokens, tile.rows), cdiv(hidden, tile.cols)
+    blocks_t, blocks_n = cdiv(tokens, tile.rows), cdiv(hidden, tile.columns)
     grad_pre = x.new_empty((batch, top_k, tokens, width) if want_x or want_in else 0)
     units = x.new_empty((batch, top_k, tokens, hidden) if want_out else 0)
     gates = gate.new_empty((blocks_t * blocks_n, batch, top_k) if want_gate else 0)
@@ -128,7 +111,7 @@ def backward(
         units, gates, sums_pre, sums_out, tokens, batch * top_k,
         D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_out is not None and want_gate,
         GRAD_PRE=want_x or want_in, UNITS=want_out, GRAD_GATE=want_gate, SUMS_PRE=want_bias_in,
-        SUMS_OUT=want_bias_out, PRECISION=dot_precision(x), **tile.meta(),
+        SUMS_OUT=want_bias_out, PRECISION=dot_precision(x), **tile.meta("ROWS", "COLS", "INNER"),
     )  # fmt: skip
     grads = [x.new_empty(0) for _ in range(5)]
     if want_x:
@@ -160,10 +143,10 @@ def _mixture(
     out = a.new_empty(batch, tokens, size)
     tile = _tiles("mixture", a, tokens)
     launch(
-        _mixture_kernel, batch * cdiv(tokens, tile.rows) * cdiv(size, tile.cols),
+        _mixture_kernel, batch * cdiv(tokens, tile.rows) * cdiv(size, tile.columns),
         a, weight, weight if bias is None else bias, index, gate, order, out, tokens, batch,
         N=size, K=inner, M=weight.shape[0], TOP_K=top_k, TRANSPOSED=transposed, BIAS=bias is not None,
-        PRECISION=dot_precision(a), **tile.meta(),
+        PRECISION=dot_precision(a), **tile.meta("ROWS", "COLS", "INNER"),
     )  # fmt: skip
     return out
 
@@ -175,13 +158,13 @@ def _weight_grad(
     num_experts, rows, cols = weight.shape
     tokens = left.shape[-2]
     tile = _tiles("weight_grad", weight, tokens)
-    tiles = num_experts * cdiv(rows, tile.rows) * cdiv(cols, tile.cols)
+    tiles = num_experts * cdiv(rows, tile.rows) * cdiv(cols, tile.columns)
     splits = _splits(tiles, pairs.shape[0])
     out = weight.new_empty(splits, *weight.shape, dtype=torch.float32 if splits > 1 else weight.dtype)
     launch(
         _weight_grad_kernel, tiles * splits, left, right, pairs, offsets, out, tokens, splits,
         D_LEFT=rows, D_RIGHT=cols, M=num_experts, LEFT_PER=left_per, RIGHT_PER=right_per,
-        PRECISION=dot_precision(weight), **tile.meta(),
+        PRECISION=dot_precision(weight), **tile.meta("ROWS", "COLS", "INNER"),
     )  # fmt: skip
     return sum_first(out, weight.dtype)
 

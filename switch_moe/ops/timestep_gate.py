@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from switch_moe.ops._dispatch import (
     check_device,
@@ -214,12 +215,11 @@ def _backward(
     total = torch.zeros_like(probs) if grad_probs is None else grad_probs
     if grad_gate is not None:
         total = total.scatter_add(2, index.long(), grad_gate)
-    grad_logits = probs * (total - (total * probs).sum(-1, keepdim=True))  # [L, N', M]
+    grad_logits = torch.ops.aten._softmax_backward_data(total, probs, -1, probs.dtype)  # [L, N', M]
     hidden = embedding.float()
-    sigmoid = torch.sigmoid(hidden)
-    grad_weight = torch.einsum("lnm,nd->lmd", grad_logits, hidden * sigmoid)
+    grad_weight = torch.einsum("lnm,nd->lmd", grad_logits, F.silu(hidden))
     grad_hidden = torch.einsum("lnm,lmd->nd", grad_logits, weight)
-    grad_embedding = grad_hidden * sigmoid * (1 + hidden * (1 - sigmoid))
+    grad_embedding = torch.ops.aten.silu_backward(grad_hidden, hidden)
     return grad_embedding.to(embedding.dtype), grad_weight.contiguous(), grad_logits.sum(1)
 
 
