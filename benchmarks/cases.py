@@ -166,28 +166,32 @@ def stack_case(
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device)
 
-        inputs = {
-            "x": normal(batch, tokens, size),
-            "weight": normal(depth, experts, size, size) * (0.1 / size**0.5),
-            "bias": normal(depth, experts, size) * 0.1,
-            "grad": normal(batch, tokens, size),
-            "linear_weight": normal(depth, size, size) * (0.1 / size**0.5),
-            "linear_bias": normal(depth, size) * 0.1,
-        }
+        inputs = {"x": normal(batch, tokens, size), "grad": normal(batch, tokens, size)}
+        for layer in layers:
+            inputs[f"weight{layer}"] = normal(experts, size, size) * (0.1 / size**0.5)
+            inputs[f"bias{layer}"] = normal(experts, size) * 0.1
+            inputs[f"linear_weight{layer}"] = normal(size, size) * (0.1 / size**0.5)
+            inputs[f"linear_bias{layer}"] = normal(size) * 0.1
         inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
-        inputs["index"] = random_index(depth * batch, experts, top_k, generator).view(depth, batch, top_k)
-        inputs["gate"] = torch.rand(depth, batch, top_k, generator=generator, device=device)
+        for layer in layers:
+            inputs[f"index{layer}"] = random_index(batch, experts, top_k, generator)
+            inputs[f"gate{layer}"] = torch.rand(batch, top_k, generator=generator, device=device)
         return inputs
+
+    layers = range(depth)
+    leaves = [f"{name}{layer}" for layer in layers for name in ("weight", "bias", "gate")]
+    of_linear = [f"linear_{name}{layer}" for layer in layers for name in ("weight", "bias")]
 
     def contender(name: str, function: Callable[..., Tensor], ours: bool = False) -> Contender:
         def run(i: Inputs, function: Callable[..., Tensor] = function) -> Outputs:
             r = i["x"]
-            for layer in range(depth):
-                r = function(r, *(i[key][layer] for key in ("weight", "bias", "index", "gate")))
+            for layer in layers:
+                r = function(r, *(i[f"{key}{layer}"] for key in ("weight", "bias", "index", "gate")))
             return (r,)
 
         exact = lambda i, _: run(i, reference_modulated)  # noqa: E731
-        return Contender(name, run, exact, ("x", "weight", "bias", "gate"), ("index",), ours)
+        reads = tuple(f"index{layer}" for layer in layers)
+        return Contender(name, run, exact, ("x", *leaves), reads, ours)
 
     def reference_modulated(*arguments: Tensor) -> Tensor:
         return reference_linear(*arguments, modulate=True)
@@ -197,12 +201,12 @@ def stack_case(
 
     def linear(i: Inputs) -> Outputs:
         r = i["x"]
-        for weight, bias in zip(i["linear_weight"], i["linear_bias"], strict=True):
-            r = torch.addcmul(r, r, F.linear(r, weight, bias))
+        for layer in layers:
+            r = torch.addcmul(r, r, F.linear(r, i[f"linear_weight{layer}"], i[f"linear_bias{layer}"]))
         return (r,)
 
     contenders = [
-        Contender(LINEAR, linear, lambda i, _: linear(i), ("x", "linear_weight", "linear_bias"), ()),
+        Contender(LINEAR, linear, lambda i, _: linear(i), ("x", *of_linear), ()),
         contender(OURS, lambda *arguments: expert_linear(*arguments, modulate=True), ours=True),
         contender("expert loop", loop),
     ]

@@ -78,7 +78,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
             for group, case in module.cases(device, quick)
             for which in case.passes
-            if which in getattr(module, "PASSES", case.passes)
         ]
         metafunc.parametrize("measured", found, ids=[str(one) for one in found])
 

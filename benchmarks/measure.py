@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from benchmarks import counts
 from benchmarks.case import BOTH, COMPILED, OURS, Case, Contender, Inputs
 from benchmarks.conftest import Recorder
 from benchmarks.timing import Turns
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Measured(NamedTuple):
@@ -30,34 +33,56 @@ class Measured(NamedTuple):
 
 def measure(measured: Measured, benchmark: Any, recorder: Recorder) -> None:
     """Checks, times in turns and records all contenders of a case; pytest-benchmark times ours."""
-    group, case, which, device = measured
-    inputs = case.make(0)
-    found = {contender.name: recorder.check(case, contender, inputs) for contender in case.contenders}
-    right = [contender for contender in case.contenders if not found[contender.name]["failure"]]
+    measure_together([measured], benchmark, recorder)
+
+
+def measure_together(several: list[Measured], benchmark: Any, recorder: Recorder) -> None:
+    """:func:`measure` of cases of a group that take turns with one another: their times compare."""
+    steps: dict[tuple[int, str], Callable[[], Any]] = {}
+    inputs = [one.case.make(0) for one in several]
+    found = []
+    for number, one in enumerate(several):
+        contenders = one.case.contenders
+        found.append({c.name: recorder.check(one.case, c, inputs[number]) for c in contenders})
+        right = [contender for contender in contenders if not found[number][contender.name]["failure"]]
+        for contender in right:
+            steps[number, contender.name] = one.case.step(contender, inputs[number], one.which)
     wrong = [
-        f"{contender.name}: {found[contender.name]['failure']}"
-        for contender in case.contenders
-        if contender.ours and contender not in right
+        f"{one.case.name}, {contender.name}: {found[number][contender.name]['failure']}"
+        for number, one in enumerate(several)
+        for contender in one.case.contenders
+        if contender.ours and (number, contender.name) not in steps
     ]
-    samples: dict[str, list[float]] = {}
+    samples: dict[tuple[int, str], list[float]] = {}
     if not wrong:
-        steps = {contender.name: case.step(contender, inputs, which) for contender in right}
-        benchmark.group = group
-        samples = time_with(benchmark, steps, case_ours(case), recorder.seconds, device)
-    for contender in case.contenders:
-        times = [1e6 * seconds for seconds in samples.get(contender.name, [])]
-        recorder.add(
-            group=group, case=case.name, note=case.note, shape=case.shape,
-            dtype=str(case.dtype).removeprefix("torch."), device=device, contender=contender.name,
-            ours=contender.ours, samples=[round(t, 3) for t in times],
-            microseconds=round(statistics.median(times), 3) if times else None,
-            flops=case.flops * (3 if which == BOTH else 1), **{"pass": which}, **found[contender.name],
-            **memory(case, contender, inputs, which, device, bool(times)),
-        )  # fmt: skip
-    if any(contender.name == COMPILED for contender in case.contenders):
-        torch.compiler.reset()  # dynamo compiles one function for a few shapes only
+        benchmark.group = several[0].group
+        ours = (len(several) - 1, case_ours(several[-1].case))
+        samples = time_with(benchmark, steps, ours, recorder.seconds * len(several), several[0].device)
+    for number, one in enumerate(several):
+        for contender in one.case.contenders:
+            times = samples.get((number, contender.name), [])
+            record(one, contender, inputs[number], times, found[number][contender.name], recorder)
+        if any(contender.name == COMPILED for contender in one.case.contenders):
+            torch.compiler.reset()  # dynamo compiles one function for a few shapes only
     if wrong:
         pytest.fail("nothing is timed: " + "; ".join(wrong))
+
+
+def record(
+    measured: Measured, contender: Contender, inputs: Inputs, seconds: list[float], found: dict[str, Any],
+    recorder: Recorder,
+) -> None:  # fmt: skip
+    """Adds a row."""
+    group, case, which, device = measured
+    times = [1e6 * second for second in seconds]
+    recorder.add(
+        group=group, case=case.name, note=case.note, shape=case.shape,
+        dtype=str(case.dtype).removeprefix("torch."), device=device, contender=contender.name,
+        ours=contender.ours, samples=[round(t, 3) for t in times],
+        microseconds=round(statistics.median(times), 3) if times else None,
+        flops=case.flops * (3 if which == BOTH else 1), **{"pass": which}, **found,
+        **memory(case, contender, inputs, which, device, bool(times)),
+    )  # fmt: skip
 
 
 def case_ours(case: Case) -> str:
@@ -67,15 +92,19 @@ def case_ours(case: Case) -> str:
 
 
 def time_with(
-    benchmark: Any, steps: dict[str, Callable[[], Any]], ours: str, seconds: float, device: str
-) -> dict[str, list[float]]:
-    """Seconds of each step in turns: pytest-benchmark calls ours, and before it the others have theirs."""
+    benchmark: Any, steps: dict[Name, Callable[[], Any]], ours: Name, seconds: float, device: str
+) -> dict[Name, list[float]]:
+    """Seconds of each step in turns: pytest-benchmark calls ours, and before it the others have theirs, in
+    another order every time, for what ran before leaves its caches.
+    """
     turns = Turns(steps, seconds, device=device)
+    names = [name for name in steps if name != ours]
+    shuffle = random.Random(0).shuffle
 
     def others() -> None:
-        for name in steps:
-            if name != ours:
-                turns.sample(name)
+        shuffle(names)
+        for name in names:
+            turns.sample(name)
         turns.warm_up(ours)
 
     def step() -> None:
@@ -98,5 +127,11 @@ def memory(
         return {"saved_bytes": None, "peak_bytes": None}
     step = case.step(contender, inputs, which)
     parameters = [inputs[name] for name in contender.leaves if "weight" in name or "bias" in name]
-    saved = counts.saved_bytes(step, parameters) if which == BOTH else None
-    return {"saved_bytes": saved, "peak_bytes": counts.peak_bytes(step, device)}
+    saved = None
+
+    def counted() -> None:
+        nonlocal saved
+        saved = counts.saved_bytes(step, parameters)
+
+    peak = counts.peak_bytes(counted if which == BOTH else step, device)
+    return {"saved_bytes": saved, "peak_bytes": peak}

@@ -68,7 +68,7 @@ class Size(NamedTuple):
 LATENTS = (32, 4, 1000)
 SIZES = {
     "tiny/4": Size(8, 1, 10, {("cpu", TRAIN): 128, ("cpu", SAMPLE): 64}),  # as the README trains it
-    "S/2": Size(*LATENTS, {("cpu", TRAIN): 4, ("cpu", SAMPLE): 4, ("cuda", TRAIN): 64, ("cuda", SAMPLE): 64}),
+    "S/2": Size(*LATENTS, {("cpu", TRAIN): 2, ("cpu", SAMPLE): 2, ("cuda", TRAIN): 64, ("cuda", SAMPLE): 64}),
     "B/2": Size(*LATENTS, {("cuda", TRAIN): 64, ("cuda", SAMPLE): 64}),
     "XL/2": Size(*LATENTS, {("cuda", TRAIN): 32, ("cuda", SAMPLE): 32}),
 }

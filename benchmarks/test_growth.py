@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+import pytest
 import torch
 
 from benchmarks.case import BOTH, Case
 from benchmarks.cases import stack_case
-from benchmarks.measure import measure
+from benchmarks.measure import Measured, measure_together
 
-PASSES = (BOTH,)
 MIDDLE = {"B": 8, "T": 256, "D": 384, "M": 8, "k": 2, "L": 1}
 AXES = {
     "B": (4, 8, 16, 32, 64),
@@ -22,15 +20,21 @@ AXES = {
 }
 
 
-def cases(device: str, quick: bool) -> Iterator[tuple[str, Case]]:
-    middle = MIDDLE | ({"B": 64} if device == "cuda" else {})
+def cases(axis: str, device: str, quick: bool) -> list[Case]:
+    """The shapes along an axis."""
+    larger = 8 if device == "cuda" else 1
+    middle = MIDDLE | {"B": larger * MIDDLE["B"]}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for axis, values in AXES.items():
-        scale = middle["B"] // MIDDLE["B"] if axis == "B" else 1
-        for value in (values[0], values[-2]) if quick else values:
-            b, t, d, m, k, depth = (middle | {axis: value * scale}).values()
-            yield "growth", stack_case(device, dtype, b, t, d, m, k, depth, note=axis)
+    values = AXES[axis][::3] if quick else AXES[axis]
+    shapes = [middle | {axis: value * larger if axis == "B" else value} for value in values]
+    return [
+        stack_case(device, dtype, s["B"], s["T"], s["D"], s["M"], s["k"], s["L"], note=axis) for s in shapes
+    ]
 
 
-def test_growth(benchmark, recorder, measured) -> None:
-    measure(measured, benchmark, recorder)
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_growth(benchmark, recorder, device: str, axis: str) -> None:
+    """All shapes of an axis take turns, so that the machine's drift does not bend the line."""
+    several = [Measured("growth", case, BOTH, device) for case in cases(axis, device, recorder.quick)]
+    measure_together(several, benchmark, recorder)

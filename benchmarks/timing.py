@@ -43,9 +43,10 @@ class Turns:
         self.steps, self.device = steps, device
         for step in steps.values():
             step()
-        self.warm = {name: seconds_of(step, device) < SHORT for name, step in steps.items()}
-        once = sum(seconds_of(step, device) * (1 + self.warm[name]) for name, step in steps.items())
-        self.rounds = int(min(most, max(least, seconds / max(once, 1e-9))))
+        once = {name: seconds_of(step, device) for name, step in steps.items()}
+        self.warm = {name: took < SHORT for name, took in once.items()}
+        a_round = sum(took * (1 + self.warm[name]) for name, took in once.items())
+        self.rounds = int(min(most, max(least, seconds / max(a_round, 1e-9))))
         self.samples: dict[str, list[float]] = {name: [] for name in steps}
 
     def sample(self, name: str) -> None:

@@ -367,17 +367,41 @@ def _merged_forward(
     return out
 
 
+class _Pairs:
+    """(sample, expert) pairs in the order of their experts."""
+
+    def __init__(self, index: Tensor, num_experts: int) -> None:
+        flat = index.flatten()
+        self.top_k = index.shape[1]
+        self.order = torch.argsort(flat, stable=True)  # [B*k]
+        self.sample = self.order // self.top_k
+        self.sizes: list[int] = torch.bincount(flat, minlength=num_experts).tolist()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``[B, T, D]`` to ``[B*k, T, D]``."""
+        return x.index_select(0, self.sample)  # indexing takes six times as long
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """``[B*k, T, D]`` to the rows ``[n_e*T, D]`` of each expert."""
+        return [part.flatten(0, 1) for part in rows.split(self.sizes)]
+
+    def combine(self, rows: Tensor, gate: Tensor) -> Tensor:
+        """``[B*k, T, D]`` to their sums weighted by gate, float32 ``[B, T, D]``."""
+        by_sample = rows.index_select(0, torch.argsort(self.order)).float()
+        total = torch.bmm(gate[:, None], by_sample.view(len(gate), self.top_k, -1))
+        return total.view(len(gate), *rows.shape[1:])
+
+
 def _grouped_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
-    batch, tokens, d_in = x.shape
-    num_experts, _, d_out = weight.shape
-    # float32 over the sum of k experts, rounded once
-    out = x.new_zeros(batch, tokens, d_out, dtype=torch.float32)
-    for e in range(num_experts):
-        rows, slot = (index == e).nonzero(as_tuple=True)
-        x_e = x[rows].view(-1, d_in)
-        y_e = torch.mm(x_e, weight[e]) if bias is None else torch.addmm(bias[e], x_e, weight[e])
-        out.index_add_(0, rows, y_e.view(-1, tokens, d_out) * gate[rows, slot][:, None, None])
-    return out.to(x.dtype)
+    pairs = _Pairs(index, len(weight))
+    rows = pairs.gather(x)
+    y = rows.new_empty(*rows.shape[:2], weight.shape[2])
+    for e, (x_e, y_e) in enumerate(zip(pairs.split(rows), pairs.split(y), strict=True)):
+        if bias is None:
+            torch.mm(x_e, weight[e], out=y_e)
+        else:
+            torch.addmm(bias[e], x_e, weight[e], out=y_e)
+    return pairs.combine(y, gate).to(x.dtype)
 
 
 def _native_backward(
@@ -454,22 +478,19 @@ def _grouped_backward(
     grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Expert e, its samples b: z_b = dm_b W_e^T, dx_b += g_be z_b, dg_be = <x_b, z_b>, dW_e = (g x)^T dm."""
-    tokens, d_in, d_out = x.shape[1], *weight.shape[1:]
-    grad_x = x.new_zeros(x.shape, dtype=torch.float32)  # float32 over the sum of k experts, rounded once
-    grad_weight = torch.zeros_like(weight)
-    grad_gate = torch.zeros_like(gate)
-    for e in range(len(weight)):
-        rows, slot = (index == e).nonzero(as_tuple=True)
-        grad_e, x_e, gate_e = grad[rows], x[rows], gate[rows, slot][:, None, None]
-        if wanted[0] or wanted[3]:
-            z = torch.mm(grad_e.view(-1, d_out), weight[e].t()).view(-1, tokens, d_in).float()
-            grad_gate[rows, slot] = torch.linalg.vecdot(z.flatten(1), x_e.float().flatten(1))
-            grad_x.index_add_(0, rows, z * gate_e)
-        if wanted[1]:
-            scaled = (x_e * gate_e).to(x.dtype).view(-1, d_in)
-            torch.mm(scaled.t(), grad_e.view(-1, d_out), out=grad_weight[e])
-    return (
-        _wanted(grad_x.to(x.dtype), wanted[0]),
-        _wanted(grad_weight, wanted[1]),
-        _wanted(grad_gate, wanted[3]),
-    )
+    pairs = _Pairs(index, len(weight))
+    grads, rows = pairs.gather(grad), pairs.gather(x)
+    grad_x, grad_weight, grad_gate = x.new_empty(0), weight.new_empty(0), gate.new_empty(0)
+    if wanted[0] or wanted[3]:
+        z = torch.empty_like(rows)
+        for e, (grad_e, z_e) in enumerate(zip(pairs.split(grads), pairs.split(z), strict=True)):
+            torch.mm(grad_e, weight[e].t(), out=z_e)
+        products = torch.linalg.vecdot(z.float().flatten(1), rows.float().flatten(1))
+        grad_gate = torch.empty_like(gate).view(-1).index_copy_(0, pairs.order, products).view(gate.shape)
+        grad_x = pairs.combine(z, gate).to(x.dtype)
+    if wanted[1]:
+        grad_weight = torch.empty_like(weight)
+        scaled = (rows * gate.flatten()[pairs.order][:, None, None]).to(x.dtype)
+        for e, (x_e, grad_e) in enumerate(zip(pairs.split(scaled), pairs.split(grads), strict=True)):
+            torch.mm(x_e.t(), grad_e, out=grad_weight[e])
+    return _wanted(grad_x, wanted[0]), grad_weight, _wanted(grad_gate, wanted[3])
