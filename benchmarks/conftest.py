@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.case import Case, Contender, Inputs, checked
+from benchmarks.case import Case, Inputs, checked
 from benchmarks.environment import describe
 from benchmarks.peers import parse_peer_path, peer_states
 
@@ -20,20 +20,21 @@ GROUPS = ("gate", "expert_linear", "expert_mlp", "assignment", "prior", "layer",
 class Recorder:
     """Rows of this session.
 
-    ``quick``: few shapes, few rounds. ``seconds``: time to spend on the rounds of one table line.
+    ``quick``: few shapes and rounds. ``seconds``: for the rounds of a line of a table; ``least`` of them.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         self.quick: bool = config.getoption("--quick")
-        self.seconds = 0.4 if self.quick else 3.0
+        self.seconds, self.least = (0.4, 5) if self.quick else (3.0, 9)
         self.rows: list[dict[str, Any]] = []
-        self._checked: dict[Any, dict[str, Any]] = {}
+        self._checked: dict[Any, dict[str, dict[str, Any]]] = {}
 
-    def check(self, case: Case, contender: Contender, inputs: Inputs) -> dict[str, Any]:
-        """What :func:`benchmarks.case.checked` found, once for all passes."""
-        key = (case.name, case.dtype, inputs["x"].device if "x" in inputs else None, contender.name)
+    def check(self, case: Case, inputs: Inputs) -> dict[str, dict[str, Any]]:
+        """What :func:`benchmarks.case.checked` found for each contender, once for all passes."""
+        key = (case.name, case.dtype, next(iter(inputs.values())).device)
         if key not in self._checked:
-            self._checked[key] = checked(case, contender, inputs)
+            memo: dict[Any, Any] = {}
+            self._checked[key] = {c.name: checked(case, c, inputs, memo) for c in case.contenders}
         return self._checked[key]
 
     def add(self, **row: Any) -> None:

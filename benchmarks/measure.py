@@ -42,9 +42,8 @@ def measure_together(several: list[Measured], benchmark: Any, recorder: Recorder
     inputs = [one.case.make(0) for one in several]
     found = []
     for number, one in enumerate(several):
-        contenders = one.case.contenders
-        found.append({c.name: recorder.check(one.case, c, inputs[number]) for c in contenders})
-        right = [contender for contender in contenders if not found[number][contender.name]["failure"]]
+        found.append(recorder.check(one.case, inputs[number]))
+        right = [c for c in one.case.contenders if not found[number][c.name]["failure"]]
         for contender in right:
             steps[number, contender.name] = one.case.step(contender, inputs[number], one.which)
     wrong = [
@@ -57,7 +56,8 @@ def measure_together(several: list[Measured], benchmark: Any, recorder: Recorder
     if not wrong:
         benchmark.group = several[0].group
         ours = (len(several) - 1, case_ours(several[-1].case))
-        samples = time_with(benchmark, steps, ours, recorder.seconds * len(several), several[0].device)
+        device, seconds = several[0].device, recorder.seconds * len(several)
+        samples = time_with(benchmark, steps, ours, seconds, device, least=recorder.least)
     for number, one in enumerate(several):
         for contender in one.case.contenders:
             times = samples.get((number, contender.name), [])
@@ -92,12 +92,17 @@ def case_ours(case: Case) -> str:
 
 
 def time_with(
-    benchmark: Any, steps: dict[Name, Callable[[], Any]], ours: Name, seconds: float, device: str
+    benchmark: Any,
+    steps: dict[Name, Callable[[], Any]],
+    ours: Name,
+    seconds: float,
+    device: str,
+    least: int = 5,
 ) -> dict[Name, list[float]]:
     """Seconds of each step in turns: pytest-benchmark calls ours, and before it the others have theirs, in
     another order every time, for what ran before leaves its caches.
     """
-    turns = Turns(steps, seconds, device=device)
+    turns = Turns(steps, seconds, least, device=device)
     names = [name for name in steps if name != ours]
     shuffle = random.Random(0).shuffle
 

@@ -21,7 +21,7 @@ def cases(device: str, quick: bool) -> Iterator[tuple[str, Case]]:
     for dtype in dtypes:
         for batch, size in SHAPES[device][: 1 if quick else None]:
             batch = batch // 4 if quick else batch
-            yield "expert_linear", linear_case(device, dtype, batch, 256, size, compiled=not quick)
+            yield "expert_linear", linear_case(device, dtype, batch, 256, size, compiled=size == 768)
         if not quick:
             yield "expert_linear", linear_case(device, dtype, 64, 16, 384)  # few tokens: grouped, not merged
 
