@@ -25,7 +25,7 @@ class Recorder:
 
     def __init__(self, config: pytest.Config) -> None:
         self.quick: bool = config.getoption("--quick")
-        self.seconds, self.least = (0.4, 5) if self.quick else (3.0, 9)
+        self.seconds, self.least = (0.4, 5) if self.quick else (3.0, 7)
         self.rows: list[dict[str, Any]] = []
         self._checked: dict[Any, dict[str, dict[str, Any]]] = {}
 
