@@ -67,6 +67,24 @@ def with_prepared(contender: Contender, prepare: Callable[[Inputs], Any]) -> tup
     return contender, contender._replace(name=f"{contender.name}, prepared", prepare=prepare)
 
 
+def linear_inputs(
+    generator: torch.Generator, dtype: torch.dtype, batch: int, tokens: int, size: int, experts: int
+) -> Inputs:
+    """Tokens, experts, a linear layer and a gradient, of unit scale."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device).to(dtype)
+
+    return {
+        "x": normal(batch, tokens, size),
+        "weight": normal(experts, size, size) / size**0.5,
+        "bias": normal(experts, size),
+        "grad": normal(batch, tokens, size),
+        "linear_weight": normal(size, size) / size**0.5,
+        "linear_bias": normal(size),
+    }
+
+
 def linear_case(
     device: str,
     dtype: torch.dtype,
@@ -86,19 +104,7 @@ def linear_case(
 
     def make(seed: int) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device)
-
-        inputs = {
-            "x": normal(batch, tokens, size),
-            "weight": normal(experts, size, size) / size**0.5,
-            "bias": normal(experts, size),
-            "grad": normal(batch, tokens, size),
-            "linear_weight": normal(size, size) / size**0.5,
-            "linear_bias": normal(size),
-        }
-        inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+        inputs = linear_inputs(generator, dtype, batch, tokens, size, experts)
         for k in top_ks:
             inputs[f"index{k}"] = random_index(batch, experts, k, generator)
             inputs[f"gate{k}"] = torch.rand(batch, k, generator=generator, device=device)
@@ -315,19 +321,11 @@ def layer_case(
 
     def make(seed: int) -> Inputs:
         generator = torch.Generator(device).manual_seed(seed)
+        inputs = linear_inputs(generator, dtype, batch, tokens, size, experts)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device)
 
-        inputs = {
-            "x": normal(batch, tokens, size),
-            "weight": normal(experts, size, size) / size**0.5,
-            "bias": normal(experts, size),
-            "grad": normal(batch, tokens, size),
-            "linear_weight": normal(size, size) / size**0.5,
-            "linear_bias": normal(size),
-        }
-        inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
         inputs["time_table"] = normal(TIMESTEPS, size)
         inputs["gate_weight"], inputs["gate_bias"] = normal(experts, size) / size**0.5, normal(experts)
         inputs["t"] = torch.randint(TIMESTEPS, (batch,), generator=generator, device=device)

@@ -201,6 +201,8 @@ def measure(
 
 def measure_case(case: Case, cache_bytes: int, limits: dict[str, float]) -> list[dict[str, Any]]:
     """Checks the contenders, then times those that are right."""
+    from benchmarks import counts
+
     inputs = case.make(0)
     found = {contender.name: checked(case, contender, inputs) for contender in case.contenders}
     right = [contender for contender in case.contenders if found[contender.name]["failure"] is None]
@@ -225,11 +227,12 @@ def measure_case(case: Case, cache_bytes: int, limits: dict[str, float]) -> list
                 row["failure"] = describe(timing)
             elif timing is not None:
                 flops, moved = case.work(contender, inputs, which)
+                peak = counts.peak_bytes(steps[contender.name][0], "cuda")
                 median, floor = timing.median(), floor_us(flops, moved, limits, row["dtype"])
                 row |= {
                     "method": timing.method, "microseconds": median, "quartiles": timing.quartiles(),
                     "tflops": flops / median / 1e6, "gbps": moved / median / 1e3, "floor_us": floor,
-                    "fraction": floor / median, "peak_bytes": gpu_timing.peak_bytes(steps[contender.name][0]),
+                    "fraction": floor / median, "peak_bytes": peak,
                 }  # fmt: skip
             rows.append(row)
     return rows

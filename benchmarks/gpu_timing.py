@@ -1,4 +1,4 @@
-"""Time and memory of steps on a CUDA device: graph replays over rotated inputs, the steps taking turns."""
+"""Time of steps on a CUDA device: graph replays over rotated inputs, the steps taking turns."""
 
 from __future__ import annotations
 
@@ -108,16 +108,6 @@ def waits_for_host(step: Step) -> bool:
     finally:
         torch.cuda.set_sync_debug_mode(before)
     return False
-
-
-def peak_bytes(step: Step) -> int:
-    """Most memory that ``step`` held beyond what was there before it: outputs, gradients, workspaces."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def ceilings() -> dict[str, float]:

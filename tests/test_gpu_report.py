@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import case as checking  # noqa: E402
 from benchmarks import cases as plans  # noqa: E402
-from benchmarks import gpu_report, gpu_tables, gpu_timing  # noqa: E402
+from benchmarks import counts, gpu_report, gpu_tables, gpu_timing  # noqa: E402
 
 TINY = list(plans.tiny_plan("cpu", torch.float32))
 LIMITS = {"bfloat16_tflops": 100.0, "float32_tflops": 10.0, "gbps": 1000.0}
@@ -235,7 +235,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gpu_timing, "machine", lambda: MACHINE)
     monkeypatch.setattr(gpu_timing, "ceilings", lambda: LIMITS)
     monkeypatch.setattr(gpu_timing, "time_steps", time_steps)
-    monkeypatch.setattr(gpu_timing, "peak_bytes", lambda step: 12345)
+    monkeypatch.setattr(counts, "peak_bytes", lambda step, device: 12345)
     return done
 
 
@@ -454,7 +454,7 @@ def test_time_steps_captures_what_does_not_wait() -> None:
     assert found["waits"].method == "eager"
     assert str(found["fails"]) == "made up"
     assert all(0 < t < 1e4 for name in ("product", "waits") for t in found[name].samples)
-    assert gpu_timing.peak_bytes(lambda: x @ x) >= x.nbytes
+    assert counts.peak_bytes(lambda: x @ x, "cuda") >= x.nbytes
 
 
 @needs_gpu
