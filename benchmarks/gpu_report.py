@@ -31,7 +31,7 @@ from benchmarks import gpu_tables, gpu_timing
 from benchmarks.case import COMPILED, PEER_TOLERANCE, Case, checked, describe
 from benchmarks.environment import ROOT, git, version
 
-# benchmarks.cases imports the compiled kernels, so it is imported after the build.
+# benchmarks.plans imports the compiled kernels, so it is imported after the build.
 
 RESULTS = ROOT / "benchmarks" / "results"
 TESTED = ("expert_linear", "expert_mlp", "timestep_gate", "diffusion_prior", "dispatch", "linear_assignment",
@@ -157,7 +157,7 @@ def sanitize(budget: Budget) -> str:
     tool = find_sanitizer()
     if tool is None:
         return "not found in CUDA_HOME or PATH"
-    small = [sys.executable, "-m", "benchmarks.cases", "--small"]
+    small = [sys.executable, "-m", "benchmarks.plans", "--small"]
     for check_name in ("memcheck", "racecheck"):
         command = [tool, "--tool", check_name, "--error-exitcode", "9", *small]
         run(f"compute-sanitizer {check_name}", command, budget, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -167,7 +167,7 @@ def sanitize(budget: Budget) -> str:
 def warm_up(processes: int, seconds: float) -> None:
     """Compiles the kernels of all cases in parallel into the caches on disk."""
     say(f"compiling in {processes} processes")
-    command = [sys.executable, "-m", "benchmarks.cases", "--warm"]
+    command = [sys.executable, "-m", "benchmarks.plans", "--warm"]
     in_parallel([[*command, f"{i + 1}/{processes}"] for i in range(processes)], seconds)
 
 
@@ -280,7 +280,7 @@ def find_device() -> str | None:
 
 
 def plan(device: str) -> Iterable[Case]:
-    from benchmarks.cases import full_plan
+    from benchmarks.plans import full_plan
 
     return full_plan(device)
 

@@ -207,6 +207,19 @@ class Assignment {
         return {value, rank < n_ ? rank : rank - n_, rank < n_};
     }
 
+    // Of the columns that are at the least value, the one of the lowest rank.
+    template <typename IsLeast>
+    SWITCH_MOE_CORE Nearest first_of(Value least, IsLeast is_least) const {
+        Index found = 2 * n_;
+        SWITCH_MOE_SIMD(reduction(min : found))
+        for (Index k = 0; k < owned(); ++k) {
+            const Index j = own(k);
+            const Index at = is_least(j) ? rank(j) : 2 * n_;
+            found = at < found ? at : found;
+        }
+        return at_rank(least, group_.least(found));
+    }
+
     // Prices: the least cost of each column. False where one has no finite cost.
     SWITCH_MOE_CORE bool take_lowest_costs() {
         SWITCH_MOE_SIMD()
@@ -242,14 +255,7 @@ class Assignment {
         }
         least = group_.least(least);
         if constexpr (kPacked) return unpack(least);
-        Index found = 2 * n_;
-        SWITCH_MOE_SIMD(reduction(min : found))
-        for (Index k = 0; k < owned(); ++k) {
-            const Index j = own(k);
-            const Index at = c[j] - s_.price[j] == least ? rank(j) : 2 * n_;
-            found = at < found ? at : found;
-        }
-        return at_rank(least, group_.least(found));
+        return first_of(least, [&](Index j) { return c[j] - s_.price[j] == least; });
     }
 
     SWITCH_MOE_CORE Nearest unpack(Value packed) const {
@@ -338,14 +344,7 @@ class Assignment {
         }
         least = group_.least(least);
         if constexpr (kPacked) return unpack(least);
-        Index found = 2 * n_;
-        SWITCH_MOE_SIMD(reduction(min : found))
-        for (Index k = 0; k < owned(); ++k) {
-            const Index j = own(k);
-            const Index at = s_.distance[j] == least && s_.seen[j] == 0 ? rank(j) : 2 * n_;
-            found = at < found ? at : found;
-        }
-        return at_rank(least, group_.least(found));
+        return first_of(least, [&](Index j) { return s_.distance[j] == least && s_.seen[j] == 0; });
     }
 
     // Gives `start` a column by the cheapest path to a free one; false where none is within reach.

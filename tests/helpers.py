@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -71,3 +72,25 @@ def break_kernels(
     monkeypatch.setitem(sys.modules, qualified, broken)
     monkeypatch.setattr(switch_moe.kernels, name, broken)
     return broken
+
+
+def check_streams_and_graph(run: Callable[[], list[Tensor]], expected: list[Tensor]) -> None:
+    """``run()`` on a GPU gives ``expected`` as it is, on another stream, and from a CUDA graph."""
+
+    def check(found: list[Tensor]) -> None:
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+    check(run())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    check(found)
+    torch.use_deterministic_algorithms(False)  # filling memory with NaN is not part of the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    check(captured)

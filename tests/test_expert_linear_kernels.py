@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import assert_close, assert_error_rule, break_kernels
+from helpers import assert_close, assert_error_rule, break_kernels, check_streams_and_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_expert_linear import NAMES, forward_backward, make_inputs, reference
@@ -337,22 +337,7 @@ def test_on_a_gpu_by_default_on_any_stream_and_in_a_graph() -> None:
     tensors, index, grad = make_inputs((4, 64, 64, 64, 3, 2), torch.float32)
     moved = [t.cuda() for t in tensors], index.cuda(), grad.cuda(), True
     expected = forward_backward(expert_linear, *moved, backend="triton")
-    for a, b in zip(forward_backward(expert_linear, *moved), expected, strict=True):
-        assert torch.equal(a, b)  # auto
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        found = forward_backward(expert_linear, *moved)
-    torch.cuda.current_stream().wait_stream(stream)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-    torch.use_deterministic_algorithms(False)  # filling memory with NaN is not part of the graph
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = forward_backward(expert_linear, *moved)
-    graph.replay()
-    for a, b in zip(captured, expected, strict=True):
-        assert torch.equal(a, b)
+    check_streams_and_graph(lambda: forward_backward(expert_linear, *moved), expected)  # auto
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

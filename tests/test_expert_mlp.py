@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import assert_close, assert_error_rule, break_kernels
+from helpers import assert_close, assert_error_rule, break_kernels, check_streams_and_graph
 from torch import Tensor
 
 from switch_moe.ops import expert_mlp
@@ -469,19 +469,4 @@ def test_errors(change: dict, error: type[Exception], message: str) -> None:
 def test_on_a_gpu_by_default_on_any_stream_and_in_a_graph(gated: bool) -> None:
     arguments = (*make_inputs((4, 64, 64, 128, 3, 2), gated, torch.float32, "cuda"), gated)
     expected = forward_backward(expert_mlp, *arguments, backend="triton")
-    for a, b in zip(forward_backward(expert_mlp, *arguments), expected, strict=True):
-        assert torch.equal(a, b)  # auto
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        found = forward_backward(expert_mlp, *arguments)
-    torch.cuda.current_stream().wait_stream(stream)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-    torch.use_deterministic_algorithms(False)  # filling memory with NaN is not part of the graph
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = forward_backward(expert_mlp, *arguments)
-    graph.replay()
-    for a, b in zip(captured, expected, strict=True):
-        assert torch.equal(a, b)
+    check_streams_and_graph(lambda: forward_backward(expert_mlp, *arguments), expected)  # auto

@@ -19,8 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import case as checking  # noqa: E402
-from benchmarks import cases as plans  # noqa: E402
-from benchmarks import counts, gpu_report, gpu_tables, gpu_timing  # noqa: E402
+from benchmarks import counts, gpu_report, gpu_tables, gpu_timing, plans  # noqa: E402
 
 TINY = list(plans.tiny_plan("cpu", torch.float32))
 LIMITS = {"bfloat16_tflops": 100.0, "float32_tflops": 10.0, "gbps": 1000.0}
