@@ -28,6 +28,7 @@ CPU_SOURCES = [
     "expert_linear.cpp",
     "linear_assignment.cpp",
     "matching_cost.cpp",
+    "merged_product.cpp",
     "parallel.cpp",
 ]
 CUDA_SOURCES = ["bindings_cuda.cpp", "linear_assignment.cu"]

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cost_model import COSTS
+from switch_moe import native
 from switch_moe.ops.expert_linear import _workspaces
 
 Step = Callable[[], Any]
@@ -68,10 +69,14 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
 
 
 def product_flops(step: Step) -> int:
-    """FLOPs of the products that ``step()`` runs on a CPU, inside operators too, but not attention's."""
+    """FLOPs of the products that ``step()`` runs on a CPU, inside operators too, but not attention's: torch's
+    products and our compiled ones, which count themselves.
+    """
+    ours = native.cpu.require().merged_product_flops
+    before = ours()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as run:
         step()
-    return sum(event.flops for event in run.events() if event.name in PRODUCTS)
+    return sum(event.flops for event in run.events() if event.name in PRODUCTS) + ours() - before
 
 
 class _Calls(TorchDispatchMode):

@@ -13,8 +13,10 @@ import torch
 
 from benchmarks.timing import interleaved_medians
 from switch_moe.ops.expert_linear import (
+    _fused_backward,
     _grouped_backward,
     _grouped_forward,
+    _lanes,
     _merged_backward,
     _merged_forward,
     merging_pays,
@@ -27,25 +29,26 @@ def main() -> None:
     torch.manual_seed(0)
     print(
         f"{'D':>5} {'k of M':>7} {'B':>4} "
-        + " ".join(f"T={tokens:<10}" for tokens in (8, 16, 32, 64, 128, 256))
+        + " ".join(f"T={tokens:<10}" for tokens in (4, 8, 16, 32, 64, 128, 256))
     )
     for size, (top_k, experts), dtype in itertools.product(
         (128, 192, 256, 384, 768, 1152), ((1, 3), (2, 3), (4, 8)), (torch.float32, torch.bfloat16)
     ):
         cells = []
-        for tokens in (8, 16, 32, 64, 128, 256):
+        for tokens in (4, 8, 16, 32, 64, 128, 256):
             batch = max(8, min(128, (1 << 21) // (tokens * size)))
             x = torch.randn(batch, tokens, size).to(dtype)
             grad = torch.randn_like(x)
             weight = (torch.randn(experts, size, size) / size**0.5).to(dtype)
             index = torch.rand(batch, experts).argsort(1)[:, :top_k].int().contiguous()
             gate = torch.rand(batch, top_k)
-            every, counts = torch.arange(batch), [1] * batch
+            lanes = _lanes(dtype)
+            backward = _fused_backward if lanes else _merged_backward
             found = interleaved_medians(
                 {
                     "merged": lambda: (
-                        _merged_forward(x, weight, None, index, gate, every, every, counts),  # noqa: B023
-                        _merged_backward(grad, x, weight, index, gate, WANTED),  # noqa: B023
+                        _merged_forward(x, weight, None, index, gate, [1] * batch, lanes),  # noqa: B023
+                        backward(grad, x, weight, index, gate, WANTED),  # noqa: B023
                     ),
                     "grouped": lambda: (
                         _grouped_forward(x, weight, None, index, gate),  # noqa: B023
@@ -55,7 +58,7 @@ def main() -> None:
                 rounds=7,
             )
             ratio = found["grouped"] / found["merged"]
-            wrong = (ratio > 1) != merging_pays(tokens, top_k, size, size)
+            wrong = (ratio > 1) != merging_pays(tokens, top_k, size, size, lanes > 0)
             cells.append(f"{ratio:5.2f}{'*' if wrong else ' '}{batch:>4}  ")
         print(
             f"{size:>5} {top_k:>3} of {experts} {str(dtype).removeprefix('torch.'):>9} " + " ".join(cells),

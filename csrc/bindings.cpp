@@ -4,6 +4,7 @@
 #include "expert_linear.h"
 #include "linear_assignment.h"
 #include "matching_cost.h"
+#include "merged_product.h"
 
 namespace py = pybind11;
 using namespace switch_moe;
@@ -43,6 +44,35 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("grad_merged"), py::arg("weight"), py::arg("experts"), py::arg("elements"), py::arg("index"),
         py::arg("gate"), py::arg("routes"), py::arg("top_k"), py::arg("first"), py::arg("last"),
         py::arg("dtype"), py::arg("threads"), py::arg("carry"), py::arg("grad_weight"), py::arg("grad_gate"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def("merged_product_takes", merged_product_takes, py::arg("lanes"));
+    m.def("merged_product_flops", merged_product_flops);
+    m.def(
+        "merged_product",
+        [](uintptr_t x, int64_t experts, int64_t inputs, int64_t outputs, uintptr_t weight, int64_t routes,
+           int64_t top_k, uintptr_t index, uintptr_t gate, uintptr_t starts, uintptr_t bias, bool transposed,
+           int lanes, int threads, uintptr_t out) {
+            merged_product(at<float>(x), {experts, inputs, outputs, at<float>(weight)},
+                           {routes, top_k, at<int32_t>(index), at<float>(gate)}, at<int64_t>(starts),
+                           at<float>(bias), transposed, lanes, threads, at<float>(out));
+        },
+        py::arg("x"), py::arg("experts"), py::arg("inputs"), py::arg("outputs"), py::arg("weight"),
+        py::arg("routes"), py::arg("top_k"), py::arg("index"), py::arg("gate"), py::arg("starts"),
+        py::arg("bias"), py::arg("transposed"), py::arg("lanes"), py::arg("threads"), py::arg("out"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "merged_product_backward",
+        [](uintptr_t x, uintptr_t grad, int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs,
+           uintptr_t weight, int64_t routes, int64_t top_k, uintptr_t index, uintptr_t gate, int lanes,
+           int threads, uintptr_t grad_weight, uintptr_t grad_gate) {
+            merged_product_backward(at<float>(x), at<float>(grad), tokens,
+                                    {experts, inputs, outputs, at<float>(weight)},
+                                    {routes, top_k, at<int32_t>(index), at<float>(gate)}, lanes, threads,
+                                    at<float>(grad_weight), at<float>(grad_gate));
+        },
+        py::arg("x"), py::arg("grad"), py::arg("tokens"), py::arg("experts"), py::arg("inputs"),
+        py::arg("outputs"), py::arg("weight"), py::arg("routes"), py::arg("top_k"), py::arg("index"),
+        py::arg("gate"), py::arg("lanes"), py::arg("threads"), py::arg("grad_weight"), py::arg("grad_gate"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "linear_assignment",

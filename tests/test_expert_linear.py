@@ -1,9 +1,14 @@
-"""expert_linear: forward and every gradient against the float64 reference, on both CPU paths."""
+"""expert_linear: forward and every gradient against the float64 reference, on the CPU paths.
+
+That where experts merge inside the product has more tests in test_merged_product.py.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -62,6 +67,11 @@ def forward_backward(function, tensors: list[Tensor], index: Tensor, grad: Tenso
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+def merge_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged weights go through memory, as on a processor without AVX2."""
+    monkeypatch.setattr(op, "_lanes", lambda dtype: 0)
+
+
 def check_against_reference(
     tensors: list[Tensor], index: Tensor, grad: Tensor, modulate: bool = False, **options: str
 ) -> None:
@@ -82,16 +92,19 @@ def test_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("path", ["grouped", "merged", "fused"])
 @pytest.mark.parametrize("shape", [(9, 20, 40, 24, 3, 2), (64, 2, 48, 48, 3, 2), (3, 2, 70, 70, 5, 5)])
-def test_both_paths(shape, merged: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "merging_pays", lambda *_: merged)
+def test_every_path(shape, path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "merging_pays", lambda *_: path != "grouped")
+    if path == "merged":
+        merge_apart(monkeypatch)
     check_against_reference(*make_inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("routes_in_a_round", [1, 2, 3])
 def test_rounds(routes_in_a_round: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge_apart(monkeypatch)
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize  # float16 is computed in float32
     monkeypatch.setattr(op, "_WORKSPACE_BYTES", routes_in_a_round * 30 * 30 * itemsize)
     check_against_reference(*make_inputs((5, 50, 30, 30, 4, 2), dtype))
@@ -162,47 +175,74 @@ def test_strides_do_not_matter(tokens: int) -> None:
         assert_close(name, a, e, 1e-6)
 
 
-def test_samples_that_share_a_timestep_share_one_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_samples_that_share_a_timestep_share_one_merge(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = []
-    original = op._merge
+    original = op._merged_forward
 
-    def counting(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-        if weight.dim() == 3:
-            merged.append(len(index))
-        return original(weight, index, gate, out)
+    def counting(*arguments) -> Tensor:
+        merged.append(len(arguments[5]))
+        return original(*arguments)
 
-    monkeypatch.setattr(op, "_merge", counting)
+    monkeypatch.setattr(op, "_merged_forward", counting)
+    if not fused:
+        merge_apart(monkeypatch)
     tensors, index, grad = make_inputs((12, 40, 16, 16, 3, 2), torch.float32)
     for routes, expected in [([0] * 12, 1), ([0, 1, 2] * 4, 3), (list(range(12)), 12)]:
         merged.clear()
         shared = [*tensors[:3], tensors[3][routes]]
         with torch.no_grad():
             expert_linear(shared[0], shared[1], shared[2], index[routes], shared[3])
-        assert sum(merged) == expected
+        assert merged == [expected]
         check_against_reference(shared, index[routes], grad)
 
 
-def test_a_broken_merge_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = op._merge
-    monkeypatch.setattr(op, "_merge", lambda w, i, gate, out: original(w, i, gate * 1.001, out))
+class Broken:
+    """The compiled module with one function wrong."""
+
+    def __init__(self, name: str, breaks: Callable) -> None:
+        self.name, self.breaks = name, breaks
+
+    def require(self) -> Broken:
+        return self
+
+    def __getattr__(self, name: str):
+        original = getattr(native.cpu.module, name)
+        return functools.partial(self.breaks, original) if name == self.name else original
+
+
+def wrong_gates(function: Callable, *arguments: int) -> None:
+    """The gates of the first route are a thousandth too large."""
+    gate = ctypes.c_float.from_address(arguments[4 if function.__name__ == "merge_experts" else 8])
+    right, gate.value = gate.value, gate.value * 1.001
+    function(*arguments)
+    gate.value = right
+
+
+def wrong_result(function: Callable, *arguments: int) -> None:
+    """The first of the gates' gradients is a hundredth too large."""
+    function(*arguments)
+    ctypes.c_float.from_address(arguments[-1]).value *= 1.01
+
+
+@pytest.mark.parametrize(
+    ("fused", "function", "breaks"),
+    [
+        (False, "merge_experts", wrong_gates),
+        (False, "merge_experts_backward", wrong_result),
+        (True, "merged_product", wrong_gates),
+        (True, "merged_product_backward", wrong_result),
+    ],
+)
+def test_a_broken_kernel_is_noticed(
+    fused: bool, function: str, breaks: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:
+        merge_apart(monkeypatch)
+    elif op._lanes(torch.float32) == 0:
+        pytest.skip("this processor has no AVX2: experts are merged apart from the product")
+    monkeypatch.setattr(op, "native", type("native", (), {"cpu": Broken(function, breaks)}))
     with pytest.raises(AssertionError, match="relative RMS"):
-        check_against_reference(*make_inputs(SHAPES[0], torch.float32))
-
-
-def test_a_broken_backward_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        merge_experts = staticmethod(native.cpu.require().merge_experts)
-
-        @staticmethod
-        def merge_experts_backward(*arguments: int) -> None:
-            native.cpu.module.merge_experts_backward(*arguments)
-            ctypes.c_float.from_address(arguments[-1]).value *= 1.01  # the first gate's gradient
-
-    class Module:
-        require = Broken
-
-    monkeypatch.setattr(op, "native", type("native", (), {"cpu": Module}))
-    with pytest.raises(AssertionError, match="gate: relative RMS"):
         check_against_reference(*make_inputs(SHAPES[0], torch.float32))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from typing import Any, cast
@@ -24,6 +25,7 @@ from switch_moe.ops._dispatch import (
 from switch_moe.reference.expert_linear import expert_linear as reference_expert_linear
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LANES = {"AVX512": 16, "AVX2": 8}
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # csrc/expert_linear.h
 
 # Merged weights are formed and used for a round of samples at a time, in a workspace that is kept from call
@@ -262,16 +264,18 @@ def _contiguous(
     return x.contiguous(), weight.contiguous(), bias, index.contiguous(), gate.contiguous()
 
 
-def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int) -> bool:
+def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int, fused: bool) -> bool:
     """Whether one product with merged experts beats ``top_k`` products over samples grouped by expert, on a
     CPU.
 
-    Merging saves k - 1 products of ``tokens`` rows and the gather and scatter around all k; it costs passes
-    over k + 1 weights ``[Din, Dout]`` for each sample (or group of samples with the same gates). The
-    constants are fitted to ``benchmarks/sweep_merging.py`` on two cores of a Zen 4 server. They put the
-    break-even of k = 2 at T = 17, 26 and 62 for D = 192, 384 and 1152 (measured: 18, 18 to 36 by type, 57)
-    and that of k = 1 and 4 at T = 91 and 19 for D = 384 (measured: 50 to 240, 15).
+    Merging saves k - 1 products of ``tokens`` rows and the gather and scatter around all k. It costs a pass
+    over k weights ``[Din, Dout]`` for each sample (or group of samples with the same gates), and, unless it
+    is ``fused`` with the product, passes that write and read the merged ones. The constants are fitted to
+    ``benchmarks/sweep_merging.py`` on two cores of a Zen 4 server, where k = 1, 2 and 4 broke even at T = 6
+    to 32, 4 to 10 and 4 to 8 fused, and k = 2 apart at T = 18, 18 to 36 and 57 for D = 192, 384 and 1152.
     """
+    if fused:
+        return tokens >= 4 + 16 / top_k**2
     return tokens - 8 >= (top_k + 1) / (1.2 * top_k - 1) * math.sqrt(d_in * d_out) / 46
 
 
@@ -283,9 +287,13 @@ def _native_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tenso
             bias = None if bias is None else bias.float()
             return _native_forward(x.float(), weight.float(), bias, index, gate).half()
         routes, order, counts = _share_routes(index, gate)
-        if merging_pays(batch * tokens / len(counts), index.shape[1], d_in, weight.shape[2]):
-            return _merged_forward(x, weight, bias, index, gate, routes, order, counts)
-        return _grouped_forward(x, weight, bias, index, gate)
+        lanes = _lanes(x.dtype)
+        if not merging_pays(batch * tokens / len(counts), index.shape[1], d_in, weight.shape[2], lanes > 0):
+            return _grouped_forward(x, weight, bias, index, gate)
+        shared = 1 < len(counts) < batch
+        rows = x.index_select(0, order) if shared else x
+        out = _merged_forward(rows, weight, bias, index[routes], gate[routes], counts, lanes)
+        return torch.empty_like(out).index_copy_(0, order, out) if shared else out
 
 
 def _share_routes(index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -333,38 +341,68 @@ def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
     return kept[: count * size].view(count, *weight.shape[1:])
 
 
+def _lanes(dtype: torch.dtype) -> int:
+    """Floats of a vector of the kernels that merge experts where a product reads them, in cache
+    (csrc/merged_product.h); 0 where there are none: another type, an older or another processor. Like torch's
+    own kernels they follow the environment variable ATEN_CPU_CAPABILITY.
+    """
+    lanes = _LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
+    if dtype != torch.float32 or not native.cpu.require().merged_product_takes(lanes):
+        return 0
+    return lanes
+
+
 def _merged_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
     gate: Tensor,
-    routes: Tensor,
-    order: Tensor,
     counts: list[int],
+    lanes: int,
 ) -> Tensor:
-    """routes, order and counts come from :func:`_share_routes`."""
+    """``counts[r]`` samples of x have the route ``index[r], gate[r]``, in this order."""
     out = x.new_empty(*x.shape[:2], weight.shape[2])
-    shared = len(counts) < x.shape[0]
-    gather = shared and len(counts) > 1
-    xs = x[order] if gather else x
-    route_index, route_gate = index[routes], gate[routes]
+    bias_RO = None if bias is None else _merge(bias, index, gate, bias.new_empty(len(index), bias.shape[1]))
+    if lanes:
+        _fused_product(x, weight, bias_RO, index, gate, counts, False, lanes, out)
+        return out
     buffer = _merged_buffer(weight, len(counts))
     stop = 0
     for r in range(0, len(counts), len(buffer)):
         chunk = slice(r, min(r + len(buffer), len(counts)))
-        v_RIO = _merge(weight, route_index[chunk], route_gate[chunk], buffer[: chunk.stop - r])
-        if not shared:
+        v_RIO = _merge(weight, index[chunk], gate[chunk], buffer[: chunk.stop - r])
+        if len(counts) == len(x):
             torch.bmm(x[chunk], v_RIO, out=out[chunk])
             continue
         for route, v_IO in enumerate(v_RIO, start=r):
             start, stop = stop, stop + counts[route]
-            torch.mm(xs[start:stop].flatten(0, 1), v_IO, out=out[start:stop].flatten(0, 1))
-    if gather:
-        out = torch.empty_like(out).index_copy_(0, order, out)
-    if bias is not None:
-        out += _merge(bias, index, gate, bias.new_empty(len(x), bias.shape[1]))[:, None]
+            torch.mm(x[start:stop].flatten(0, 1), v_IO, out=out[start:stop].flatten(0, 1))
+    if bias_RO is not None:
+        if len(counts) < len(x):
+            bias_RO = bias_RO.repeat_interleave(torch.tensor(counts), 0)
+        out += bias_RO[:, None]
     return out
+
+
+def _fused_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    gate: Tensor,
+    counts: list[int],
+    transposed: bool,
+    lanes: int,
+    out: Tensor,
+) -> None:
+    """out = x V_r + bias_r, or x V_r^T; arguments as for :func:`_merged_forward`, but bias is [R, Dout]."""
+    starts = torch.tensor([0, *itertools.accumulate(counts)]) * x.shape[1]
+    native.cpu.require().merged_product(
+        x.data_ptr(), *weight.shape, weight.data_ptr(), *index.shape, index.data_ptr(), gate.data_ptr(),
+        starts.data_ptr(), 0 if bias is None else bias.data_ptr(), transposed, lanes,
+        torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
 
 
 class _Pairs:
@@ -419,8 +457,9 @@ def _native_backward(
             bias = None if bias is None else bias.float()
             found = _native_backward(grad.float(), x.float(), weight.float(), bias, index, gate, wanted)
             return found[0].half(), found[1].half(), found[2].half(), found[3]
-        merged = merging_pays(x.shape[1], index.shape[1], *weight.shape[1:])
-        compute = _merged_backward if merged else _grouped_backward
+        lanes = _lanes(x.dtype)
+        merged = merging_pays(x.shape[1], index.shape[1], weight.shape[1], weight.shape[2], lanes > 0)
+        compute = _fused_backward if merged and lanes else _merged_backward if merged else _grouped_backward
         grad_x, grad_weight, grad_gate = compute(grad, x, weight, index, gate, wanted)
         grad_bias = x.new_empty(0)
         if bias is not None and (wanted[2] or wanted[3]):
@@ -467,6 +506,25 @@ def _merged_backward(
                 _DTYPE_CODE[weight.dtype], torch.get_num_threads(), carry.data_ptr(), grad_weight.data_ptr(),
                 grad_gate[chunk].data_ptr(),
             )  # fmt: skip
+    return grad_x, _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])
+
+
+def _fused_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same two products, with neither V nor P in memory."""
+    grad_x, grad_weight, grad_gate = x.new_empty(0), weight.new_empty(0), gate.new_empty(0)
+    lanes = _lanes(x.dtype)
+    if wanted[0]:
+        grad_x = torch.empty_like(x)
+        _fused_product(grad, weight, None, index, gate, [1] * len(x), True, lanes, grad_x)
+    if wanted[1] or wanted[3]:
+        grad_weight, grad_gate = torch.empty_like(weight), torch.empty_like(gate)
+        native.cpu.require().merged_product_backward(
+            x.data_ptr(), grad.data_ptr(), x.shape[1], *weight.shape, weight.data_ptr(), *index.shape,
+            index.data_ptr(), gate.data_ptr(), lanes, torch.get_num_threads(), grad_weight.data_ptr(),
+            grad_gate.data_ptr(),
+        )  # fmt: skip
     return grad_x, _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])
 
 

@@ -1,0 +1,539 @@
+#include "merged_product.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "parallel.h"
+
+#define SWITCH_MOE_INLINE inline __attribute__((always_inline))
+#define SWITCH_MOE_UNROLL _Pragma("GCC unroll 16")
+
+namespace switch_moe {
+namespace {
+
+// As in K. Goto, R. A. van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34, 2008,
+// but for what packing does: it merges experts. A packed panel, kSlivers slivers of kDepth rows, stays in the
+// second-level cache (295 KB with AVX-512), a packed sliver of x in the first (12 KB). A sum of more than
+// kDepth terms is continued from memory.
+constexpr int64_t kDepth = 384;
+constexpr int64_t kSlivers = 4;
+constexpr int64_t kMostRows = 512;  // of x that share one packing of a panel
+constexpr int64_t kGradRows = 128;  // of an expert's gradient that one task owns, at least
+
+// Floats from one sliver to the next. A line more than they hold: at multiples of 4 KiB the slivers would
+// fight for the same few lines of the first-level cache.
+constexpr int64_t sliver_stride(int64_t depth, int64_t width) { return depth * width + 16; }
+
+std::atomic<int64_t> flops{0};
+
+void count_product(int64_t rows, int64_t columns, int64_t depth) {
+    flops.fetch_add(2 * rows * columns * depth, std::memory_order_relaxed);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// 64-byte aligned room that a thread keeps.
+float* scratch(int64_t size) {
+    static thread_local std::vector<float> kept;
+    if (static_cast<int64_t>(kept.size()) < size + 16) kept.resize(size + 16);
+    const auto address = reinterpret_cast<uintptr_t>(kept.data());
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+// Up to four experts of a route.
+struct Mixture {
+    static constexpr int kMost = 4;
+
+    int64_t stride;  // of a row
+    const float* weight[kMost];
+    float gate[kMost];
+
+    template <int kExperts>
+    float at(int64_t offset) const {
+        float sum = 0;
+        for (int e = 0; e < kExperts; ++e) sum += gate[e] * weight[e][offset];
+        return sum;
+    }
+};
+
+struct Block {
+    int64_t route, row, rows, column, columns;
+};
+
+struct Product {
+    const float* x;
+    const Experts& experts;
+    const Gates& gates;
+    const float* bias;
+    bool transposed;
+    float* out;
+    int64_t depth, width;  // of the sums; of out
+};
+
+struct Gradient {
+    const float *x, *grad;
+    int64_t tokens;
+    const Experts& experts;
+    const Gates& gates;
+    const char* fresh;  // [B, k] whether the slot is the first with its expert
+    const char* used;   // [M] whether any slot has the expert
+    int64_t granules;   // down
+    float* grad_weight;
+    float* partial;  // [granules across, granules down, B * k]
+};
+
+// kSize floats; Loose: anywhere in memory. (GCC 12 takes no size that depends on a template's argument.)
+template <int kSize>
+struct Floats;
+#define SWITCH_MOE_FLOATS(size)                                                            \
+    template <>                                                                            \
+    struct Floats<size> {                                                                  \
+        typedef float Vector __attribute__((vector_size(4 * size)));                       \
+        typedef float Loose __attribute__((vector_size(4 * size), aligned(4), may_alias)); \
+        typedef int32_t Order __attribute__((vector_size(4 * size)));                      \
+    };
+SWITCH_MOE_FLOATS(2)
+SWITCH_MOE_FLOATS(4)
+SWITCH_MOE_FLOATS(8)
+SWITCH_MOE_FLOATS(16)
+#undef SWITCH_MOE_FLOATS
+
+#ifdef __clang__
+template <typename Vector, typename Order>
+SWITCH_MOE_INLINE void shuffle(const Vector& a, const Vector& b, const Order& order, Vector& found) {
+    constexpr int kSize = sizeof(Vector) / sizeof(float);
+    for (int i = 0; i < kSize; ++i) found[i] = order[i] < kSize ? a[order[i]] : b[order[i] - kSize];
+}
+#else
+template <typename Vector, typename Order>
+SWITCH_MOE_INLINE void shuffle(const Vector& a, const Vector& b, const Order& order, Vector& found) {
+    found = __builtin_shuffle(a, b, order);
+}
+#endif
+
+// In log2(kSize) rounds that interleave row i with row i + kSize / 2.
+template <int kSize>
+SWITCH_MOE_INLINE void transpose(typename Floats<kSize>::Vector (&rows)[kSize]) {
+    typename Floats<kSize>::Order low, high;
+    for (int i = 0; i < kSize; ++i) {
+        low[i] = i / 2 + i % 2 * kSize;
+        high[i] = low[i] + kSize / 2;
+    }
+    SWITCH_MOE_UNROLL
+    for (int step = 1; step < kSize; step *= 2) {
+        typename Floats<kSize>::Vector next[kSize];
+        SWITCH_MOE_UNROLL
+        for (int i = 0; i < kSize / 2; ++i) {
+            shuffle(rows[i], rows[i + kSize / 2], low, next[2 * i]);
+            shuffle(rows[i], rows[i + kSize / 2], high, next[2 * i + 1]);
+        }
+        SWITCH_MOE_UNROLL
+        for (int i = 0; i < kSize; ++i) rows[i] = next[i];
+    }
+}
+
+// kLanes floats a vector, three of them a row of a tile, kRows rows.
+template <int kLanes, int kRows>
+struct Kernel {
+    static constexpr int kWidth = 3 * kLanes;
+    using Vector = typename Floats<kLanes>::Vector;
+    using Loose = typename Floats<kLanes>::Loose;
+
+    // tile[i] += sum_k a[k][i] b[k]: a [depth, rows], b [depth, kWidth], both packed.
+    template <int kTileRows>
+    static SWITCH_MOE_INLINE void multiply(const float* a, const float* b, int64_t depth,
+                                           Vector (&tile)[kTileRows][3]) {
+        for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kWidth) {
+            const Vector* columns = reinterpret_cast<const Vector*>(b);
+            const Vector b0 = columns[0], b1 = columns[1], b2 = columns[2];
+            SWITCH_MOE_UNROLL
+            for (int i = 0; i < kTileRows; ++i) {
+                const Vector row = a[i] - Vector{};
+                tile[i][0] += row * b0;
+                tile[i][1] += row * b1;
+                tile[i][2] += row * b2;
+            }
+        }
+    }
+
+    template <int kExperts>
+    static SWITCH_MOE_INLINE void merge(const Mixture& mix, int64_t offset, Vector& sum) {
+        sum = mix.gate[0] * *reinterpret_cast<const Loose*>(mix.weight[0] + offset);
+        SWITCH_MOE_UNROLL
+        for (int e = 1; e < kExperts; ++e) {
+            sum += mix.gate[e] * *reinterpret_cast<const Loose*>(mix.weight[e] + offset);
+        }
+    }
+
+    // panel[sliver][k][kWidth] = V[k][...], [depth, columns] of it, or added to it. A row at a time: by
+    // sliver it took 1.5 times as long.
+    template <int kExperts>
+    static SWITCH_MOE_INLINE void pack_merged(const Mixture& mix, int64_t depth, int64_t columns, bool add,
+                                              float* panel) {
+        for (int64_t k = 0; k < depth; ++k) {
+            const int64_t row = k * mix.stride;
+            int64_t j = 0;
+            float* to = panel + k * kWidth;
+            for (; j + kWidth <= columns; j += kWidth, to += sliver_stride(depth, kWidth)) {
+                SWITCH_MOE_UNROLL
+                for (int v = 0; v < 3; ++v) {
+                    Vector sum;
+                    merge<kExperts>(mix, row + j + v * kLanes, sum);
+                    Vector* place = reinterpret_cast<Vector*>(to + v * kLanes);
+                    if (add) sum += *place;
+                    *place = sum;
+                }
+            }
+            for (int64_t i = 0; j < columns && i < kWidth; ++i) {
+                const float sum = j + i < columns ? mix.at<kExperts>(row + j + i) : 0;
+                to[i] = add ? to[i] + sum : sum;
+            }
+        }
+    }
+
+    // panel[sliver][k][kWidth] = V[...][k], or added to it.
+    template <int kExperts>
+    static SWITCH_MOE_INLINE void pack_merged_transposed(const Mixture& mix, int64_t depth, int64_t columns,
+                                                         bool add, float* panel) {
+        for (int64_t j = 0; j < ceil_div(columns, kWidth) * kWidth; j += kLanes) {
+            float* to = panel + j / kWidth * sliver_stride(depth, kWidth) + j % kWidth;
+            int64_t k = 0;
+            for (; j + kLanes <= columns && k + kLanes <= depth; k += kLanes) {
+                Vector rows[kLanes];
+                SWITCH_MOE_UNROLL
+                for (int i = 0; i < kLanes; ++i) merge<kExperts>(mix, (j + i) * mix.stride + k, rows[i]);
+                transpose<kLanes>(rows);
+                SWITCH_MOE_UNROLL
+                for (int i = 0; i < kLanes; ++i) {
+                    Vector* place = reinterpret_cast<Vector*>(to + (k + i) * kWidth);
+                    if (add) rows[i] += *place;
+                    *place = rows[i];
+                }
+            }
+            for (; k < depth; ++k) {
+                for (int64_t i = 0; i < kLanes; ++i) {
+                    const float sum = j + i < columns ? mix.at<kExperts>((j + i) * mix.stride + k) : 0;
+                    to[k * kWidth + i] = add ? to[k * kWidth + i] + sum : sum;
+                }
+            }
+        }
+    }
+
+    template <int kExperts>
+    static SWITCH_MOE_INLINE void pack_experts(bool transposed, const Mixture& mix, int64_t depth,
+                                               int64_t columns, bool add, float* panel) {
+        if (transposed) {
+            pack_merged_transposed<kExperts>(mix, depth, columns, add, panel);
+        } else {
+            pack_merged<kExperts>(mix, depth, columns, add, panel);
+        }
+    }
+
+    // The rows from `first` on of the panel that `block` needs.
+    static SWITCH_MOE_INLINE void pack_panel(const Product& p, const Block& block, int64_t first,
+                                             int64_t depth, float* panel) {
+        const int64_t stride = p.experts.outputs, elements = p.experts.inputs * stride;
+        const int64_t corner = p.transposed ? block.column * stride + first : first * stride + block.column;
+        for (int64_t e = 0; e < p.gates.top_k; e += Mixture::kMost) {
+            Mixture mix{stride, {}, {}};
+            const int64_t count = std::min<int64_t>(Mixture::kMost, p.gates.top_k - e);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t slot = block.route * p.gates.top_k + e + i;
+                mix.weight[i] = p.experts.weight + p.gates.index[slot] * elements + corner;
+                mix.gate[i] = p.gates.gate[slot];
+            }
+            if (count == 1) pack_experts<1>(p.transposed, mix, depth, block.columns, e > 0, panel);
+            if (count == 2) pack_experts<2>(p.transposed, mix, depth, block.columns, e > 0, panel);
+            if (count == 3) pack_experts<3>(p.transposed, mix, depth, block.columns, e > 0, panel);
+            if (count == 4) pack_experts<4>(p.transposed, mix, depth, block.columns, e > 0, panel);
+        }
+    }
+
+    // packed[k][kTileRows] = x[i][k], zero where i >= rows.
+    template <int kTileRows>
+    static SWITCH_MOE_INLINE void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t depth,
+                                            float* packed) {
+        int64_t k = 0;
+        if (rows >= kTileRows) {
+            for (; k + kTileRows <= depth; k += kTileRows) {
+                typename Floats<kTileRows>::Vector block[kTileRows];
+                SWITCH_MOE_UNROLL
+                for (int i = 0; i < kTileRows; ++i) {
+                    block[i] =
+                        *reinterpret_cast<const typename Floats<kTileRows>::Loose*>(x + i * stride + k);
+                }
+                transpose<kTileRows>(block);
+                SWITCH_MOE_UNROLL
+                for (int i = 0; i < kTileRows; ++i) {
+                    *reinterpret_cast<typename Floats<kTileRows>::Vector*>(packed + (k + i) * kTileRows) =
+                        block[i];
+                }
+            }
+        }
+        for (; k < depth; ++k) {
+            for (int64_t i = 0; i < kTileRows; ++i) {
+                packed[k * kTileRows + i] = i < rows ? x[i * stride + k] : 0;
+            }
+        }
+    }
+
+    // packed[sliver][k][kSliver] = x[k][...] for `columns` columns.
+    template <int kSliver>
+    static SWITCH_MOE_INLINE void pack_columns(const float* x, int64_t stride, int64_t depth, int64_t columns,
+                                               float* packed) {
+        for (int64_t k = 0; k < depth; ++k) {
+            int64_t j = 0;
+            for (; j + kSliver <= columns; j += kSliver) {
+                using Part = Floats<(kSliver < kLanes ? kSliver : kLanes)>;
+                SWITCH_MOE_UNROLL
+                for (int i = 0; i < kSliver; i += sizeof(typename Part::Vector) / sizeof(float)) {
+                    *reinterpret_cast<typename Part::Vector*>(
+                        packed + j / kSliver * sliver_stride(depth, kSliver) + k * kSliver + i) =
+                        *reinterpret_cast<const typename Part::Loose*>(x + k * stride + j + i);
+                }
+            }
+            for (int64_t i = 0; j < columns && i < kSliver; ++i) {
+                packed[j / kSliver * sliver_stride(depth, kSliver) + k * kSliver + i] =
+                    j + i < columns ? x[k * stride + j + i] : 0;
+            }
+        }
+    }
+
+    // A tile of out, [rows, columns] of it valid: sums from `add` (out itself), or from `bias`, or from zero.
+    template <int kTileRows>
+    static SWITCH_MOE_INLINE void product_tile(const float* a, const float* b, int64_t depth, int64_t rows,
+                                               int64_t columns, const float* bias, bool add, int64_t stride,
+                                               float* out) {
+        Vector tile[kTileRows][3] = {};
+        multiply<kTileRows>(a, b, depth, tile);
+        if (rows >= kTileRows && columns >= kWidth) {
+            SWITCH_MOE_UNROLL
+            for (int i = 0; i < kTileRows; ++i) {
+                SWITCH_MOE_UNROLL
+                for (int v = 0; v < 3; ++v) {
+                    Loose* to = reinterpret_cast<Loose*>(out + i * stride + v * kLanes);
+                    Vector sum = tile[i][v];
+                    if (add)
+                        sum += *to;
+                    else if (bias != nullptr)
+                        sum += *reinterpret_cast<const Loose*>(bias + v * kLanes);
+                    *to = sum;
+                }
+            }
+            return;
+        }
+        float values[kTileRows][kWidth];
+        std::memcpy(values, tile, sizeof tile);
+        for (int64_t i = 0; i < std::min<int64_t>(rows, kTileRows); ++i) {
+            for (int64_t j = 0; j < std::min<int64_t>(columns, kWidth); ++j) {
+                float& to = out[i * stride + j];
+                to = values[i][j] + (add ? to : bias != nullptr ? bias[j] : 0);
+            }
+        }
+    }
+
+    template <int kTileRows>
+    static SWITCH_MOE_INLINE void product_rows(const Product& p, const float* x, int64_t rows,
+                                               const float* panel, int64_t depth, int64_t columns,
+                                               const float* bias, bool add, float* packed, float* out) {
+        pack_rows<kTileRows>(x, p.depth, rows, depth, packed);
+        for (int64_t j = 0; j < columns; j += kWidth) {
+            product_tile<kTileRows>(packed, panel + j / kWidth * sliver_stride(depth, kWidth), depth, rows,
+                                    columns - j, bias == nullptr ? nullptr : bias + j, add, p.width, out + j);
+        }
+    }
+
+    static SWITCH_MOE_INLINE void product_block(const Product& p, const Block& block) {
+        float* panel = scratch(kSlivers * sliver_stride(kDepth, kWidth) + kDepth * kRows);
+        float* packed = panel + kSlivers * sliver_stride(kDepth, kWidth);
+        const float* bias = p.bias == nullptr ? nullptr : p.bias + block.route * p.width + block.column;
+        for (int64_t first = 0; first < p.depth; first += kDepth) {
+            const int64_t depth = std::min(kDepth, p.depth - first);
+            pack_panel(p, block, first, depth, panel);
+            count_product(block.rows, block.columns, depth);
+            for (int64_t i = 0; i < block.rows;) {
+                const int64_t row = block.row + i, left = block.rows - i;
+                const float* x = p.x + row * p.depth + first;
+                float* out = p.out + row * p.width + block.column;
+                if (2 * left > kRows) {
+                    product_rows<kRows>(p, x, left, panel, depth, block.columns, bias, first > 0, packed,
+                                        out);
+                    i += kRows;
+                } else {
+                    product_rows<kRows / 2>(p, x, left, panel, depth, block.columns, bias, first > 0, packed,
+                                            out);
+                    i += kRows / 2;
+                }
+            }
+        }
+    }
+
+    // grad_weight (+)= gate * tile and dot += tile * weight, `rows` x `columns` of them.
+    static SWITCH_MOE_INLINE void gradient_tile(const Vector (&tile)[kRows][3], const float* weight,
+                                                float gate, bool fresh, int64_t rows, int64_t columns,
+                                                int64_t stride, float* grad_weight, Vector& dot) {
+        if (rows >= kRows && columns >= kWidth) {
+            Vector dots[3] = {};
+            SWITCH_MOE_UNROLL
+            for (int i = 0; i < kRows; ++i) {
+                SWITCH_MOE_UNROLL
+                for (int v = 0; v < 3; ++v) {
+                    const int64_t at = i * stride + v * kLanes;
+                    dots[v] += tile[i][v] * *reinterpret_cast<const Loose*>(weight + at);
+                    Loose* to = reinterpret_cast<Loose*>(grad_weight + at);
+                    *to = fresh ? gate * tile[i][v] : *to + gate * tile[i][v];
+                }
+            }
+            dot += dots[0] + dots[1] + dots[2];
+            return;
+        }
+        float values[kRows][kWidth];
+        std::memcpy(values, tile, sizeof tile);
+        for (int64_t i = 0; i < std::min<int64_t>(rows, kRows); ++i) {
+            for (int64_t j = 0; j < std::min<int64_t>(columns, kWidth); ++j) {
+                const int64_t at = i * stride + j;
+                dot[j % kLanes] += values[i][j] * weight[at];
+                grad_weight[at] = (fresh ? 0 : grad_weight[at]) + gate * values[i][j];
+            }
+        }
+    }
+
+    static SWITCH_MOE_INLINE void gradient_block(const Gradient& g, const Block& block) {
+        const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs, top_k = g.gates.top_k;
+        const int64_t panel_size = kSlivers * sliver_stride(kDepth, kWidth);
+        const int64_t packed_size = kGradRows / kRows * sliver_stride(kDepth, kRows);
+        float* panel = scratch(panel_size + packed_size + kSlivers * top_k * kLanes);
+        float* packed = panel + panel_size;
+        Vector* dots = reinterpret_cast<Vector*>(packed + packed_size);  // [slivers, k]
+        const int64_t corner = block.row * outputs + block.column;
+        for (int64_t e = 0; e < g.experts.count; ++e) {
+            for (int64_t i = 0; !g.used[e] && i < block.rows; ++i) {
+                float* row = g.grad_weight + e * inputs * outputs + corner + i * outputs;
+                std::fill(row, row + block.columns, 0.0f);
+            }
+        }
+        for (int64_t b = 0; b < g.gates.routes; ++b) {
+            std::fill(dots, dots + kSlivers * top_k, Vector{});
+            for (int64_t first = 0; first < g.tokens; first += kDepth) {
+                const int64_t depth = std::min(kDepth, g.tokens - first), token = b * g.tokens + first;
+                pack_columns<kWidth>(g.grad + token * outputs + block.column, outputs, depth, block.columns,
+                                     panel);
+                pack_columns<kRows>(g.x + token * inputs + block.row, inputs, depth, block.rows, packed);
+                count_product(block.rows, block.columns, depth);
+                for (int64_t i = 0; i < block.rows; i += kRows) {
+                    for (int64_t j = 0; j < block.columns; j += kWidth) {
+                        Vector tile[kRows][3] = {};
+                        multiply<kRows>(packed + i / kRows * sliver_stride(depth, kRows),
+                                        panel + j / kWidth * sliver_stride(depth, kWidth), depth, tile);
+                        for (int64_t slot = 0; slot < top_k; ++slot) {
+                            const int64_t of_all = b * top_k + slot;
+                            const int64_t at =
+                                g.gates.index[of_all] * inputs * outputs + corner + i * outputs + j;
+                            gradient_tile(tile, g.experts.weight + at, g.gates.gate[of_all],
+                                          g.fresh[of_all] && first == 0, block.rows - i, block.columns - j,
+                                          outputs, g.grad_weight + at, dots[j / kWidth * top_k + slot]);
+                        }
+                    }
+                }
+            }
+            for (int64_t j = 0; j < block.columns; j += kWidth) {
+                const int64_t granule = (block.column + j) / kWidth * g.granules + block.row / kGradRows;
+                float* to = g.partial + (granule * g.gates.routes + b) * top_k;
+                for (int64_t slot = 0; slot < top_k; ++slot) {
+                    for (int lane = 0; lane < kLanes; ++lane)
+                        to[slot] += dots[j / kWidth * top_k + slot][lane];
+                }
+            }
+        }
+    }
+};
+
+struct Kernels {
+    int64_t width;  // columns of a tile
+    void (*product)(const Product&, const Block&);
+    void (*gradient)(const Gradient&, const Block&);
+};
+
+#ifdef __x86_64__
+#define SWITCH_MOE_KERNELS(name, features, lanes, rows)                                             \
+    __attribute__((target(features))) void product_##name(const Product& p, const Block& block) {   \
+        Kernel<lanes, rows>::product_block(p, block);                                               \
+    }                                                                                               \
+    __attribute__((target(features))) void gradient_##name(const Gradient& g, const Block& block) { \
+        Kernel<lanes, rows>::gradient_block(g, block);                                              \
+    }                                                                                               \
+    constexpr Kernels name{Kernel<lanes, rows>::kWidth, product_##name, gradient_##name};
+SWITCH_MOE_KERNELS(avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 16, 8)
+SWITCH_MOE_KERNELS(avx2, "avx2,fma", 8, 4)
+#undef SWITCH_MOE_KERNELS
+
+const Kernels* kernels(int lanes) { return lanes == 16 ? &avx512 : lanes == 8 ? &avx2 : nullptr; }
+#else
+const Kernels* kernels(int) { return nullptr; }
+#endif
+
+// Columns of a block: up to kSlivers tiles, fewer where that keeps all threads busy.
+int64_t block_columns(int64_t width, int64_t tile, int64_t others, int threads) {
+    int64_t tiles = kSlivers;
+    while (tiles > 1 && ceil_div(width, tiles * tile) * others < 2 * threads) tiles /= 2;
+    return tiles * tile;
+}
+
+}  // namespace
+
+bool merged_product_takes(int lanes) { return kernels(lanes) != nullptr; }
+
+int64_t merged_product_flops() { return flops.load(); }
+
+void merged_product(const float* x, const Experts& experts, const Gates& gates, const int64_t* starts,
+                    const float* bias, bool transposed, int lanes, int threads, float* out) {
+    const Kernels& use = *kernels(lanes);
+    Product p{x, experts, gates, bias, transposed, out, experts.inputs, experts.outputs};
+    if (transposed) std::swap(p.depth, p.width);
+    std::vector<Block> blocks;
+    const int64_t bands = ceil_div(starts[gates.routes], kMostRows);
+    const int64_t step = block_columns(p.width, use.width, std::max(gates.routes, bands), threads);
+    for (int64_t column = 0; column < p.width; column += step) {
+        const int64_t columns = std::min(step, p.width - column);
+        for (int64_t r = 0; r < gates.routes; ++r) {
+            for (int64_t row = starts[r]; row < starts[r + 1]; row += kMostRows) {
+                blocks.push_back({r, row, std::min(kMostRows, starts[r + 1] - row), column, columns});
+            }
+        }
+    }
+    parallel_for(blocks.size(), threads, [&](int64_t i) { use.product(p, blocks[i]); });
+}
+
+void merged_product_backward(const float* x, const float* grad, int64_t tokens, const Experts& experts,
+                             const Gates& gates, int lanes, int threads, float* grad_weight,
+                             float* grad_gate) {
+    const Kernels& use = *kernels(lanes);
+    const int64_t slots = gates.routes * gates.top_k, tile = use.width;
+    std::vector<char> fresh(slots), used(experts.count);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+        fresh[slot] = !used[gates.index[slot]];
+        used[gates.index[slot]] = 1;
+    }
+    const int64_t down = ceil_div(experts.inputs, kGradRows), across = ceil_div(experts.outputs, tile);
+    std::vector<float> partial(down * across * slots);
+    const Gradient g{x,           grad, tokens,      experts,       gates, fresh.data(),
+                     used.data(), down, grad_weight, partial.data()};
+    std::vector<Block> blocks;
+    const int64_t step = block_columns(experts.outputs, tile, down, threads);
+    for (int64_t column = 0; column < experts.outputs; column += step) {
+        for (int64_t row = 0; row < experts.inputs; row += kGradRows) {
+            blocks.push_back({0, row, std::min(kGradRows, experts.inputs - row), column,
+                              std::min(step, experts.outputs - column)});
+        }
+    }
+    parallel_for(blocks.size(), threads, [&](int64_t i) { use.gradient(g, blocks[i]); });
+    std::vector<double> total(slots);
+    for (int64_t granule = 0; granule < down * across; ++granule) {
+        for (int64_t slot = 0; slot < slots; ++slot) total[slot] += partial[granule * slots + slot];
+    }
+    std::copy(total.begin(), total.end(), grad_gate);
+}
+
+}  // namespace switch_moe

@@ -1,0 +1,91 @@
+"""The CPU kernels that merge experts inside a product: sizes around their blocks, every vector width."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import pairwise
+
+import pytest
+import torch
+from test_expert_linear import check_against_reference, forward_backward, make_inputs
+
+from switch_moe import native
+from switch_moe.ops import expert_linear
+
+op = importlib.import_module("switch_moe.ops.expert_linear")
+
+# B, T, Din, Dout, M, k. Tiles are 8 x 48 (AVX-512) or 4 x 24, blocks 4 tiles wide, of a gradient 128 high.
+# Sums go on from memory after 384 terms; 512 rows share a packing; experts are merged four at a time.
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (3, 5, 7, 3, 2, 1),
+    (2, 12, 16, 48, 3, 2),
+    (2, 9, 47, 49, 3, 2),
+    (2, 20, 129, 193, 3, 3),
+    (2, 8, 385, 390, 4, 2),
+    (1, 517, 24, 24, 3, 2),
+    (2, 400, 130, 60, 3, 2),
+    (3, 33, 40, 200, 7, 5),
+    (4, 16, 32, 64, 9, 9),
+    (5, 16, 256, 256, 3, 2),
+]
+
+
+@pytest.fixture(params=[8, 16])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> int:
+    if op._LANES.get(torch.backends.cpu.get_cpu_capability(), 0) < request.param:
+        pytest.skip(f"this processor has no vectors of {request.param} floats")
+    monkeypatch.setattr(op, "_lanes", lambda dtype: request.param if dtype == torch.float32 else 0)
+    monkeypatch.setattr(op, "merging_pays", lambda *_: True)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_reference(shape: tuple[int, ...], lanes: int) -> None:
+    check_against_reference(*make_inputs(shape, torch.float32))
+
+
+def test_shared_routes(lanes: int) -> None:
+    """13 samples of 45 tokens in 3 routes: rows beyond one packing, and a tile that ends inside."""
+    tensors, index, grad = make_inputs((13, 45, 40, 56, 3, 2), torch.float32)
+    route = [0, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    check_against_reference([*tensors[:3], tensors[3][route]], index[route], grad)
+
+
+def test_an_expert_for_nobody_one_for_everybody_and_one_twice(lanes: int) -> None:
+    tensors, index, grad = make_inputs((6, 10, 60, 100, 5, 3), torch.float32)
+    index[:, 0], index[:, 1], index[:, 2] = 2, torch.tensor([0, 3, 0, 3, 0, 3]), 4
+    index[1] = 2
+    check_against_reference(tensors, index, grad)
+    gradients = forward_backward(expert_linear, tensors, index, grad, False)
+    assert gradients[2][1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 50, 200, 300, 3, 2), (2, 400, 400, 30, 3, 2)])
+def test_results_do_not_depend_on_threads(shape: tuple[int, ...], lanes: int) -> None:
+    inputs = make_inputs(shape, torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        found.append(forward_backward(expert_linear, *inputs, False))
+    torch.set_num_threads(before)
+    for one, other in pairwise(found):
+        for a, b in zip(one[:3], other[:3], strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(one[4], other[4])  # not bias: that is torch's
+
+
+def test_products_count_themselves(lanes: int) -> None:
+    count = native.cpu.require().merged_product_flops
+    inputs = make_inputs((2, 9, 385, 50, 3, 2), torch.float32)
+    before = count()
+    forward_backward(expert_linear, *inputs, False)
+    assert count() - before == 3 * 2 * 2 * 9 * 385 * 50
+
+
+def test_widths_that_exist() -> None:
+    takes = native.cpu.require().merged_product_takes
+    assert [width for width in range(65) if takes(width)] in ([8, 16], [])  # none but on x86-64
+    assert op._lanes(torch.bfloat16) == 0
+    assert op._lanes(torch.float32) == op._LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
