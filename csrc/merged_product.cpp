@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
@@ -100,34 +101,36 @@ SWITCH_MOE_FLOATS(8)
 SWITCH_MOE_FLOATS(16)
 #undef SWITCH_MOE_FLOATS
 
+// low and high halves of a and b, element by element in turns.
 #ifdef __clang__
-template <typename Vector, typename Order>
-SWITCH_MOE_INLINE void shuffle(const Vector& a, const Vector& b, const Order& order, Vector& found) {
-    constexpr int kSize = sizeof(Vector) / sizeof(float);
-    for (int i = 0; i < kSize; ++i) found[i] = order[i] < kSize ? a[order[i]] : b[order[i] - kSize];
+template <typename Vector, int... i>
+SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer_sequence<int, i...>,
+                                  Vector& low, Vector& high) {
+    constexpr int kSize = sizeof...(i);
+    low = __builtin_shufflevector(a, b, (i / 2 + i % 2 * kSize)...);
+    high = __builtin_shufflevector(a, b, (i / 2 + i % 2 * kSize + kSize / 2)...);
 }
 #else
-template <typename Vector, typename Order>
-SWITCH_MOE_INLINE void shuffle(const Vector& a, const Vector& b, const Order& order, Vector& found) {
-    found = __builtin_shuffle(a, b, order);
+template <typename Vector, int... i>
+SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer_sequence<int, i...>,
+                                  Vector& low, Vector& high) {
+    constexpr int kSize = sizeof...(i);
+    using Order = typename Floats<kSize>::Order;
+    low = __builtin_shuffle(a, b, Order{(i / 2 + i % 2 * kSize)...});
+    high = __builtin_shuffle(a, b, Order{(i / 2 + i % 2 * kSize + kSize / 2)...});
 }
 #endif
 
 // In log2(kSize) rounds that interleave row i with row i + kSize / 2.
 template <int kSize>
 SWITCH_MOE_INLINE void transpose(typename Floats<kSize>::Vector (&rows)[kSize]) {
-    typename Floats<kSize>::Order low, high;
-    for (int i = 0; i < kSize; ++i) {
-        low[i] = i / 2 + i % 2 * kSize;
-        high[i] = low[i] + kSize / 2;
-    }
     SWITCH_MOE_UNROLL
     for (int step = 1; step < kSize; step *= 2) {
         typename Floats<kSize>::Vector next[kSize];
         SWITCH_MOE_UNROLL
         for (int i = 0; i < kSize / 2; ++i) {
-            shuffle(rows[i], rows[i + kSize / 2], low, next[2 * i]);
-            shuffle(rows[i], rows[i + kSize / 2], high, next[2 * i + 1]);
+            interleave(rows[i], rows[i + kSize / 2], std::make_integer_sequence<int, kSize>(), next[2 * i],
+                       next[2 * i + 1]);
         }
         SWITCH_MOE_UNROLL
         for (int i = 0; i < kSize; ++i) rows[i] = next[i];
@@ -283,21 +286,18 @@ struct Kernel {
     template <int kSliver>
     static SWITCH_MOE_INLINE void pack_columns(const float* x, int64_t stride, int64_t depth, int64_t columns,
                                                float* packed) {
-        for (int64_t k = 0; k < depth; ++k) {
+        constexpr int kPart = kSliver < kLanes ? kSliver : kLanes;
+        for (int64_t k = 0; k < depth; ++k, x += stride, packed += kSliver) {
+            float* to = packed;
             int64_t j = 0;
-            for (; j + kSliver <= columns; j += kSliver) {
-                using Part = Floats<(kSliver < kLanes ? kSliver : kLanes)>;
+            for (; j + kSliver <= columns; j += kSliver, to += sliver_stride(depth, kSliver)) {
                 SWITCH_MOE_UNROLL
-                for (int i = 0; i < kSliver; i += sizeof(typename Part::Vector) / sizeof(float)) {
-                    *reinterpret_cast<typename Part::Vector*>(
-                        packed + j / kSliver * sliver_stride(depth, kSliver) + k * kSliver + i) =
-                        *reinterpret_cast<const typename Part::Loose*>(x + k * stride + j + i);
+                for (int i = 0; i < kSliver; i += kPart) {
+                    *reinterpret_cast<typename Floats<kPart>::Vector*>(to + i) =
+                        *reinterpret_cast<const typename Floats<kPart>::Loose*>(x + j + i);
                 }
             }
-            for (int64_t i = 0; j < columns && i < kSliver; ++i) {
-                packed[j / kSliver * sliver_stride(depth, kSliver) + k * kSliver + i] =
-                    j + i < columns ? x[k * stride + j + i] : 0;
-            }
+            for (int64_t i = 0; j < columns && i < kSliver; ++i) to[i] = j + i < columns ? x[j + i] : 0;
         }
     }
 
@@ -370,20 +370,22 @@ struct Kernel {
         }
     }
 
-    // grad_weight (+)= gate * tile and dot += tile * weight, `rows` x `columns` of them.
+    // grad_weight = or += gate * tile and dot += tile * weight, `rows` x `columns` of them.
+    template <bool kAdd>
     static SWITCH_MOE_INLINE void gradient_tile(const Vector (&tile)[kRows][3], const float* weight,
-                                                float gate, bool fresh, int64_t rows, int64_t columns,
-                                                int64_t stride, float* grad_weight, Vector& dot) {
+                                                float gate, int64_t rows, int64_t columns, int64_t stride,
+                                                float* grad_weight, Vector& dot) {
         if (rows >= kRows && columns >= kWidth) {
             Vector dots[3] = {};
             SWITCH_MOE_UNROLL
-            for (int i = 0; i < kRows; ++i) {
+            for (int i = 0; i < kRows; ++i, weight += stride, grad_weight += stride) {
                 SWITCH_MOE_UNROLL
                 for (int v = 0; v < 3; ++v) {
-                    const int64_t at = i * stride + v * kLanes;
-                    dots[v] += tile[i][v] * *reinterpret_cast<const Loose*>(weight + at);
-                    Loose* to = reinterpret_cast<Loose*>(grad_weight + at);
-                    *to = fresh ? gate * tile[i][v] : *to + gate * tile[i][v];
+                    dots[v] += tile[i][v] * *reinterpret_cast<const Loose*>(weight + v * kLanes);
+                    Loose* to = reinterpret_cast<Loose*>(grad_weight + v * kLanes);
+                    Vector sum = gate * tile[i][v];
+                    if (kAdd) sum += *to;
+                    *to = sum;
                 }
             }
             dot += dots[0] + dots[1] + dots[2];
@@ -393,9 +395,9 @@ struct Kernel {
         std::memcpy(values, tile, sizeof tile);
         for (int64_t i = 0; i < std::min<int64_t>(rows, kRows); ++i) {
             for (int64_t j = 0; j < std::min<int64_t>(columns, kWidth); ++j) {
-                const int64_t at = i * stride + j;
-                dot[j % kLanes] += values[i][j] * weight[at];
-                grad_weight[at] = (fresh ? 0 : grad_weight[at]) + gate * values[i][j];
+                float& to = grad_weight[i * stride + j];
+                dot[j % kLanes] += values[i][j] * weight[i * stride + j];
+                to = gate * values[i][j] + (kAdd ? to : 0);
             }
         }
     }
@@ -431,9 +433,18 @@ struct Kernel {
                             const int64_t of_all = b * top_k + slot;
                             const int64_t at =
                                 g.gates.index[of_all] * inputs * outputs + corner + i * outputs + j;
-                            gradient_tile(tile, g.experts.weight + at, g.gates.gate[of_all],
-                                          g.fresh[of_all] && first == 0, block.rows - i, block.columns - j,
-                                          outputs, g.grad_weight + at, dots[j / kWidth * top_k + slot]);
+                            const float* weight = g.experts.weight + at;
+                            float* grad_weight = g.grad_weight + at;
+                            Vector& dot = dots[j / kWidth * top_k + slot];
+                            const float gate = g.gates.gate[of_all];
+                            const int64_t rows = block.rows - i, columns = block.columns - j;
+                            if (g.fresh[of_all] && first == 0) {
+                                gradient_tile<false>(tile, weight, gate, rows, columns, outputs, grad_weight,
+                                                     dot);
+                            } else {
+                                gradient_tile<true>(tile, weight, gate, rows, columns, outputs, grad_weight,
+                                                    dot);
+                            }
                         }
                     }
                 }
