@@ -27,7 +27,7 @@ CPU_SOURCES = [
     "bindings.cpp",
     "expert_linear.cpp",
     "linear_assignment.cpp",
-    "matching_cost.cpp",
+    "matching.cpp",
     "merged_product.cpp",
     "parallel.cpp",
 ]

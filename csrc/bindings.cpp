@@ -3,7 +3,7 @@
 
 #include "expert_linear.h"
 #include "linear_assignment.h"
-#include "matching_cost.h"
+#include "matching.h"
 #include "merged_product.h"
 
 namespace py = pybind11;
@@ -83,12 +83,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("cost"), py::arg("integer"), py::arg("n"), py::arg("prices"), py::arg("column"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
-        "matching_cost",
+        "match_columns",
         [](int64_t timesteps, int64_t slots, uintptr_t selected, uintptr_t table, uintptr_t rows,
-           uintptr_t columns, uintptr_t cost) {
-            return matching_cost(timesteps, slots, at<float>(selected), at<float>(table), at<int64_t>(rows),
-                                 at<int64_t>(columns), at<int64_t>(cost));
+           uintptr_t columns, uintptr_t prices, uintptr_t match) {
+            return match_columns(timesteps, slots, at<float>(selected), at<float>(table), at<int64_t>(rows),
+                                 at<int64_t>(columns), at<int64_t>(prices), at<int64_t>(match));
         },
         py::arg("timesteps"), py::arg("slots"), py::arg("selected"), py::arg("table"), py::arg("rows"),
-        py::arg("columns"), py::arg("cost"), py::call_guard<py::gil_scoped_release>());
+        py::arg("columns"), py::arg("prices"), py::arg("match"), py::call_guard<py::gil_scoped_release>());
 }

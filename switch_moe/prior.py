@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from switch_moe.ops._dispatch import check_shape, check_top_k
 from switch_moe.ops.diffusion_prior import diffusion_prior_loss
-from switch_moe.ops.linear_assignment import linear_assignment
-from switch_moe.ops.matching_cost import matching_cost
+from switch_moe.ops.match_columns import match_columns
 from switch_moe.reference.diffusion_prior import prior_table
-from switch_moe.reference.matching_cost import MOST_TIMESTEPS
+from switch_moe.reference.match_columns import MOST_TIMESTEPS
 
 
 class DiffusionPrior(nn.Module):
@@ -74,12 +73,7 @@ class DiffusionPrior(nn.Module):
             of_model, of_table = torch.randperm(slots), torch.randperm(slots)
         else:  # fewer launches
             of_model, of_table = torch.rand(2, slots, device=selected.device).argsort(-1)
-        cost = matching_cost(selected, self.table, of_model, of_table)
-        permuted = None if prices is None else prices[of_table]
-        found = linear_assignment(cost, prices=permuted)
-        if prices is not None and permuted is not None:
-            prices.index_copy_(0, of_table, permuted)
-        return torch.empty_like(found).index_copy_(0, of_model, of_table.index_select(0, found))
+        return match_columns(selected, self.table, of_model, of_table, prices=prices)
 
     def loss(self, probs: Tensor, t: Tensor, assignment: Tensor) -> Tensor:
         """Jensen-Shannon divergence of the routers' probabilities and the matched prior.

@@ -8,7 +8,7 @@ from switch_moe.ops.diffusion_prior import diffusion_prior_loss
 from switch_moe.ops.expert_linear import expert_linear
 from switch_moe.ops.expert_mlp import expert_mlp
 from switch_moe.ops.linear_assignment import linear_assignment
-from switch_moe.ops.matching_cost import matching_cost
+from switch_moe.ops.match_columns import match_columns
 from switch_moe.ops.timestep_gate import timestep_gate
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "expert_linear",
     "expert_mlp",
     "linear_assignment",
-    "matching_cost",
+    "match_columns",
     "timestep_gate",
 ]

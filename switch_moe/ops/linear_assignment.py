@@ -103,7 +103,7 @@ def _cpu(cost: Tensor, prices: Tensor | None = None) -> Tensor:
     exact = cost.to(_exact_dtype(cost)).contiguous()
     column = torch.empty(n, dtype=torch.int64, device=cost.device)
     solve = native.cpu.require().linear_assignment
-    status = solve(exact.data_ptr(), not cost.is_floating_point(), n, _address(prices), column.data_ptr())
+    status = solve(exact.data_ptr(), not cost.is_floating_point(), n, address(prices), column.data_ptr())
     if status in (_NOT_A_NUMBER, _TOO_LARGE):
         _check_values(cost)
     if status == _NO_FINITE_TOTAL:
@@ -121,11 +121,12 @@ def _cuda(cost: Tensor, prices: Tensor | None = None) -> Tensor:
     column = torch.empty(n, dtype=torch.int64, device=cost.device)
     with torch.cuda.device(cost.device):
         stream = torch.cuda.current_stream().cuda_stream
-        solver.linear_assignment(exact.data_ptr(), integer, n, _address(prices), column.data_ptr(), stream)
+        solver.linear_assignment(exact.data_ptr(), integer, n, address(prices), column.data_ptr(), stream)
     return column
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Of its data; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
