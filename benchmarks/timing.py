@@ -48,7 +48,7 @@ class Turns:
         self.samples: dict[str, list[float]] = {name: [] for name in steps}
 
     def least_seconds(self, step: Step) -> float:
-        """Of a call after the first: of three where they are short, for one may give back what another left."""
+        """Of a call after the first: of three if they are short, for one may free what another step left."""
         step()
         took = seconds_of(step, self.device)
         return took if took > 20 * SHORT else min(took, *(seconds_of(step, self.device) for _ in range(2)))

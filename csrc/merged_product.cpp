@@ -16,10 +16,10 @@ namespace {
 
 // As in K. Goto, R. A. van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34, 2008,
 // but for what packing does: it merges experts. A packed panel, kSlivers slivers of kDepth rows, stays in the
-// second-level cache (295 KB with AVX-512), a packed sliver of x in the first (12 KB). A sum of more than
+// second-level cache (590 KB with AVX-512), a packed sliver of x in the first (12 KB). A sum of more than
 // kDepth terms is continued from memory.
 constexpr int64_t kDepth = 384;
-constexpr int64_t kSlivers = 4;
+constexpr int64_t kSlivers = 8;
 constexpr int64_t kMostRows = 512;  // of x that share one packing of a panel
 constexpr int64_t kGradRows = 128;  // of an expert's gradient that one task owns, at least
 
@@ -73,9 +73,27 @@ struct Product {
     int64_t depth, width;  // of the sums; of out
 };
 
+// Where the packed x and grad of a sample lie: chunk after chunk of its tokens, each the slivers of both.
+struct PackedSample {
+    int64_t tokens, x_size, grad_size;
+
+    PackedSample(int64_t tokens, const Experts& experts, int64_t rows, int64_t width) : tokens(tokens) {
+        const int64_t depth = std::min(kDepth, tokens);
+        x_size = ceil_div(ceil_div(experts.inputs, rows) * sliver_stride(depth, rows), 16) * 16;
+        grad_size = ceil_div(experts.outputs, width) * sliver_stride(depth, width);
+    }
+    int64_t chunks() const { return ceil_div(tokens, kDepth); }
+    int64_t depth(int64_t chunk) const { return std::min(kDepth, tokens - chunk * kDepth); }
+    int64_t size() const { return chunks() * (x_size + grad_size); }
+    int64_t x_at(int64_t chunk) const { return chunk * (x_size + grad_size); }
+    int64_t grad_at(int64_t chunk) const { return x_at(chunk) + x_size; }
+};
+
 struct Gradient {
     const float *x, *grad;
-    int64_t tokens;
+    const PackedSample& packed;
+    float* workspace;  // of the samples [begin, end)
+    int64_t begin, end;
     const Experts& experts;
     const Gates& gates;
     const char* fresh;  // [B, k] whether the slot is the first with its expert
@@ -402,50 +420,71 @@ struct Kernel {
         }
     }
 
+    // Packs the rows or the columns, whichever `block` has, of sample `block.route`.
+    static SWITCH_MOE_INLINE void pack_block(const Gradient& g, const Block& block) {
+        const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs;
+        float* sample = g.workspace + (block.route - g.begin) * g.packed.size();
+        for (int64_t chunk = 0; chunk < g.packed.chunks(); ++chunk) {
+            const int64_t token = block.route * g.packed.tokens + chunk * kDepth,
+                          depth = g.packed.depth(chunk);
+            if (block.rows > 0) {
+                pack_columns<kRows>(
+                    g.x + token * inputs + block.row, inputs, depth, block.rows,
+                    sample + g.packed.x_at(chunk) + block.row / kRows * sliver_stride(depth, kRows));
+            } else {
+                pack_columns<kWidth>(
+                    g.grad + token * outputs + block.column, outputs, depth, block.columns,
+                    sample + g.packed.grad_at(chunk) + block.column / kWidth * sliver_stride(depth, kWidth));
+            }
+        }
+    }
+
+    // What a chunk of sample b adds to a tile of the gradients; `dots` has an entry for each of its experts.
+    static SWITCH_MOE_INLINE void gradient_tiles(const Gradient& g, int64_t b, bool first, const float* x,
+                                                 const float* grad, int64_t depth, int64_t row,
+                                                 int64_t column, Vector* dots) {
+        Vector tile[kRows][3] = {};
+        multiply<kRows>(x, grad, depth, tile);
+        const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs;
+        for (int64_t j = 0; j < g.gates.top_k; ++j) {
+            const int64_t slot = b * g.gates.top_k + j;
+            const int64_t at = g.gates.index[slot] * inputs * outputs + row * outputs + column;
+            const float* weight = g.experts.weight + at;
+            float* grad_weight = g.grad_weight + at;
+            const float gate = g.gates.gate[slot];
+            if (first && g.fresh[slot]) {
+                gradient_tile<false>(tile, weight, gate, inputs - row, outputs - column, outputs, grad_weight,
+                                     dots[j]);
+            } else {
+                gradient_tile<true>(tile, weight, gate, inputs - row, outputs - column, outputs, grad_weight,
+                                    dots[j]);
+            }
+        }
+    }
+
     static SWITCH_MOE_INLINE void gradient_block(const Gradient& g, const Block& block) {
         const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs, top_k = g.gates.top_k;
-        const int64_t panel_size = kSlivers * sliver_stride(kDepth, kWidth);
-        const int64_t packed_size = kGradRows / kRows * sliver_stride(kDepth, kRows);
-        float* panel = scratch(panel_size + packed_size + kSlivers * top_k * kLanes);
-        float* packed = panel + panel_size;
-        Vector* dots = reinterpret_cast<Vector*>(packed + packed_size);  // [slivers, k]
-        const int64_t corner = block.row * outputs + block.column;
+        Vector* dots = reinterpret_cast<Vector*>(scratch(kSlivers * top_k * kLanes));  // [slivers, k]
         for (int64_t e = 0; e < g.experts.count; ++e) {
-            for (int64_t i = 0; !g.used[e] && i < block.rows; ++i) {
-                float* row = g.grad_weight + e * inputs * outputs + corner + i * outputs;
+            for (int64_t i = 0; g.begin == 0 && !g.used[e] && i < block.rows; ++i) {
+                float* row = g.grad_weight + (e * inputs + block.row + i) * outputs + block.column;
                 std::fill(row, row + block.columns, 0.0f);
             }
         }
-        for (int64_t b = 0; b < g.gates.routes; ++b) {
+        for (int64_t b = g.begin; b < g.end; ++b) {
+            const float* sample = g.workspace + (b - g.begin) * g.packed.size();
             std::fill(dots, dots + kSlivers * top_k, Vector{});
-            for (int64_t first = 0; first < g.tokens; first += kDepth) {
-                const int64_t depth = std::min(kDepth, g.tokens - first), token = b * g.tokens + first;
-                pack_columns<kWidth>(g.grad + token * outputs + block.column, outputs, depth, block.columns,
-                                     panel);
-                pack_columns<kRows>(g.x + token * inputs + block.row, inputs, depth, block.rows, packed);
+            for (int64_t chunk = 0; chunk < g.packed.chunks(); ++chunk) {
+                const int64_t depth = g.packed.depth(chunk);
+                const float* x = sample + g.packed.x_at(chunk);
+                const float* grad = sample + g.packed.grad_at(chunk);
                 count_product(block.rows, block.columns, depth);
-                for (int64_t i = 0; i < block.rows; i += kRows) {
+                for (int64_t row = block.row; row < block.row + block.rows; row += kRows) {
                     for (int64_t j = 0; j < block.columns; j += kWidth) {
-                        Vector tile[kRows][3] = {};
-                        multiply<kRows>(packed + i / kRows * sliver_stride(depth, kRows),
-                                        panel + j / kWidth * sliver_stride(depth, kWidth), depth, tile);
-                        for (int64_t slot = 0; slot < top_k; ++slot) {
-                            const int64_t of_all = b * top_k + slot;
-                            const int64_t at =
-                                g.gates.index[of_all] * inputs * outputs + corner + i * outputs + j;
-                            const float* weight = g.experts.weight + at;
-                            float* grad_weight = g.grad_weight + at;
-                            Vector& dot = dots[j / kWidth * top_k + slot];
-                            const float gate = g.gates.gate[of_all];
-                            const int64_t rows = block.rows - i, columns = block.columns - j;
-                            if (g.fresh[of_all] && first == 0) {
-                                gradient_tile<false>(tile, weight, gate, rows, columns, outputs, grad_weight,
-                                                     dot);
-                            } else {
-                                gradient_tile<true>(tile, weight, gate, rows, columns, outputs, grad_weight,
-                                                    dot);
-                            }
-                        }
+                        const int64_t column = block.column + j;
+                        gradient_tiles(g, b, chunk == 0, x + row / kRows * sliver_stride(depth, kRows),
+                                       grad + column / kWidth * sliver_stride(depth, kWidth), depth, row,
+                                       column, dots + j / kWidth * top_k);
                     }
                 }
             }
@@ -453,8 +492,7 @@ struct Kernel {
                 const int64_t granule = (block.column + j) / kWidth * g.granules + block.row / kGradRows;
                 float* to = g.partial + (granule * g.gates.routes + b) * top_k;
                 for (int64_t slot = 0; slot < top_k; ++slot) {
-                    for (int lane = 0; lane < kLanes; ++lane)
-                        to[slot] += dots[j / kWidth * top_k + slot][lane];
+                    for (int i = 0; i < kLanes; ++i) to[slot] += dots[j / kWidth * top_k + slot][i];
                 }
             }
         }
@@ -462,8 +500,9 @@ struct Kernel {
 };
 
 struct Kernels {
-    int64_t width;  // columns of a tile
+    int64_t rows, width;  // of a tile
     void (*product)(const Product&, const Block&);
+    void (*pack)(const Gradient&, const Block&);
     void (*gradient)(const Gradient&, const Block&);
 };
 
@@ -472,10 +511,13 @@ struct Kernels {
     __attribute__((target(features))) void product_##name(const Product& p, const Block& block) {   \
         Kernel<lanes, rows>::product_block(p, block);                                               \
     }                                                                                               \
+    __attribute__((target(features))) void pack_##name(const Gradient& g, const Block& block) {     \
+        Kernel<lanes, rows>::pack_block(g, block);                                                  \
+    }                                                                                               \
     __attribute__((target(features))) void gradient_##name(const Gradient& g, const Block& block) { \
         Kernel<lanes, rows>::gradient_block(g, block);                                              \
     }                                                                                               \
-    constexpr Kernels name{Kernel<lanes, rows>::kWidth, product_##name, gradient_##name};
+    constexpr Kernels name{rows, Kernel<lanes, rows>::kWidth, product_##name, pack_##name, gradient_##name};
 SWITCH_MOE_KERNELS(avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", 16, 8)
 SWITCH_MOE_KERNELS(avx2, "avx2,fma", 8, 4)
 #undef SWITCH_MOE_KERNELS
@@ -517,29 +559,43 @@ void merged_product(const float* x, const Experts& experts, const Gates& gates, 
     parallel_for(blocks.size(), threads, [&](int64_t i) { use.product(p, blocks[i]); });
 }
 
+int64_t merged_product_workspace(int64_t tokens, const Experts& experts, int lanes) {
+    return PackedSample(tokens, experts, kernels(lanes)->rows, kernels(lanes)->width).size();
+}
+
 void merged_product_backward(const float* x, const float* grad, int64_t tokens, const Experts& experts,
-                             const Gates& gates, int lanes, int threads, float* grad_weight,
-                             float* grad_gate) {
+                             const Gates& gates, int lanes, int threads, int64_t samples, float* workspace,
+                             float* grad_weight, float* grad_gate) {
     const Kernels& use = *kernels(lanes);
-    const int64_t slots = gates.routes * gates.top_k, tile = use.width;
+    const int64_t slots = gates.routes * gates.top_k;
     std::vector<char> fresh(slots), used(experts.count);
     for (int64_t slot = 0; slot < slots; ++slot) {
         fresh[slot] = !used[gates.index[slot]];
         used[gates.index[slot]] = 1;
     }
-    const int64_t down = ceil_div(experts.inputs, kGradRows), across = ceil_div(experts.outputs, tile);
+    const int64_t down = ceil_div(experts.inputs, kGradRows), across = ceil_div(experts.outputs, use.width);
     std::vector<float> partial(down * across * slots);
-    const Gradient g{x,           grad, tokens,      experts,       gates, fresh.data(),
-                     used.data(), down, grad_weight, partial.data()};
-    std::vector<Block> blocks;
-    const int64_t step = block_columns(experts.outputs, tile, down, threads);
-    for (int64_t column = 0; column < experts.outputs; column += step) {
+    const PackedSample packed(tokens, experts, use.rows, use.width);
+    const int64_t step = block_columns(experts.outputs, use.width, down, threads);
+    for (int64_t begin = 0; begin < gates.routes; begin += samples) {
+        const int64_t end = std::min(begin + samples, gates.routes);
+        const Gradient g{x,     grad,         packed,      workspace, begin,       end,           experts,
+                         gates, fresh.data(), used.data(), down,      grad_weight, partial.data()};
+        std::vector<Block> packs, blocks;
         for (int64_t row = 0; row < experts.inputs; row += kGradRows) {
-            blocks.push_back({0, row, std::min(kGradRows, experts.inputs - row), column,
-                              std::min(step, experts.outputs - column)});
+            const int64_t rows = std::min(kGradRows, experts.inputs - row);
+            for (int64_t b = begin; b < end; ++b) packs.push_back({b, row, rows, 0, 0});
         }
+        for (int64_t column = 0; column < experts.outputs; column += step) {
+            const int64_t columns = std::min(step, experts.outputs - column);
+            for (int64_t b = begin; b < end; ++b) packs.push_back({b, 0, 0, column, columns});
+            for (int64_t row = 0; row < experts.inputs; row += kGradRows) {
+                blocks.push_back({0, row, std::min(kGradRows, experts.inputs - row), column, columns});
+            }
+        }
+        parallel_for(packs.size(), threads, [&](int64_t i) { use.pack(g, packs[i]); });
+        parallel_for(blocks.size(), threads, [&](int64_t i) { use.gradient(g, blocks[i]); });
     }
-    parallel_for(blocks.size(), threads, [&](int64_t i) { use.gradient(g, blocks[i]); });
     std::vector<double> total(slots);
     for (int64_t granule = 0; granule < down * across; ++granule) {
         for (int64_t slot = 0; slot < slots; ++slot) total[slot] += partial[granule * slots + slot];

@@ -37,13 +37,17 @@ void merged_product(const float* x,  // [rows, Din], transposed [rows, Dout]
                     float* out  // [rows, Dout], transposed [rows, Din]
 );
 
+// Floats that merged_product_backward needs for a sample.
+int64_t merged_product_workspace(int64_t tokens, const Experts& experts, int lanes);
+
 // The gradients of the experts and their gates. With P_b = x_b^T grad_b, one route for each sample:
-// dW_e = sum_{b, j: index[b, j] = e} gate[b, j] P_b and dgate[b, j] = <P_b, W_index[b, j]>. Results do not
-// depend on the number of threads.
+// dW_e = sum_{b, j: index[b, j] = e} gate[b, j] P_b and dgate[b, j] = <P_b, W_index[b, j]>. x and grad are
+// packed for some samples at a time. Results do not depend on their number or on that of the threads.
 void merged_product_backward(const float* x,     // [B, T, Din]
                              const float* grad,  // [B, T, Dout]
                              int64_t tokens, const Experts& experts, const Gates& gates, int lanes,
-                             int threads,
+                             int threads, int64_t samples,
+                             float* workspace,    // 64-byte aligned, for `samples` samples
                              float* grad_weight,  // [M, Din, Dout]
                              float* grad_gate     // [B, k]
 );

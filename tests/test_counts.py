@@ -21,7 +21,7 @@ from test_no_host_wait import as_on_a_gpu  # noqa: F401  a fixture
 from torch import Tensor
 from torch.nn import functional as F
 
-from switch_moe import Routing, SwitchMoE
+from switch_moe import Routing, SwitchMoE, native
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -235,7 +235,10 @@ class TestPeakBytes:
         x, weight = batch * tokens * D * size, D * D * size
         fused = dtype == torch.float32 and op._lanes(dtype)
         held = 2 * x + experts * weight  # m, dx, dW
-        held += 0 if fused else min(batch, rounds_of) * weight  # merged weights
+        if fused:  # x and dm in the order of the product's tiles, whose edges are padded
+            held += batch * native.cpu.require().merged_product_workspace(tokens, experts, D, D, fused) * size
+        else:
+            held += min(batch, rounds_of) * weight  # merged weights
         held += 2 * x if modulate else 0  # x (1 + m) beside m; dm
         held += 4 * batch * top_k  # gradients of the gates
         carry = experts * D * D * 4 if rounds_of < batch else 0

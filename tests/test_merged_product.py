@@ -14,7 +14,7 @@ from switch_moe.ops import expert_linear
 
 op = importlib.import_module("switch_moe.ops.expert_linear")
 
-# B, T, Din, Dout, M, k. Tiles are 8 x 48 (AVX-512) or 4 x 24, blocks 4 tiles wide, of a gradient 128 high.
+# B, T, Din, Dout, M, k. Tiles are 8 x 48 (AVX-512) or 4 x 24, blocks 8 tiles wide, of a gradient 128 high.
 # Sums go on from memory after 384 terms; 512 rows share a packing; experts are merged four at a time.
 SHAPES = [
     (1, 1, 1, 1, 1, 1),
@@ -25,7 +25,7 @@ SHAPES = [
     (2, 8, 385, 390, 4, 2),
     (1, 517, 24, 24, 3, 2),
     (2, 400, 130, 60, 3, 2),
-    (3, 33, 40, 200, 7, 5),
+    (3, 33, 40, 400, 7, 5),
     (4, 16, 32, 64, 9, 9),
     (5, 16, 256, 256, 3, 2),
 ]
@@ -89,3 +89,14 @@ def test_widths_that_exist() -> None:
     assert [width for width in range(65) if takes(width)] in ([8, 16], [])  # none but on x86-64
     assert op._lanes(torch.bfloat16) == 0
     assert op._lanes(torch.float32) == op._LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_rounds_of_the_backward(samples: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x and the gradient are packed for some samples at a time; experts are first seen in any round."""
+    inputs = make_inputs((5, 20, 50, 60, 5, 2), torch.float32)
+    at_once = forward_backward(expert_linear, *inputs, False)
+    size = 4 * native.cpu.require().merged_product_workspace(20, 5, 50, 60, lanes)
+    monkeypatch.setattr(op, "_WORKSPACE_BYTES", samples * size)
+    for a, b in zip(forward_backward(expert_linear, *inputs, False), at_once, strict=True):
+        assert torch.equal(a, b)

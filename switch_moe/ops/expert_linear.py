@@ -328,17 +328,21 @@ def _merge(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
-    """Room for the merged weights of one round of routes, kept from call to call."""
-    size = weight[0].numel()
-    fit = _WORKSPACE_BYTES // (size * weight.element_size())
-    count = max(1, min(routes, _ROUTES_PER_EXPERT * len(weight), fit))
-    kept: Tensor | None = getattr(_workspaces, str(weight.dtype), None)
+def _workspace(dtype: torch.dtype, size: int, most: int) -> Tensor:
+    """``[n, size]``, kept from call to call: n = most, or what fits _WORKSPACE_BYTES, but at least one."""
+    count = max(1, min(most, _WORKSPACE_BYTES // (size * dtype.itemsize)))
+    kept: Tensor | None = getattr(_workspaces, str(dtype), None)
     if kept is None or kept.numel() < count * size:
         with torch.inference_mode(False):  # a tensor born in inference mode could not serve training later
-            kept = torch.empty(count * size, dtype=weight.dtype, device=weight.device)
-        setattr(_workspaces, str(weight.dtype), kept)
-    return kept[: count * size].view(count, *weight.shape[1:])
+            kept = torch.empty(count * size, dtype=dtype, device="cpu")
+        setattr(_workspaces, str(dtype), kept)
+    return kept[: count * size].view(count, size)
+
+
+def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
+    """Room for the merged weights of one round of routes."""
+    found = _workspace(weight.dtype, weight[0].numel(), min(routes, _ROUTES_PER_EXPERT * len(weight)))
+    return found.view(-1, *weight.shape[1:])
 
 
 def _lanes(dtype: torch.dtype) -> int:
@@ -520,10 +524,14 @@ def _fused_backward(
         _fused_product(grad, weight, None, index, gate, [1] * len(x), True, lanes, grad_x)
     if wanted[1] or wanted[3]:
         grad_weight, grad_gate = torch.empty_like(weight), torch.empty_like(gate)
-        native.cpu.require().merged_product_backward(
+        module = native.cpu.require()
+        packed = _workspace(
+            x.dtype, module.merged_product_workspace(x.shape[1], *weight.shape, lanes), len(x)
+        )
+        module.merged_product_backward(
             x.data_ptr(), grad.data_ptr(), x.shape[1], *weight.shape, weight.data_ptr(), *index.shape,
-            index.data_ptr(), gate.data_ptr(), lanes, torch.get_num_threads(), grad_weight.data_ptr(),
-            grad_gate.data_ptr(),
+            index.data_ptr(), gate.data_ptr(), lanes, torch.get_num_threads(), len(packed),
+            packed.data_ptr(), grad_weight.data_ptr(), grad_gate.data_ptr(),
         )  # fmt: skip
     return grad_x, _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])
 
