@@ -27,7 +27,7 @@ CPU_SOURCES = [
     "bindings.cpp",
     "expert_linear.cpp",
     "linear_assignment.cpp",
-    "matching.cpp",
+    "match_columns.cpp",
     "merged_product.cpp",
     "parallel.cpp",
 ]

@@ -3,7 +3,7 @@
 
 #include "expert_linear.h"
 #include "linear_assignment.h"
-#include "matching.h"
+#include "match_columns.h"
 #include "merged_product.h"
 
 namespace py = pybind11;

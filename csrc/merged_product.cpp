@@ -3,13 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "parallel.h"
-
-#define SWITCH_MOE_INLINE inline __attribute__((always_inline))
-#define SWITCH_MOE_UNROLL _Pragma("GCC unroll 16")
+#include "vectors.h"
 
 namespace switch_moe {
 namespace {
@@ -21,7 +18,7 @@ namespace {
 constexpr int64_t kDepth = 384;
 constexpr int64_t kSlivers = 8;
 constexpr int64_t kMostRows = 512;  // of x that share one packing of a panel
-constexpr int64_t kGradRows = 128;  // of an expert's gradient that one task owns, at least
+constexpr int64_t kGradRows = 128;  // of an expert's gradient that a block has
 
 // Floats from one sliver to the next. A line more than they hold: at multiples of 4 KiB the slivers would
 // fight for the same few lines of the first-level cache.
@@ -59,6 +56,7 @@ struct Mixture {
     }
 };
 
+// What a task computes: a part of the rows of a route, or of an expert's gradient.
 struct Block {
     int64_t route, row, rows, column, columns;
 };
@@ -102,58 +100,6 @@ struct Gradient {
     float* grad_weight;
     float* partial;  // [granules across, granules down, B * k]
 };
-
-// kSize floats; Loose: anywhere in memory. (GCC 12 takes no size that depends on a template's argument.)
-template <int kSize>
-struct Floats;
-#define SWITCH_MOE_FLOATS(size)                                                            \
-    template <>                                                                            \
-    struct Floats<size> {                                                                  \
-        typedef float Vector __attribute__((vector_size(4 * size)));                       \
-        typedef float Loose __attribute__((vector_size(4 * size), aligned(4), may_alias)); \
-        typedef int32_t Order __attribute__((vector_size(4 * size)));                      \
-    };
-SWITCH_MOE_FLOATS(2)
-SWITCH_MOE_FLOATS(4)
-SWITCH_MOE_FLOATS(8)
-SWITCH_MOE_FLOATS(16)
-#undef SWITCH_MOE_FLOATS
-
-// low and high halves of a and b, element by element in turns.
-#ifdef __clang__
-template <typename Vector, int... i>
-SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer_sequence<int, i...>,
-                                  Vector& low, Vector& high) {
-    constexpr int kSize = sizeof...(i);
-    low = __builtin_shufflevector(a, b, (i / 2 + i % 2 * kSize)...);
-    high = __builtin_shufflevector(a, b, (i / 2 + i % 2 * kSize + kSize / 2)...);
-}
-#else
-template <typename Vector, int... i>
-SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer_sequence<int, i...>,
-                                  Vector& low, Vector& high) {
-    constexpr int kSize = sizeof...(i);
-    using Order = typename Floats<kSize>::Order;
-    low = __builtin_shuffle(a, b, Order{(i / 2 + i % 2 * kSize)...});
-    high = __builtin_shuffle(a, b, Order{(i / 2 + i % 2 * kSize + kSize / 2)...});
-}
-#endif
-
-// In log2(kSize) rounds that interleave row i with row i + kSize / 2.
-template <int kSize>
-SWITCH_MOE_INLINE void transpose(typename Floats<kSize>::Vector (&rows)[kSize]) {
-    SWITCH_MOE_UNROLL
-    for (int step = 1; step < kSize; step *= 2) {
-        typename Floats<kSize>::Vector next[kSize];
-        SWITCH_MOE_UNROLL
-        for (int i = 0; i < kSize / 2; ++i) {
-            interleave(rows[i], rows[i + kSize / 2], std::make_integer_sequence<int, kSize>(), next[2 * i],
-                       next[2 * i + 1]);
-        }
-        SWITCH_MOE_UNROLL
-        for (int i = 0; i < kSize; ++i) rows[i] = next[i];
-    }
-}
 
 // kLanes floats a vector, three of them a row of a tile, kRows rows.
 template <int kLanes, int kRows>

@@ -28,10 +28,11 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LANES = {"AVX512": 16, "AVX2": 8}
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # csrc/expert_linear.h
 
-# Merged weights are formed and used for a round of samples at a time, in a workspace that is kept from call
-# to call: fresh memory cost more than the merge (12.7 against 2.5 ms in all for 19 MB, in a training step).
-# Every round passes over the experts and their gradients again, so it takes many samples for each expert. At
-# (8, 256, 1152) float32, forward and backward took 1.26 times nn.Linear with 24 MiB, 1.24 with 48.
+# A workspace is kept from call to call: fresh memory cost more than what is done in it (12.7 against 2.5 ms
+# for the merged weights of a training step, 19 MB). It holds merged weights, or packed tokens and gradients,
+# of a round of samples. Every round passes over the experts and their gradients again, so it takes many
+# samples for each expert: at (8, 256, 1152) float32, merged apart, 24 MiB took 1.26 times as long as nn.Linear, 48 MiB
+# 1.24 times.
 _ROUTES_PER_EXPERT = 8
 _WORKSPACE_BYTES = 48 << 20
 _SUM_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-#include "matching.h"
+#include "match_columns.h"
 
 #include <algorithm>
 #include <utility>
