@@ -31,8 +31,8 @@ _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # csrc/expert_linear.h
 # A workspace is kept from call to call: fresh memory cost more than what is done in it (12.7 against 2.5 ms
 # for the merged weights of a training step, 19 MB). It holds merged weights, or packed tokens and gradients,
 # of a round of samples. Every round passes over the experts and their gradients again, so it takes many
-# samples for each expert: at (8, 256, 1152) float32, merged apart, 24 MiB took 1.26 times as long as nn.Linear,
-# 48 MiB 1.24 times.
+# samples for each expert: at (8, 256, 1152) float32, merged apart, 24 MiB took 1.26 times as long as
+# nn.Linear, 48 MiB 1.24 times.
 _ROUTES_PER_EXPERT = 8
 _WORKSPACE_BYTES = 48 << 20
 _SUM_BYTES = 1 << 20
