@@ -58,7 +58,7 @@ def main() -> None:
                 rounds=7,
             )
             ratio = found["grouped"] / found["merged"]
-            wrong = (ratio > 1) != merging_pays(tokens, top_k, size, size, lanes > 0)
+            wrong = (ratio > 1) != merging_pays(tokens, top_k, size, size, dtype, lanes > 0)
             cells.append(f"{ratio:5.2f}{'*' if wrong else ' '}{batch:>4}  ")
         print(
             f"{size:>5} {top_k:>3} of {experts} {str(dtype).removeprefix('torch.'):>9} " + " ".join(cells),

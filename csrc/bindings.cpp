@@ -45,41 +45,50 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("gate"), py::arg("routes"), py::arg("top_k"), py::arg("first"), py::arg("last"),
         py::arg("dtype"), py::arg("threads"), py::arg("carry"), py::arg("grad_weight"), py::arg("grad_gate"),
         py::call_guard<py::gil_scoped_release>());
-    m.def("merged_product_takes", merged_product_takes, py::arg("lanes"));
+    m.def(
+        "merged_product_takes",
+        [](int dtype, int lanes) { return merged_product_takes(static_cast<DType>(dtype), lanes); },
+        py::arg("dtype"), py::arg("lanes"));
     m.def("merged_product_flops", merged_product_flops);
     m.def(
         "merged_product",
         [](uintptr_t x, int64_t experts, int64_t inputs, int64_t outputs, uintptr_t weight, int64_t routes,
            int64_t top_k, uintptr_t index, uintptr_t gate, uintptr_t starts, uintptr_t bias, bool transposed,
-           int lanes, int threads, uintptr_t out) {
-            merged_product(at<float>(x), {experts, inputs, outputs, at<float>(weight)},
+           int dtype, int lanes, int threads, uintptr_t out) {
+            merged_product(at<void>(x), {experts, inputs, outputs, at<void>(weight)},
                            {routes, top_k, at<int32_t>(index), at<float>(gate)}, at<int64_t>(starts),
-                           at<float>(bias), transposed, lanes, threads, at<float>(out));
+                           at<void>(bias), transposed, static_cast<DType>(dtype), lanes, threads,
+                           at<void>(out));
         },
         py::arg("x"), py::arg("experts"), py::arg("inputs"), py::arg("outputs"), py::arg("weight"),
         py::arg("routes"), py::arg("top_k"), py::arg("index"), py::arg("gate"), py::arg("starts"),
-        py::arg("bias"), py::arg("transposed"), py::arg("lanes"), py::arg("threads"), py::arg("out"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("bias"), py::arg("transposed"), py::arg("dtype"), py::arg("lanes"), py::arg("threads"),
+        py::arg("out"), py::call_guard<py::gil_scoped_release>());
     m.def(
         "merged_product_workspace",
-        [](int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs, int lanes) {
-            return merged_product_workspace(tokens, {experts, inputs, outputs, nullptr}, lanes);
+        [](int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs, int dtype, int lanes) {
+            return merged_product_workspace(tokens, {experts, inputs, outputs, nullptr},
+                                            static_cast<DType>(dtype), lanes);
         },
-        py::arg("tokens"), py::arg("experts"), py::arg("inputs"), py::arg("outputs"), py::arg("lanes"));
+        py::arg("tokens"), py::arg("experts"), py::arg("inputs"), py::arg("outputs"), py::arg("dtype"),
+        py::arg("lanes"));
     m.def(
         "merged_product_backward",
         [](uintptr_t x, uintptr_t grad, int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs,
-           uintptr_t weight, int64_t routes, int64_t top_k, uintptr_t index, uintptr_t gate, int lanes,
-           int threads, int64_t samples, uintptr_t workspace, uintptr_t grad_weight, uintptr_t grad_gate) {
-            merged_product_backward(
-                at<float>(x), at<float>(grad), tokens, {experts, inputs, outputs, at<float>(weight)},
-                {routes, top_k, at<int32_t>(index), at<float>(gate)}, lanes, threads, samples,
-                at<float>(workspace), at<float>(grad_weight), at<float>(grad_gate));
+           uintptr_t weight, int64_t routes, int64_t top_k, uintptr_t index, uintptr_t gate, int dtype,
+           int lanes, int threads, int64_t samples, uintptr_t workspace, uintptr_t carry,
+           uintptr_t grad_weight, uintptr_t grad_gate) {
+            merged_product_backward(at<void>(x), at<void>(grad), tokens,
+                                    {experts, inputs, outputs, at<void>(weight)},
+                                    {routes, top_k, at<int32_t>(index), at<float>(gate)},
+                                    static_cast<DType>(dtype), lanes, threads, samples, at<void>(workspace),
+                                    at<float>(carry), at<void>(grad_weight), at<float>(grad_gate));
         },
         py::arg("x"), py::arg("grad"), py::arg("tokens"), py::arg("experts"), py::arg("inputs"),
         py::arg("outputs"), py::arg("weight"), py::arg("routes"), py::arg("top_k"), py::arg("index"),
-        py::arg("gate"), py::arg("lanes"), py::arg("threads"), py::arg("samples"), py::arg("workspace"),
-        py::arg("grad_weight"), py::arg("grad_gate"), py::call_guard<py::gil_scoped_release>());
+        py::arg("gate"), py::arg("dtype"), py::arg("lanes"), py::arg("threads"), py::arg("samples"),
+        py::arg("workspace"), py::arg("carry"), py::arg("grad_weight"), py::arg("grad_gate"),
+        py::call_guard<py::gil_scoped_release>());
     m.def(
         "linear_assignment",
         [](uintptr_t cost, bool integer, int64_t n, uintptr_t prices, uintptr_t column) {

@@ -1,7 +1,6 @@
 #include "expert_linear.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "parallel.h"
@@ -14,26 +13,6 @@ namespace {
 // 384, 768 and 1152. At 2,048 the fewest tiles (72 at D = 384) still spread over many cores.
 constexpr int64_t kTile = 2048;
 constexpr int64_t kLanes = 16;  // independent float sums, one AVX-512 register
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline void store(float x, float* out) { *out = x; }
-inline void store(float x, BFloat16* out) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 // acc = scale * source, or acc += scale * source.
 template <typename T>

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace switch_moe {
+#include "elements.h"
 
-enum class DType : int { float32 = 0, bfloat16 = 1 };
+namespace switch_moe {
 
 struct Routes {
     int64_t experts;       // M

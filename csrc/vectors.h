@@ -1,57 +1,121 @@
-// Vectors of floats of a given width. Functions of a kernel that is compiled for an instruction set
+// Vectors of a given number of elements. Functions of a kernel that is compiled for an instruction set
 // (attribute target) inline what works on them; nothing passes them by value, which would depend on the set.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 
+#include "elements.h"
+
 #define SWITCH_MOE_INLINE inline __attribute__((always_inline))
 #define SWITCH_MOE_UNROLL _Pragma("GCC unroll 16")
 
 namespace switch_moe {
 
-// kSize floats; Loose: anywhere in memory. (GCC 12 takes no size that depends on a template's argument.)
-template <int kSize>
-struct Floats;
-#define SWITCH_MOE_FLOATS(size)                                                            \
-    template <>                                                                            \
-    struct Floats<size> {                                                                  \
-        typedef float Vector __attribute__((vector_size(4 * size)));                       \
-        typedef float Loose __attribute__((vector_size(4 * size), aligned(4), may_alias)); \
-        typedef int32_t Order __attribute__((vector_size(4 * size)));                      \
+// kSize of T; Loose: anywhere in memory. (GCC 12 takes no size that depends on a template's argument.)
+template <typename T, int kSize>
+struct Lanes;
+#define SWITCH_MOE_LANES(T, size)                                                              \
+    template <>                                                                                \
+    struct Lanes<T, size> {                                                                    \
+        typedef T Vector __attribute__((vector_size(sizeof(T) * size)));                       \
+        typedef T Loose __attribute__((vector_size(sizeof(T) * size), aligned(1), may_alias)); \
     };
-SWITCH_MOE_FLOATS(2)
-SWITCH_MOE_FLOATS(4)
-SWITCH_MOE_FLOATS(8)
-SWITCH_MOE_FLOATS(16)
-#undef SWITCH_MOE_FLOATS
+#define SWITCH_MOE_LANES_OF(T) \
+    SWITCH_MOE_LANES(T, 2) SWITCH_MOE_LANES(T, 4) SWITCH_MOE_LANES(T, 8) SWITCH_MOE_LANES(T, 16)
+SWITCH_MOE_LANES_OF(float)
+SWITCH_MOE_LANES_OF(uint32_t)
+SWITCH_MOE_LANES_OF(uint16_t)
+SWITCH_MOE_LANES(uint16_t, 32)
+#undef SWITCH_MOE_LANES_OF
+#undef SWITCH_MOE_LANES
+
+template <int kSize>
+using Floats = typename Lanes<float, kSize>::Vector;
+template <int kSize>
+using Words = typename Lanes<uint32_t, kSize>::Vector;
+
+template <int kSize>
+SWITCH_MOE_INLINE void load(const float* from, Floats<kSize>& to) {
+    to = *reinterpret_cast<const typename Lanes<float, kSize>::Loose*>(from);
+}
+
+// Each in the lower half of a word.
+template <int kSize>
+SWITCH_MOE_INLINE void load_words(const BFloat16* from, Words<kSize>& to) {
+    using Halves = typename Lanes<uint16_t, kSize>::Loose;
+    const Halves* halves = reinterpret_cast<const Halves*>(from);
+#ifdef __x86_64__
+    if constexpr (kSize == 16) {  // GCC 12 widens 16 elements in two halves
+        Words<kSize> words;
+        asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*halves));
+        to = words;
+        return;
+    }
+#endif
+    to = __builtin_convertvector(*halves, Words<kSize>);
+}
+
+template <int kSize>
+SWITCH_MOE_INLINE void load(const BFloat16* from, Floats<kSize>& to) {
+    Words<kSize> words;
+    load_words<kSize>(from, words);
+    to = reinterpret_cast<Floats<kSize>>(words << 16);
+}
+
+template <int kSize>
+SWITCH_MOE_INLINE void save(const Floats<kSize>& from, float* to) {
+    *reinterpret_cast<typename Lanes<float, kSize>::Loose*>(to) = from;
+}
+
+template <int... order, typename Vector>
+SWITCH_MOE_INLINE void shuffle(const Vector& a, const Vector& b, Vector& to) {
+#ifdef __clang__
+    to = __builtin_shufflevector(a, b, order...);
+#else
+    to = __builtin_shuffle(a, b, decltype(a == b){order...});
+#endif
+}
 
 // low and high halves of a and b, element by element in turns.
-#ifdef __clang__
 template <typename Vector, int... i>
 SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer_sequence<int, i...>,
                                   Vector& low, Vector& high) {
     constexpr int kSize = sizeof...(i);
-    low = __builtin_shufflevector(a, b, (i / 2 + i % 2 * kSize)...);
-    high = __builtin_shufflevector(a, b, (i / 2 + i % 2 * kSize + kSize / 2)...);
+    shuffle<(i / 2 + i % 2 * kSize)...>(a, b, low);
+    shuffle<(i / 2 + i % 2 * kSize + kSize / 2)...>(a, b, high);
 }
-#else
-template <typename Vector, int... i>
-SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer_sequence<int, i...>,
-                                  Vector& low, Vector& high) {
-    constexpr int kSize = sizeof...(i);
-    using Order = typename Floats<kSize>::Order;
-    low = __builtin_shuffle(a, b, Order{(i / 2 + i % 2 * kSize)...});
-    high = __builtin_shuffle(a, b, Order{(i / 2 + i % 2 * kSize + kSize / 2)...});
+
+#ifdef __x86_64__
+// To nearest, ties to even, with the instructions of AVX512-BF16, which take denormal numbers for zero.
+template <int kSize>
+SWITCH_MOE_INLINE void save(const Floats<kSize>& from, BFloat16* to) {
+    typename Lanes<uint16_t, kSize>::Vector halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(from));
+    *reinterpret_cast<typename Lanes<uint16_t, kSize>::Loose*>(to) = halves;
+}
+
+template <int... i>
+SWITCH_MOE_INLINE void join(const Floats<16>& first, const Floats<16>& second,
+                            std::integer_sequence<int, i...>, Words<16>& to) {
+    typename Lanes<uint16_t, 32>::Vector halves;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(first), "v"(second));
+    shuffle<(i / 2 + i % 2 * 16)...>(halves, halves, halves);
+    to = reinterpret_cast<Words<16>>(halves);
+}
+
+// Words whose lower and upper halves are bfloat16.
+SWITCH_MOE_INLINE void join(const Floats<16>& lower, const Floats<16>& upper, Words<16>& to) {
+    join(lower, upper, std::make_integer_sequence<int, 32>(), to);
 }
 #endif
 
 // In log2(kSize) rounds that interleave row i with row i + kSize / 2.
-template <int kSize>
-SWITCH_MOE_INLINE void transpose(typename Floats<kSize>::Vector (&rows)[kSize]) {
+template <typename Vector, int kSize>
+SWITCH_MOE_INLINE void transpose(Vector (&rows)[kSize]) {
     SWITCH_MOE_UNROLL
     for (int step = 1; step < kSize; step *= 2) {
-        typename Floats<kSize>::Vector next[kSize];
+        Vector next[kSize];
         SWITCH_MOE_UNROLL
         for (int i = 0; i < kSize / 2; ++i) {
             interleave(rows[i], rows[i + kSize / 2], std::make_integer_sequence<int, kSize>(), next[2 * i],

@@ -15,7 +15,8 @@ from switch_moe.ops import expert_linear
 op = importlib.import_module("switch_moe.ops.expert_linear")
 
 # B, T, Din, Dout, M, k. Tiles are 8 x 48 (AVX-512) or 4 x 24, blocks 8 tiles wide, of a gradient 128 high.
-# Sums go on from memory after 384 terms; 512 rows share a packing; experts are merged four at a time.
+# Sums go on from memory after 384 terms, of bfloat16 after 1,536 (768 tokens), two of which share a word; 512
+# rows share a packing; k up to 4 has kernels of its own.
 SHAPES = [
     (1, 1, 1, 1, 1, 1),
     (3, 5, 7, 3, 2, 1),
@@ -28,32 +29,47 @@ SHAPES = [
     (3, 33, 40, 400, 7, 5),
     (4, 16, 32, 64, 9, 9),
     (5, 16, 256, 256, 3, 2),
+    (2, 9, 1601, 50, 3, 2),
+    (1, 801, 41, 1538, 3, 2),
 ]
 
 
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> int:
-    if op._LANES.get(torch.backends.cpu.get_cpu_capability(), 0) < request.param:
-        pytest.skip(f"this processor has no vectors of {request.param} floats")
-    monkeypatch.setattr(op, "_lanes", lambda dtype: request.param if dtype == torch.float32 else 0)
+KERNELS = [(torch.float32, 8), (torch.float32, 16), (torch.bfloat16, 16)]
+
+
+def widest(dtype: torch.dtype) -> int:
+    """Floats of the widest vector of this processor that the kernels of a type use."""
+    lanes = op._LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
+    return lanes if dtype == torch.float32 or op._has("avx512_bf16") else 0
+
+
+Kernel = tuple[torch.dtype, int]
+
+
+@pytest.fixture(params=KERNELS, ids=lambda kernel: f"{kernel[0]}-{kernel[1]}".removeprefix("torch."))
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Kernel:
+    dtype, lanes = request.param
+    if widest(dtype) < lanes:
+        pytest.skip(f"this processor has no products of {lanes} {dtype}")
+    monkeypatch.setattr(op, "_lanes", lambda asked: lanes if asked == dtype else 0)
     monkeypatch.setattr(op, "merging_pays", lambda *_: True)
-    return request.param
+    return dtype, lanes
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_reference(shape: tuple[int, ...], lanes: int) -> None:
-    check_against_reference(*make_inputs(shape, torch.float32))
+def test_matches_reference(shape: tuple[int, ...], kernel: Kernel) -> None:
+    check_against_reference(*make_inputs(shape, kernel[0]))
 
 
-def test_shared_routes(lanes: int) -> None:
+def test_shared_routes(kernel: Kernel) -> None:
     """13 samples of 45 tokens in 3 routes: rows beyond one packing, and a tile that ends inside."""
-    tensors, index, grad = make_inputs((13, 45, 40, 56, 3, 2), torch.float32)
+    tensors, index, grad = make_inputs((13, 45, 40, 56, 3, 2), kernel[0])
     route = [0, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     check_against_reference([*tensors[:3], tensors[3][route]], index[route], grad)
 
 
-def test_an_expert_for_nobody_one_for_everybody_and_one_twice(lanes: int) -> None:
-    tensors, index, grad = make_inputs((6, 10, 60, 100, 5, 3), torch.float32)
+def test_an_expert_for_nobody_one_for_everybody_and_one_twice(kernel: Kernel) -> None:
+    tensors, index, grad = make_inputs((6, 10, 60, 100, 5, 3), kernel[0])
     index[:, 0], index[:, 1], index[:, 2] = 2, torch.tensor([0, 3, 0, 3, 0, 3]), 4
     index[1] = 2
     check_against_reference(tensors, index, grad)
@@ -62,8 +78,8 @@ def test_an_expert_for_nobody_one_for_everybody_and_one_twice(lanes: int) -> Non
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 200, 300, 3, 2), (2, 400, 400, 30, 3, 2)])
-def test_results_do_not_depend_on_threads(shape: tuple[int, ...], lanes: int) -> None:
-    inputs = make_inputs(shape, torch.float32)
+def test_results_do_not_depend_on_threads(shape: tuple[int, ...], kernel: Kernel) -> None:
+    inputs = make_inputs(shape, kernel[0])
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 7):
@@ -76,9 +92,9 @@ def test_results_do_not_depend_on_threads(shape: tuple[int, ...], lanes: int) ->
         assert torch.equal(one[4], other[4])  # not bias: that is torch's
 
 
-def test_products_count_themselves(lanes: int) -> None:
+def test_products_count_themselves(kernel: Kernel) -> None:
     count = native.cpu.require().merged_product_flops
-    inputs = make_inputs((2, 9, 385, 50, 3, 2), torch.float32)
+    inputs = make_inputs((2, 9, 385, 50, 3, 2), kernel[0])
     before = count()
     forward_backward(expert_linear, *inputs, False)
     assert count() - before == 3 * 2 * 2 * 9 * 385 * 50
@@ -86,17 +102,29 @@ def test_products_count_themselves(lanes: int) -> None:
 
 def test_widths_that_exist() -> None:
     takes = native.cpu.require().merged_product_takes
-    assert [width for width in range(65) if takes(width)] in ([8, 16], [])  # none but on x86-64
-    assert op._lanes(torch.bfloat16) == 0
-    assert op._lanes(torch.float32) == op._LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
+    found = [(dtype, n) for dtype, code in op._DTYPE_CODE.items() for n in range(65) if takes(code, n)]
+    assert found in (KERNELS, [])  # none but on x86-64
+    assert op._lanes(torch.float32) == widest(torch.float32)
+    assert op._lanes(torch.float16) == 0
+
+
+@pytest.mark.parametrize(
+    ("features", "taken"), [((), False), (("avx512_bf16",), True), (("avx512_bf16", "amx_tile"), False)]
+)
+def test_amx_is_for_torch(features: tuple[str, ...], taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if op._lanes(torch.float32) < 16:
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr(op, "_has", lambda feature: feature in features)
+    assert op._lanes(torch.bfloat16) == (16 if taken else 0)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
-def test_rounds_of_the_backward(samples: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_of_the_backward(samples: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """x and the gradient are packed for some samples at a time; experts are first seen in any round."""
-    inputs = make_inputs((5, 20, 50, 60, 5, 2), torch.float32)
+    inputs = make_inputs((5, 20, 50, 60, 5, 2), kernel[0])
     at_once = forward_backward(expert_linear, *inputs, False)
-    size = 4 * native.cpu.require().merged_product_workspace(20, 5, 50, 60, lanes)
+    dtype, lanes = kernel
+    size = native.cpu.require().merged_product_workspace(20, 5, 50, 60, op._DTYPE_CODE[dtype], lanes)
     monkeypatch.setattr(op, "_WORKSPACE_BYTES", samples * size)
     for a, b in zip(forward_backward(expert_linear, *inputs, False), at_once, strict=True):
         assert torch.equal(a, b)

@@ -265,7 +265,7 @@ def _contiguous(
     return x.contiguous(), weight.contiguous(), bias, index.contiguous(), gate.contiguous()
 
 
-def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int, fused: bool) -> bool:
+def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int, dtype: torch.dtype, fused: bool) -> bool:
     """Whether one product with merged experts beats ``top_k`` products over samples grouped by expert, on a
     CPU.
 
@@ -273,10 +273,11 @@ def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int, fused: bool) 
     over k weights ``[Din, Dout]`` for each sample (or group of samples with the same gates), and, unless it
     is ``fused`` with the product, passes that write and read the merged ones. The constants are fitted to
     ``benchmarks/sweep_merging.py`` on two cores of a Zen 4 server, where k = 1, 2 and 4 broke even at T = 6
-    to 32, 4 to 10 and 4 to 8 fused, and k = 2 apart at T = 18, 18 to 36 and 57 for D = 192, 384 and 1152.
+    to 64, 4 to 10 and 4 to 8 fused in float32, at T = 12 to 90, 4 to 16 and 3 to 11 fused in bfloat16, and
+    k = 2 apart at T = 18, 18 to 36 and 57 for D = 192, 384 and 1152.
     """
     if fused:
-        return tokens >= 4 + 16 / top_k**2
+        return tokens >= (4 if dtype == torch.float32 else 8) + 16 / top_k**2
     return tokens - 8 >= (top_k + 1) / (1.2 * top_k - 1) * math.sqrt(d_in * d_out) / 46
 
 
@@ -289,7 +290,8 @@ def _native_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tenso
             return _native_forward(x.float(), weight.float(), bias, index, gate).half()
         routes, order, counts = _share_routes(index, gate)
         lanes = _lanes(x.dtype)
-        if not merging_pays(batch * tokens / len(counts), index.shape[1], d_in, weight.shape[2], lanes > 0):
+        tokens_of_route, top_k = batch * tokens / len(counts), index.shape[1]
+        if not merging_pays(tokens_of_route, top_k, d_in, weight.shape[2], x.dtype, lanes > 0):
             return _grouped_forward(x, weight, bias, index, gate)
         shared = 1 < len(counts) < batch
         rows = x.index_select(0, order) if shared else x
@@ -349,12 +351,21 @@ def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
 def _lanes(dtype: torch.dtype) -> int:
     """Floats of a vector of the kernels that merge experts where a product reads them, in cache
     (csrc/merged_product.h); 0 where there are none: another type, an older or another processor. Like torch's
-    own kernels they follow the environment variable ATEN_CPU_CAPABILITY.
+    own kernels they follow the environment variable ATEN_CPU_CAPABILITY. These kernels do not use AMX: where
+    it is, bfloat16 is left to torch's products, which do.
     """
     lanes = _LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
-    if dtype != torch.float32 or not native.cpu.require().merged_product_takes(lanes):
+    if dtype not in _DTYPE_CODE or not native.cpu.require().merged_product_takes(_DTYPE_CODE[dtype], lanes):
+        return 0
+    if dtype == torch.bfloat16 and not (_has("avx512_bf16") and not _has("amx_tile")):
         return 0
     return lanes
+
+
+def _has(feature: str) -> bool:
+    """Whether torch finds it on this processor; False where it has no such question."""
+    ask = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return ask is not None and bool(ask())
 
 
 def _merged_forward(
@@ -405,7 +416,7 @@ def _fused_product(
     starts = torch.tensor([0, *itertools.accumulate(counts)]) * x.shape[1]
     native.cpu.require().merged_product(
         x.data_ptr(), *weight.shape, weight.data_ptr(), *index.shape, index.data_ptr(), gate.data_ptr(),
-        starts.data_ptr(), 0 if bias is None else bias.data_ptr(), transposed, lanes,
+        starts.data_ptr(), 0 if bias is None else bias.data_ptr(), transposed, _DTYPE_CODE[x.dtype], lanes,
         torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
 
@@ -463,7 +474,8 @@ def _native_backward(
             found = _native_backward(grad.float(), x.float(), weight.float(), bias, index, gate, wanted)
             return found[0].half(), found[1].half(), found[2].half(), found[3]
         lanes = _lanes(x.dtype)
-        merged = merging_pays(x.shape[1], index.shape[1], weight.shape[1], weight.shape[2], lanes > 0)
+        _, d_in, d_out = weight.shape
+        merged = merging_pays(x.shape[1], index.shape[1], d_in, d_out, x.dtype, lanes > 0)
         compute = _fused_backward if merged and lanes else _merged_backward if merged else _grouped_backward
         grad_x, grad_weight, grad_gate = compute(grad, x, weight, index, gate, wanted)
         grad_bias = x.new_empty(0)
@@ -526,13 +538,15 @@ def _fused_backward(
     if wanted[1] or wanted[3]:
         grad_weight, grad_gate = torch.empty_like(weight), torch.empty_like(gate)
         module = native.cpu.require()
-        packed = _workspace(
-            x.dtype, module.merged_product_workspace(x.shape[1], *weight.shape, lanes), len(x)
-        )
+        code = _DTYPE_CODE[x.dtype]
+        size = module.merged_product_workspace(x.shape[1], *weight.shape, code, lanes)
+        packed = _workspace(torch.float32, size // 4, len(x))
+        carried = x.dtype != torch.float32 and len(packed) < len(x)
+        carry = torch.empty(weight.shape if carried else 0, dtype=torch.float32, device=x.device)
         module.merged_product_backward(
             x.data_ptr(), grad.data_ptr(), x.shape[1], *weight.shape, weight.data_ptr(), *index.shape,
-            index.data_ptr(), gate.data_ptr(), lanes, torch.get_num_threads(), len(packed),
-            packed.data_ptr(), grad_weight.data_ptr(), grad_gate.data_ptr(),
+            index.data_ptr(), gate.data_ptr(), code, lanes, torch.get_num_threads(), len(packed),
+            packed.data_ptr(), carry.data_ptr(), grad_weight.data_ptr(), grad_gate.data_ptr(),
         )  # fmt: skip
     return grad_x, _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])
 

@@ -1,0 +1,240 @@
+// How merged_product.cpp packs what its products read, for a type of elements and a width of vectors. Packed
+// are words of 32 bits: a float, or two bfloat16 that follow one another in a sum.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "merged_product.h"
+#include "vectors.h"
+
+namespace switch_moe {
+
+// Words from one sliver to the next. A line more than they hold: at multiples of 4 KiB the slivers would
+// fight for the same few lines of the first-level cache.
+constexpr int64_t sliver_stride(int64_t depth, int64_t width) { return depth * width + 16; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The experts of a route, from an element of theirs on. kExperts 0: any number.
+template <typename Element, int kExperts>
+struct Mixture {
+    static constexpr bool kAny = kExperts == 0;
+
+    int64_t stride;  // of a row
+    int64_t count;
+    std::conditional_t<kAny, std::vector<const Element*>, const Element * [kAny ? 1 : kExperts]> weight;
+    std::conditional_t<kAny, std::vector<float>, float[kAny ? 1 : kExperts]> gate;
+
+    Mixture(const Experts& experts, const Gates& gates, int64_t route, int64_t corner)
+        : stride(experts.outputs), count(gates.top_k) {
+        if constexpr (kAny) {
+            weight.resize(count);
+            gate.resize(count);
+        }
+        for (int64_t e = 0; e < size(); ++e) {
+            const int64_t slot = route * gates.top_k + e;
+            weight[e] = static_cast<const Element*>(experts.weight) +
+                        gates.index[slot] * experts.inputs * stride + corner;
+            gate[e] = gates.gate[slot];
+        }
+    }
+
+    SWITCH_MOE_INLINE int64_t size() const { return kAny ? count : kExperts; }
+
+    float at(int64_t offset) const {
+        float sum = 0;
+        for (int64_t e = 0; e < size(); ++e) sum += gate[e] * to_float(weight[e][offset]);
+        return sum;
+    }
+};
+
+// Slivers are kWidth = 3 kLanes wide, or as wide as a tile has rows.
+template <typename Element, int kLanes>
+struct Packing {
+    static constexpr bool kPairs = sizeof(Element) == 2;
+    static constexpr int kPair = kPairs ? 2 : 1;
+    static constexpr int kWidth = 3 * kLanes;
+
+    using Vector = Floats<kLanes>;
+    using Word = std::conditional_t<kPairs, uint32_t, float>;
+    using WordVector = typename Lanes<Word, kLanes>::Vector;
+
+    static int64_t words(int64_t elements) { return ceil_div(elements, kPair); }
+
+    static Word word(float first, float second) {
+        if constexpr (kPairs) {
+            BFloat16 low, high;
+            store(first, &low);
+            store(second, &high);
+            return low.bits | static_cast<uint32_t>(high.bits) << 16;
+        } else {
+            return first;
+        }
+    }
+
+    template <typename Mix>
+    static SWITCH_MOE_INLINE void merge(const Mix& mix, int64_t offset, Vector& sum) {
+        Vector part;
+        load<kLanes>(mix.weight[0] + offset, part);
+        sum = mix.gate[0] * part;
+        for (int64_t e = 1; e < mix.size(); ++e) {
+            load<kLanes>(mix.weight[e] + offset, part);
+            sum += mix.gate[e] * part;
+        }
+    }
+
+    // Words of a row, with bfloat16 of a row and the next.
+    template <typename Mix>
+    static SWITCH_MOE_INLINE void merge_down(const Mix& mix, int64_t offset, WordVector& to) {
+        if constexpr (kPairs) {
+            Vector first, second;
+            merge(mix, offset, first);
+            merge(mix, offset + mix.stride, second);
+            join(first, second, to);
+        } else {
+            merge(mix, offset, to);
+        }
+    }
+
+    // Words of a row, with bfloat16 of an element and the next.
+    template <typename Mix>
+    static SWITCH_MOE_INLINE void merge_along(const Mix& mix, int64_t offset, WordVector& to) {
+        if constexpr (kPairs) {
+            Vector first{}, second{};
+            for (int64_t e = 0; e < mix.size(); ++e) {
+                const WordVector both =
+                    *reinterpret_cast<const typename Lanes<Word, kLanes>::Loose*>(mix.weight[e] + offset);
+                first += mix.gate[e] * reinterpret_cast<Vector>(both << 16);
+                second += mix.gate[e] * reinterpret_cast<Vector>(both & 0xffff0000u);
+            }
+            join(first, second, to);
+        } else {
+            merge(mix, offset, to);
+        }
+    }
+
+    // panel[sliver][k][kWidth] = V[k][...], [depth, columns] of it. A row at a time: by sliver it took 1.5
+    // times as long.
+    template <typename Mix>
+    static SWITCH_MOE_INLINE void pack_merged(const Mix& mix, int64_t depth, int64_t columns, Word* panel) {
+        const int64_t words = Packing::words(depth);
+        for (int64_t k = 0; k < words; ++k) {
+            const int64_t row = k * kPair * mix.stride;
+            const bool whole = (k + 1) * kPair <= depth;
+            int64_t j = 0;
+            Word* to = panel + k * kWidth;
+            for (; whole && j + kWidth <= columns; j += kWidth, to += sliver_stride(words, kWidth)) {
+                SWITCH_MOE_UNROLL
+                for (int v = 0; v < 3; ++v) {
+                    WordVector sum;
+                    merge_down(mix, row + j + v * kLanes, sum);
+                    reinterpret_cast<WordVector*>(to)[v] = sum;
+                }
+            }
+            for (; j < columns; j += kWidth, to += sliver_stride(words, kWidth)) {
+                for (int64_t i = 0; i < kWidth; ++i) {
+                    const bool inside = j + i < columns;
+                    to[i] = word(inside ? mix.at(row + j + i) : 0,
+                                 inside && kPairs && whole ? mix.at(row + mix.stride + j + i) : 0);
+                }
+            }
+        }
+    }
+
+    // panel[sliver][k][kWidth] = V[...][k].
+    template <typename Mix>
+    static SWITCH_MOE_INLINE void pack_merged_transposed(const Mix& mix, int64_t depth, int64_t columns,
+                                                         Word* panel) {
+        const int64_t words = Packing::words(depth);
+        for (int64_t j = 0; j < ceil_div(columns, kWidth) * kWidth; j += kLanes) {
+            Word* to = panel + j / kWidth * sliver_stride(words, kWidth) + j % kWidth;
+            int64_t k = 0;
+            for (; j + kLanes <= columns && (k + kLanes) * kPair <= depth; k += kLanes) {
+                WordVector rows[kLanes];
+                SWITCH_MOE_UNROLL
+                for (int i = 0; i < kLanes; ++i) merge_along(mix, (j + i) * mix.stride + k * kPair, rows[i]);
+                transpose(rows);
+                SWITCH_MOE_UNROLL
+                for (int i = 0; i < kLanes; ++i) {
+                    *reinterpret_cast<WordVector*>(to + (k + i) * kWidth) = rows[i];
+                }
+            }
+            for (; k < words; ++k) {
+                for (int64_t i = 0; i < kLanes; ++i) {
+                    const int64_t offset = (j + i) * mix.stride + k * kPair;
+                    const bool inside = j + i < columns;
+                    to[k * kWidth + i] =
+                        word(inside ? mix.at(offset) : 0,
+                             inside && kPairs && (k + 1) * kPair <= depth ? mix.at(offset + 1) : 0);
+                }
+            }
+        }
+    }
+
+    // packed[k][kTileRows] = x[i][k], zero where i >= rows.
+    template <int kTileRows>
+    static SWITCH_MOE_INLINE void pack_rows(const Element* x, int64_t stride, int64_t rows, int64_t depth,
+                                            Word* packed) {
+        using Part = Lanes<Word, kTileRows>;
+        int64_t k = 0;
+        for (; rows >= kTileRows && (k + kTileRows) * kPair <= depth; k += kTileRows) {
+            typename Part::Vector block[kTileRows];
+            SWITCH_MOE_UNROLL
+            for (int i = 0; i < kTileRows; ++i) {
+                block[i] = *reinterpret_cast<const typename Part::Loose*>(x + i * stride + k * kPair);
+            }
+            transpose(block);
+            SWITCH_MOE_UNROLL
+            for (int i = 0; i < kTileRows; ++i) {
+                *reinterpret_cast<typename Part::Vector*>(packed + (k + i) * kTileRows) = block[i];
+            }
+        }
+        for (; k * kPair < depth; ++k) {
+            for (int64_t i = 0; i < kTileRows; ++i) {
+                const Element* at = x + i * stride + k * kPair;
+                packed[k * kTileRows + i] =
+                    word(i < rows ? to_float(at[0]) : 0,
+                         i < rows && kPairs && (k + 1) * kPair <= depth ? to_float(at[1]) : 0);
+            }
+        }
+    }
+
+    // packed[sliver][k][kSliver] = x[k][...] for `columns` columns.
+    template <int kSliver>
+    static SWITCH_MOE_INLINE void pack_columns(const Element* x, int64_t stride, int64_t depth,
+                                               int64_t columns, Word* packed) {
+        constexpr int kPart = kSliver < kLanes ? kSliver : kLanes;
+        using Part = Lanes<Word, kPart>;
+        const int64_t words = Packing::words(depth);
+        for (int64_t k = 0; k < words; ++k, x += kPair * stride, packed += kSliver) {
+            const bool whole = (k + 1) * kPair <= depth;
+            Word* to = packed;
+            int64_t j = 0;
+            for (; whole && j + kSliver <= columns; j += kSliver, to += sliver_stride(words, kSliver)) {
+                SWITCH_MOE_UNROLL
+                for (int i = 0; i < kSliver; i += kPart) {
+                    typename Part::Vector row;
+                    if constexpr (kPairs) {
+                        typename Part::Vector next;
+                        load_words<kPart>(x + j + i, row);
+                        load_words<kPart>(x + stride + j + i, next);
+                        row |= next << 16;
+                    } else {
+                        row = *reinterpret_cast<const typename Part::Loose*>(x + j + i);
+                    }
+                    *reinterpret_cast<typename Part::Vector*>(to + i) = row;
+                }
+            }
+            for (; j < columns; j += kSliver, to += sliver_stride(words, kSliver)) {
+                for (int64_t i = 0; i < kSliver; ++i) {
+                    const bool inside = j + i < columns;
+                    to[i] = word(inside ? to_float(x[j + i]) : 0,
+                                 inside && kPairs && whole ? to_float(x[stride + j + i]) : 0);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace switch_moe
