@@ -53,6 +53,12 @@ int64_t block_columns(int64_t width, int64_t tile, int64_t tiles, int64_t others
     return tiles * tile;
 }
 
+// Rows of an expert's gradient that a block has: small experts are to make enough blocks for the threads,
+// whose number must not decide how sums are cut.
+int64_t gradient_rows(const Experts& experts) {
+    return experts.inputs * experts.outputs <= 1 << 17 ? 32 : 128;
+}
+
 }  // namespace
 
 bool merged_product_takes(DType dtype, int lanes) { return kernels(dtype, lanes) != nullptr; }
@@ -96,7 +102,7 @@ void merged_product_backward(const void* x, const void* grad, int64_t tokens, co
         fresh[slot] = !used[gates.index[slot]];
         used[gates.index[slot]] = 1;
     }
-    const int64_t down = ceil_div(experts.inputs, kGradRows),
+    const int64_t height = gradient_rows(experts), down = ceil_div(experts.inputs, height),
                   across = ceil_div(experts.outputs, use.shape.width);
     std::vector<float> partial(down * across * slots);
     const PackedSample packed(tokens, experts, use.shape);
@@ -104,19 +110,31 @@ void merged_product_backward(const void* x, const void* grad, int64_t tokens, co
     for (int64_t begin = 0; begin < gates.routes; begin += samples) {
         const int64_t end = std::min(begin + samples, gates.routes);
         const bool once = samples >= gates.routes;
-        const Gradient g{x,           grad,          packed,       workspace,   begin, end,
-                         experts,     gates,         fresh.data(), used.data(), down,  once ? nullptr : carry,
-                         grad_weight, partial.data()};
+        const Gradient g{x,
+                         grad,
+                         packed,
+                         workspace,
+                         begin,
+                         end,
+                         experts,
+                         gates,
+                         fresh.data(),
+                         used.data(),
+                         height,
+                         down,
+                         once ? nullptr : carry,
+                         grad_weight,
+                         partial.data()};
         std::vector<Block> packs, blocks;
-        for (int64_t row = 0; row < experts.inputs; row += kGradRows) {
-            const int64_t rows = std::min(kGradRows, experts.inputs - row);
+        for (int64_t row = 0; row < experts.inputs; row += kPackRows) {
+            const int64_t rows = std::min(kPackRows, experts.inputs - row);
             for (int64_t b = begin; b < end; ++b) packs.push_back({b, row, rows, 0, 0});
         }
         for (int64_t column = 0; column < experts.outputs; column += step) {
             const int64_t columns = std::min(step, experts.outputs - column);
             for (int64_t b = begin; b < end; ++b) packs.push_back({b, 0, 0, column, columns});
-            for (int64_t row = 0; row < experts.inputs; row += kGradRows) {
-                blocks.push_back({0, row, std::min(kGradRows, experts.inputs - row), column, columns});
+            for (int64_t row = 0; row < experts.inputs; row += height) {
+                blocks.push_back({0, row, std::min(height, experts.inputs - row), column, columns});
             }
         }
         parallel_for(packs.size(), threads, [&](int64_t i) { use.pack(g, packs[i]); });

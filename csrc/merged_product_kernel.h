@@ -22,7 +22,7 @@ namespace switch_moe {
 constexpr int64_t kSlivers = 8;
 constexpr int64_t kPanel = kSlivers * 384;
 constexpr int64_t kMostRows = 512;   // of x that share one packing of a panel
-constexpr int64_t kGradRows = 128;   // of an expert's gradient that a block has
+constexpr int64_t kPackRows = 128;   // of x^T that a block packs
 constexpr int64_t kGradWords = 384;  // of the tokens that are summed at a time
 
 // 64-byte aligned room that a thread keeps.
@@ -84,10 +84,10 @@ struct Gradient {
     int64_t begin, end;
     const Experts& experts;
     const Gates& gates;
-    const char* fresh;  // [B, k] whether the slot is the first with its expert
-    const char* used;   // [M] whether any slot has the expert
-    int64_t granules;   // down
-    float* carry;       // [M, Din, Dout] of bfloat16 experts from round to round; null where there is one
+    const char* fresh;       // [B, k] whether the slot is the first with its expert
+    const char* used;        // [M] whether any slot has the expert
+    int64_t rows, granules;  // of an expert's gradient that a block has; those down
+    float* carry;  // [M, Din, Dout] of bfloat16 experts from round to round; null where there is one
     void* grad_weight;
     float* partial;  // [granules across, granules down, B * k]
 };
@@ -136,7 +136,11 @@ struct Kernel : Packing<Element, kLanes> {
         if constexpr (kPairs) {
             multiply_pairs<kTileRows>(a, b, depth, reinterpret_cast<float*>(tile));
         } else {
-            std::fill(&tile[0][0], &tile[0][0] + 3 * kTileRows, Vector{});
+            SWITCH_MOE_UNROLL
+            for (int i = 0; i < kTileRows; ++i) {
+                SWITCH_MOE_UNROLL
+                for (int v = 0; v < 3; ++v) tile[i][v] = Vector{};
+            }
             for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kWidth) {
                 const Vector* columns = reinterpret_cast<const Vector*>(b);
                 const Vector b0 = columns[0], b1 = columns[1], b2 = columns[2];
@@ -174,12 +178,30 @@ struct Kernel : Packing<Element, kLanes> {
         pack_experts<0>(p, block, first, depth, panel);
     }
 
+    // Whether a tile's columns are full vectors.
+    static bool fits(int64_t columns) { return columns >= kWidth || columns % kLanes == 0; }
+
     // Sums of more terms than a panel has rows are continued from memory.
     struct Sums {
         float* at;
         int64_t stride;
         bool first, last;
     };
+
+    static SWITCH_MOE_INLINE void store_vector(const Vector& part, const Element* bias, const Sums& sums,
+                                               int64_t at, int64_t column, Element* out) {
+        Vector sum = part, other;
+        if (!sums.first) {
+            load<kLanes>(sums.at + at, other);
+            sum += other;
+        }
+        if (!sums.last) return save<kLanes>(sum, sums.at + at);
+        if (bias != nullptr) {
+            load<kLanes>(bias + column, other);
+            sum += other;
+        }
+        save<kLanes>(sum, out);
+    }
 
     // A tile of out, [rows, columns] of it valid, or of the sums where they are to be continued.
     template <int kTileRows>
@@ -188,26 +210,14 @@ struct Kernel : Packing<Element, kLanes> {
                                                int64_t stride, Element* out) {
         Vector tile[kTileRows][3];
         multiply<kTileRows>(a, b, words, tile);
-        if (rows >= kTileRows && columns >= kWidth) {
+        if (rows >= kTileRows && fits(columns)) {
             SWITCH_MOE_UNROLL
             for (int i = 0; i < kTileRows; ++i) {
                 SWITCH_MOE_UNROLL
                 for (int v = 0; v < 3; ++v) {
-                    float* continued = sums.at + i * sums.stride + v * kLanes;
-                    Vector sum = tile[i][v], other;
-                    if (!sums.first) {
-                        load<kLanes>(continued, other);
-                        sum += other;
-                    }
-                    if (!sums.last) {
-                        save<kLanes>(sum, continued);
-                        continue;
-                    }
-                    if (bias != nullptr) {
-                        load<kLanes>(bias + v * kLanes, other);
-                        sum += other;
-                    }
-                    save<kLanes>(sum, out + i * stride + v * kLanes);
+                    if (v * kLanes >= columns) break;
+                    store_vector(tile[i][v], bias, sums, i * sums.stride + v * kLanes, v * kLanes,
+                                 out + i * stride + v * kLanes);
                 }
             }
             return;
@@ -215,7 +225,14 @@ struct Kernel : Packing<Element, kLanes> {
         float values[kTileRows][kWidth];
         std::memcpy(values, tile, sizeof tile);
         for (int64_t i = 0; i < std::min<int64_t>(rows, kTileRows); ++i) {
-            for (int64_t j = 0; j < std::min<int64_t>(columns, kWidth); ++j) {
+            const int64_t end = std::min<int64_t>(columns, kWidth);
+            int64_t j = 0;
+            for (; j + kLanes <= end; j += kLanes) {
+                Vector part;
+                load<kLanes>(values[i] + j, part);
+                store_vector(part, bias, sums, i * sums.stride + j, j, out + i * stride + j);
+            }
+            for (; j < end; ++j) {
                 float& continued = sums.at[i * sums.stride + j];
                 const float sum = values[i][j] + (sums.first ? 0 : continued);
                 if (sums.last) {
@@ -292,26 +309,32 @@ struct Kernel : Packing<Element, kLanes> {
         }
     }
 
+    template <bool kAdd>
+    static SWITCH_MOE_INLINE void add_vector(const Vector& part, const Element* weight, float gate,
+                                             float* sums, Vector& dot) {
+        Vector other, sum = gate * part;
+        load<kLanes>(weight, other);
+        dot += part * other;
+        if (kAdd) {
+            load<kLanes>(sums, other);
+            sum += other;
+        }
+        save<kLanes>(sum, sums);
+    }
+
     // sums = or += gate * tile and dot += tile * weight, `rows` x `columns` of them.
     template <bool kAdd>
     static SWITCH_MOE_INLINE void gradient_tile(const Vector (&tile)[kRows][3], const Element* weight,
                                                 int64_t stride, float gate, int64_t rows, int64_t columns,
                                                 float* sums, int64_t sums_stride, Vector& dot) {
-        if (rows >= kRows && columns >= kWidth) {
+        if (rows >= kRows && fits(columns)) {
             Vector dots[3] = {};
             SWITCH_MOE_UNROLL
             for (int i = 0; i < kRows; ++i, weight += stride, sums += sums_stride) {
                 SWITCH_MOE_UNROLL
                 for (int v = 0; v < 3; ++v) {
-                    Vector other;
-                    load<kLanes>(weight + v * kLanes, other);
-                    dots[v] += tile[i][v] * other;
-                    Vector sum = gate * tile[i][v];
-                    if (kAdd) {
-                        load<kLanes>(sums + v * kLanes, other);
-                        sum += other;
-                    }
-                    save<kLanes>(sum, sums + v * kLanes);
+                    if (v * kLanes >= columns) break;
+                    add_vector<kAdd>(tile[i][v], weight + v * kLanes, gate, sums + v * kLanes, dots[v]);
                 }
             }
             dot += dots[0] + dots[1] + dots[2];
@@ -320,7 +343,14 @@ struct Kernel : Packing<Element, kLanes> {
         float values[kRows][kWidth];
         std::memcpy(values, tile, sizeof tile);
         for (int64_t i = 0; i < std::min<int64_t>(rows, kRows); ++i) {
-            for (int64_t j = 0; j < std::min<int64_t>(columns, kWidth); ++j) {
+            const int64_t end = std::min<int64_t>(columns, kWidth);
+            int64_t j = 0;
+            for (; j + kLanes <= end; j += kLanes) {
+                Vector part;
+                load<kLanes>(values[i] + j, part);
+                add_vector<kAdd>(part, weight + i * stride + j, gate, sums + i * sums_stride + j, dot);
+            }
+            for (; j < end; ++j) {
                 float& to = sums[i * sums_stride + j];
                 dot[j % kLanes] += values[i][j] * to_float(weight[i * stride + j]);
                 to = gate * values[i][j] + (kAdd ? to : 0);
@@ -417,7 +447,7 @@ struct Kernel : Packing<Element, kLanes> {
                 }
             }
             for (int64_t j = 0; j < block.columns; j += kWidth) {
-                const int64_t granule = (block.column + j) / kWidth * g.granules + block.row / kGradRows;
+                const int64_t granule = (block.column + j) / kWidth * g.granules + block.row / g.rows;
                 float* to = g.partial + (granule * g.gates.routes + b) * top_k;
                 for (int64_t slot = 0; slot < top_k; ++slot) {
                     for (int i = 0; i < kLanes; ++i) to[slot] += dots[j / kWidth * top_k + slot][i];

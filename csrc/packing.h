@@ -122,23 +122,29 @@ struct Packing {
         for (int64_t k = 0; k < words; ++k) {
             const int64_t row = k * kPair * mix.stride;
             const bool whole = (k + 1) * kPair <= depth;
-            int64_t j = 0;
             Word* to = panel + k * kWidth;
-            for (; whole && j + kWidth <= columns; j += kWidth, to += sliver_stride(words, kWidth)) {
+            for (int64_t j = 0; j < columns; j += kWidth, to += sliver_stride(words, kWidth)) {
                 SWITCH_MOE_UNROLL
                 for (int v = 0; v < 3; ++v) {
-                    WordVector sum;
-                    merge_down(mix, row + j + v * kLanes, sum);
-                    reinterpret_cast<WordVector*>(to)[v] = sum;
+                    const int64_t column = j + v * kLanes;
+                    if (whole && column + kLanes <= columns) {
+                        WordVector sum;
+                        merge_down(mix, row + column, sum);
+                        reinterpret_cast<WordVector*>(to)[v] = sum;
+                    } else {
+                        merge_edge(mix, row + column, columns - column, whole, to + v * kLanes);
+                    }
                 }
             }
-            for (; j < columns; j += kWidth, to += sliver_stride(words, kWidth)) {
-                for (int64_t i = 0; i < kWidth; ++i) {
-                    const bool inside = j + i < columns;
-                    to[i] = word(inside ? mix.at(row + j + i) : 0,
-                                 inside && kPairs && whole ? mix.at(row + mix.stride + j + i) : 0);
-                }
-            }
+        }
+    }
+
+    template <typename Mix>
+    static void merge_edge(const Mix& mix, int64_t offset, int64_t columns, bool whole, Word* to) {
+        for (int64_t i = 0; i < kLanes; ++i) {
+            const bool inside = i < columns;
+            to[i] = word(inside ? mix.at(offset + i) : 0,
+                         inside && kPairs && whole ? mix.at(offset + mix.stride + i) : 0);
         }
     }
 
@@ -210,29 +216,35 @@ struct Packing {
         for (int64_t k = 0; k < words; ++k, x += kPair * stride, packed += kSliver) {
             const bool whole = (k + 1) * kPair <= depth;
             Word* to = packed;
-            int64_t j = 0;
-            for (; whole && j + kSliver <= columns; j += kSliver, to += sliver_stride(words, kSliver)) {
+            for (int64_t j = 0; j < columns; j += kSliver, to += sliver_stride(words, kSliver)) {
                 SWITCH_MOE_UNROLL
                 for (int i = 0; i < kSliver; i += kPart) {
+                    const Element* at = x + j + i;
+                    if (!whole || j + i + kPart > columns) {
+                        pack_edge(at, whole ? stride : 0, columns - j - i, kPart, to + i);
+                        continue;
+                    }
                     typename Part::Vector row;
                     if constexpr (kPairs) {
                         typename Part::Vector next;
-                        load_words<kPart>(x + j + i, row);
-                        load_words<kPart>(x + stride + j + i, next);
+                        load_words<kPart>(at, row);
+                        load_words<kPart>(at + stride, next);
                         row |= next << 16;
                     } else {
-                        row = *reinterpret_cast<const typename Part::Loose*>(x + j + i);
+                        row = *reinterpret_cast<const typename Part::Loose*>(at);
                     }
                     *reinterpret_cast<typename Part::Vector*>(to + i) = row;
                 }
             }
-            for (; j < columns; j += kSliver, to += sliver_stride(words, kSliver)) {
-                for (int64_t i = 0; i < kSliver; ++i) {
-                    const bool inside = j + i < columns;
-                    to[i] = word(inside ? to_float(x[j + i]) : 0,
-                                 inside && kPairs && whole ? to_float(x[stride + j + i]) : 0);
-                }
-            }
+        }
+    }
+
+    // Stride 0: there is no next row.
+    static void pack_edge(const Element* x, int64_t stride, int64_t columns, int64_t count, Word* to) {
+        for (int64_t i = 0; i < count; ++i) {
+            const bool inside = i < columns;
+            to[i] = word(inside ? to_float(x[i]) : 0,
+                         inside && kPairs && stride > 0 ? to_float(x[stride + i]) : 0);
         }
     }
 };

@@ -272,13 +272,14 @@ def merging_pays(tokens: float, top_k: int, d_in: int, d_out: int, dtype: torch.
     Merging saves k - 1 products of ``tokens`` rows and the gather and scatter around all k. It costs a pass
     over k weights ``[Din, Dout]`` for each sample (or group of samples with the same gates), and, unless it
     is ``fused`` with the product, passes that write and read the merged ones. The constants are fitted to
-    ``benchmarks/sweep_merging.py`` on two cores of a Zen 4 server, where k = 1, 2 and 4 broke even at T = 6
-    to 64, 4 to 10 and 4 to 8 fused in float32, at T = 12 to 90, 4 to 16 and 3 to 11 fused in bfloat16, and
-    k = 2 apart at T = 18, 18 to 36 and 57 for D = 192, 384 and 1152.
+    ``benchmarks/sweep_merging.py`` on two cores of a Zen 4 server, where k = 1, 2 and 4 broke even at T = 18,
+    5 and 4 fused in float32, 30, 10 and 7 fused in bfloat16 for D = 384, at 45, 8 and 7, and 90, 16 and 10
+    for D = 1152, and k = 2 apart at T = 18, 18 to 36 and 57 for D = 192, 384 and 1152.
     """
+    width = math.sqrt(d_in * d_out)
     if fused:
-        return tokens >= (4 if dtype == torch.float32 else 8) + 16 / top_k**2
-    return tokens - 8 >= (top_k + 1) / (1.2 * top_k - 1) * math.sqrt(d_in * d_out) / 46
+        return tokens >= 2 + top_k / (top_k - 0.9) * width / (290 if dtype == torch.float32 else 155)
+    return tokens - 8 >= (top_k + 1) / (1.2 * top_k - 1) * width / 46
 
 
 def _native_forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> Tensor:
