@@ -35,12 +35,17 @@ struct Kernels {
 #define SWITCH_MOE_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 SWITCH_MOE_KERNELS(avx2, "avx2,fma", float, 8, 4)
 SWITCH_MOE_KERNELS(avx512, SWITCH_MOE_AVX512, float, 16, 8)
+#ifdef SWITCH_MOE_AVX512_BF16
 SWITCH_MOE_KERNELS(avx512_bf16, SWITCH_MOE_AVX512 ",avx512bf16", BFloat16, 16, 8)
+#endif
 #undef SWITCH_MOE_AVX512
 #undef SWITCH_MOE_KERNELS
 
 const Kernels* kernels(DType dtype, int lanes) {
-    if (dtype == DType::bfloat16) return lanes == 16 ? &avx512_bf16 : nullptr;
+#ifdef SWITCH_MOE_AVX512_BF16
+    if (dtype == DType::bfloat16 && lanes == 16) return &avx512_bf16;
+#endif
+    if (dtype != DType::float32) return nullptr;
     return lanes == 16 ? &avx512 : lanes == 8 ? &avx2 : nullptr;
 }
 #else

@@ -1,10 +1,6 @@
 // The blocks of merged_product.cpp, for a type of elements and a set of vector instructions.
 #pragma once
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -12,6 +8,10 @@
 #include "merged_product.h"
 #include "packing.h"
 #include "vectors.h"
+
+#ifdef SWITCH_MOE_AVX512_BF16
+#include <immintrin.h>
+#endif
 
 namespace switch_moe {
 
@@ -92,7 +92,7 @@ struct Gradient {
     float* partial;  // [granules across, granules down, B * k]
 };
 
-#ifdef __x86_64__
+#ifdef SWITCH_MOE_AVX512_BF16
 // Kernel::multiply of pairs of bfloat16. Not inlined: there GCC 12 kept the tile in memory, at half the
 // speed.
 template <int kTileRows>
@@ -115,6 +115,9 @@ __attribute__((target("avx512f,avx512bf16"), noinline)) void multiply_pairs(cons
         for (int v = 0; v < 3; ++v) _mm512_storeu_ps(out + 48 * i + 16 * v, tile[i][v]);
     }
 }
+#else
+template <int kTileRows>
+void multiply_pairs(const uint32_t* a, const uint32_t* b, int64_t depth, float* out);
 #endif
 
 // kLanes floats a vector, three of them a row of a tile, kRows rows.

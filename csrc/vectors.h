@@ -10,6 +10,11 @@
 #define SWITCH_MOE_INLINE inline __attribute__((always_inline))
 #define SWITCH_MOE_UNROLL _Pragma("GCC unroll 16")
 
+// Kernels of bfloat16 are compiled only where the compiler knows AVX512-BF16.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+#define SWITCH_MOE_AVX512_BF16
+#endif
+
 namespace switch_moe {
 
 // kSize of T; Loose: anywhere in memory. (GCC 12 takes no size that depends on a template's argument.)
@@ -40,29 +45,6 @@ SWITCH_MOE_INLINE void load(const float* from, Floats<kSize>& to) {
     to = *reinterpret_cast<const typename Lanes<float, kSize>::Loose*>(from);
 }
 
-// Each in the lower half of a word.
-template <int kSize>
-SWITCH_MOE_INLINE void load_words(const BFloat16* from, Words<kSize>& to) {
-    using Halves = typename Lanes<uint16_t, kSize>::Loose;
-    const Halves* halves = reinterpret_cast<const Halves*>(from);
-#ifdef __x86_64__
-    if constexpr (kSize == 16) {  // GCC 12 widens 16 elements in two halves
-        Words<kSize> words;
-        asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*halves));
-        to = words;
-        return;
-    }
-#endif
-    to = __builtin_convertvector(*halves, Words<kSize>);
-}
-
-template <int kSize>
-SWITCH_MOE_INLINE void load(const BFloat16* from, Floats<kSize>& to) {
-    Words<kSize> words;
-    load_words<kSize>(from, words);
-    to = reinterpret_cast<Floats<kSize>>(words << 16);
-}
-
 template <int kSize>
 SWITCH_MOE_INLINE void save(const Floats<kSize>& from, float* to) {
     *reinterpret_cast<typename Lanes<float, kSize>::Loose*>(to) = from;
@@ -86,7 +68,43 @@ SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer
     shuffle<(i / 2 + i % 2 * kSize + kSize / 2)...>(a, b, high);
 }
 
-#ifdef __x86_64__
+// In log2(kSize) rounds that interleave row i with row i + kSize / 2.
+template <typename Vector, int kSize>
+SWITCH_MOE_INLINE void transpose(Vector (&rows)[kSize]) {
+    SWITCH_MOE_UNROLL
+    for (int step = 1; step < kSize; step *= 2) {
+        Vector next[kSize];
+        SWITCH_MOE_UNROLL
+        for (int i = 0; i < kSize / 2; ++i) {
+            interleave(rows[i], rows[i + kSize / 2], std::make_integer_sequence<int, kSize>(), next[2 * i],
+                       next[2 * i + 1]);
+        }
+        SWITCH_MOE_UNROLL
+        for (int i = 0; i < kSize; ++i) rows[i] = next[i];
+    }
+}
+
+// Of bfloat16, each in the lower half of a word.
+template <int kSize>
+SWITCH_MOE_INLINE void load_words(const BFloat16* from, Words<kSize>& to);
+
+#ifdef SWITCH_MOE_AVX512_BF16
+template <int kSize>
+SWITCH_MOE_INLINE void load_words(const BFloat16* from, Words<kSize>& to) {
+    using Halves = typename Lanes<uint16_t, kSize>::Loose;
+    const Halves* halves = reinterpret_cast<const Halves*>(from);
+    Words<kSize> words;  // GCC 12 would widen 16 elements in two halves
+    asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*halves));
+    to = words;
+}
+
+template <int kSize>
+SWITCH_MOE_INLINE void load(const BFloat16* from, Floats<kSize>& to) {
+    Words<kSize> words;
+    load_words<kSize>(from, words);
+    to = reinterpret_cast<Floats<kSize>>(words << 16);
+}
+
 // To nearest, ties to even, with the instructions of AVX512-BF16, which take denormal numbers for zero.
 template <int kSize>
 SWITCH_MOE_INLINE void save(const Floats<kSize>& from, BFloat16* to) {
@@ -109,21 +127,5 @@ SWITCH_MOE_INLINE void join(const Floats<16>& lower, const Floats<16>& upper, Wo
     join(lower, upper, std::make_integer_sequence<int, 32>(), to);
 }
 #endif
-
-// In log2(kSize) rounds that interleave row i with row i + kSize / 2.
-template <typename Vector, int kSize>
-SWITCH_MOE_INLINE void transpose(Vector (&rows)[kSize]) {
-    SWITCH_MOE_UNROLL
-    for (int step = 1; step < kSize; step *= 2) {
-        Vector next[kSize];
-        SWITCH_MOE_UNROLL
-        for (int i = 0; i < kSize / 2; ++i) {
-            interleave(rows[i], rows[i + kSize / 2], std::make_integer_sequence<int, kSize>(), next[2 * i],
-                       next[2 * i + 1]);
-        }
-        SWITCH_MOE_UNROLL
-        for (int i = 0; i < kSize; ++i) rows[i] = next[i];
-    }
-}
 
 }  // namespace switch_moe
