@@ -20,6 +20,7 @@ T* at(uintptr_t address) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Compiled CPU kernels of switch_moe; call them through switch_moe.ops.";
+    m.attr("compiler") = __VERSION__;
     m.def(
         "merge_experts",
         [](uintptr_t weight, int64_t experts, int64_t elements, uintptr_t index, uintptr_t gate,

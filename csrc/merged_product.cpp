@@ -114,22 +114,9 @@ void merged_product_backward(const void* x, const void* grad, int64_t tokens, co
     const int64_t step = block_columns(experts.outputs, use.shape.width, kSlivers, down, threads);
     for (int64_t begin = 0; begin < gates.routes; begin += samples) {
         const int64_t end = std::min(begin + samples, gates.routes);
-        const bool once = samples >= gates.routes;
-        const Gradient g{x,
-                         grad,
-                         packed,
-                         workspace,
-                         begin,
-                         end,
-                         experts,
-                         gates,
-                         fresh.data(),
-                         used.data(),
-                         height,
-                         down,
-                         once ? nullptr : carry,
-                         grad_weight,
-                         partial.data()};
+        const Gradient g{x,      grad,    packed, workspace,    begin,
+                         end,    experts, gates,  fresh.data(), used.data(),
+                         height, down,    carry,  grad_weight,  partial.data()};
         std::vector<Block> packs, blocks;
         for (int64_t row = 0; row < experts.inputs; row += kPackRows) {
             const int64_t rows = std::min(kPackRows, experts.inputs - row);

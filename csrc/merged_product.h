@@ -46,14 +46,15 @@ int64_t merged_product_workspace(int64_t tokens, const Experts& experts, DType d
 // The gradients of the experts and their gates. With P_b = x_b^T grad_b, one route for each sample:
 // dW_e = sum_{b, j: index[b, j] = e} gate[b, j] P_b and dgate[b, j] = <P_b, W_index[b, j]>. x and grad are
 // packed for some samples at a time. Results do not depend on their number or on that of the threads.
-void merged_product_backward(const void* x,     // [B, T, Din] dtype
-                             const void* grad,  // [B, T, Dout] dtype
-                             int64_t tokens, const Experts& experts, const Gates& gates, DType dtype,
-                             int lanes, int threads, int64_t samples,
-                             void* workspace,  // 64-byte aligned, for `samples` samples
-                             float* carry,     // [M, Din, Dout] room, if dtype is not float32 and samples < B
-                             void* grad_weight,  // [M, Din, Dout] dtype
-                             float* grad_gate    // [B, k]
+void merged_product_backward(
+    const void* x,     // [B, T, Din] dtype
+    const void* grad,  // [B, T, Dout] dtype
+    int64_t tokens, const Experts& experts, const Gates& gates, DType dtype, int lanes, int threads,
+    int64_t samples,
+    void* workspace,    // 64-byte aligned, for `samples` samples
+    float* carry,       // [M, Din, Dout] room if dtype is not float32 and samples < B, else null
+    void* grad_weight,  // [M, Din, Dout] dtype
+    float* grad_gate    // [B, k]
 );
 
 }  // namespace switch_moe

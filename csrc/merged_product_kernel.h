@@ -181,46 +181,18 @@ struct Kernel : Packing<Element, kLanes> {
         pack_experts<0>(p, block, first, depth, panel);
     }
 
-    // Whether a tile's columns are full vectors.
-    static bool fits(int64_t columns) { return columns >= kWidth || columns % kLanes == 0; }
-
-    // Sums of more terms than a panel has rows are continued from memory.
-    struct Sums {
-        float* at;
-        int64_t stride;
-        bool first, last;
-    };
-
-    static SWITCH_MOE_INLINE void store_vector(const Vector& part, const Element* bias, const Sums& sums,
-                                               int64_t at, int64_t column, Element* out) {
-        Vector sum = part, other;
-        if (!sums.first) {
-            load<kLanes>(sums.at + at, other);
-            sum += other;
-        }
-        if (!sums.last) return save<kLanes>(sum, sums.at + at);
-        if (bias != nullptr) {
-            load<kLanes>(bias + column, other);
-            sum += other;
-        }
-        save<kLanes>(sum, out);
-    }
-
-    // A tile of out, [rows, columns] of it valid, or of the sums where they are to be continued.
-    template <int kTileRows>
-    static SWITCH_MOE_INLINE void product_tile(const Word* a, const Word* b, int64_t words, int64_t rows,
-                                               int64_t columns, const Element* bias, const Sums& sums,
-                                               int64_t stride, Element* out) {
-        Vector tile[kTileRows][3];
-        multiply<kTileRows>(a, b, words, tile);
-        if (rows >= kTileRows && fits(columns)) {
+    // Calls visit.vector(part, i, j, v) for the full vectors of a tile's valid [rows, columns], v one of
+    // three, and visit.element(value, i, j) for what is left.
+    template <int kTileRows, typename Visit>
+    static SWITCH_MOE_INLINE void visit_tile(const Vector (&tile)[kTileRows][3], int64_t rows,
+                                             int64_t columns, Visit& visit) {
+        if (rows >= kTileRows && (columns >= kWidth || columns % kLanes == 0)) {
             SWITCH_MOE_UNROLL
             for (int i = 0; i < kTileRows; ++i) {
                 SWITCH_MOE_UNROLL
                 for (int v = 0; v < 3; ++v) {
                     if (v * kLanes >= columns) break;
-                    store_vector(tile[i][v], bias, sums, i * sums.stride + v * kLanes, v * kLanes,
-                                 out + i * stride + v * kLanes);
+                    visit.vector(tile[i][v], i, v * kLanes, v);
                 }
             }
             return;
@@ -233,19 +205,50 @@ struct Kernel : Packing<Element, kLanes> {
             for (; j + kLanes <= end; j += kLanes) {
                 Vector part;
                 load<kLanes>(values[i] + j, part);
-                store_vector(part, bias, sums, i * sums.stride + j, j, out + i * stride + j);
+                visit.vector(part, i, j, 0);
             }
-            for (; j < end; ++j) {
-                float& continued = sums.at[i * sums.stride + j];
-                const float sum = values[i][j] + (sums.first ? 0 : continued);
-                if (sums.last) {
-                    store(sum + (bias != nullptr ? to_float(bias[j]) : 0), out + i * stride + j);
-                } else {
-                    continued = sum;
-                }
-            }
+            for (; j < end; ++j) visit.element(values[i][j], i, j);
         }
     }
+
+    // Sums of more terms than a panel has rows are continued from memory.
+    struct Sums {
+        float* at;
+        int64_t stride;
+        bool first, last;
+    };
+
+    // Stores a tile of out, or of the sums where they are to be continued.
+    struct Store {
+        const Element* bias;
+        const Sums& sums;
+        int64_t stride;
+        Element* out;
+
+        SWITCH_MOE_INLINE void vector(const Vector& part, int64_t i, int64_t j, int) const {
+            float* continued = sums.at + i * sums.stride + j;
+            Vector sum = part, other;
+            if (!sums.first) {
+                load<kLanes>(continued, other);
+                sum += other;
+            }
+            if (!sums.last) return save<kLanes>(sum, continued);
+            if (bias != nullptr) {
+                load<kLanes>(bias + j, other);
+                sum += other;
+            }
+            save<kLanes>(sum, out + i * stride + j);
+        }
+        SWITCH_MOE_INLINE void element(float value, int64_t i, int64_t j) const {
+            float& continued = sums.at[i * sums.stride + j];
+            const float sum = value + (sums.first ? 0 : continued);
+            if (sums.last) {
+                store(sum + (bias != nullptr ? to_float(bias[j]) : 0), out + i * stride + j);
+            } else {
+                continued = sum;
+            }
+        }
+    };
 
     template <int kTileRows>
     static SWITCH_MOE_INLINE void product_rows(const Product& p, const Element* x, int64_t rows,
@@ -254,9 +257,10 @@ struct Kernel : Packing<Element, kLanes> {
         Pack::template pack_rows<kTileRows>(x, p.depth, rows, depth, packed);
         const int64_t words = Pack::words(depth);
         for (int64_t j = 0; j < columns; j += kWidth) {
-            product_tile<kTileRows>(packed, panel + j / kWidth * sliver_stride(words, kWidth), words, rows,
-                                    columns - j, bias == nullptr ? nullptr : bias + j, sums, p.width,
-                                    out + j);
+            Vector tile[kTileRows][3];
+            multiply<kTileRows>(packed, panel + j / kWidth * sliver_stride(words, kWidth), words, tile);
+            const Store visit{bias == nullptr ? nullptr : bias + j, sums, p.width, out + j};
+            visit_tile(tile, rows, columns - j, visit);
             sums.at += kWidth;
         }
     }
@@ -312,53 +316,41 @@ struct Kernel : Packing<Element, kLanes> {
         }
     }
 
+    // sums = or += gate * tile and dots += tile * weight.
     template <bool kAdd>
-    static SWITCH_MOE_INLINE void add_vector(const Vector& part, const Element* weight, float gate,
-                                             float* sums, Vector& dot) {
-        Vector other, sum = gate * part;
-        load<kLanes>(weight, other);
-        dot += part * other;
-        if (kAdd) {
-            load<kLanes>(sums, other);
-            sum += other;
-        }
-        save<kLanes>(sum, sums);
-    }
+    struct Add {
+        const Element* weight;
+        int64_t stride;
+        float gate;
+        float* sums;
+        int64_t sums_stride;
+        Vector dots[3];
 
-    // sums = or += gate * tile and dot += tile * weight, `rows` x `columns` of them.
+        SWITCH_MOE_INLINE void vector(const Vector& part, int64_t i, int64_t j, int v) {
+            float* to = sums + i * sums_stride + j;
+            Vector other, sum = gate * part;
+            load<kLanes>(weight + i * stride + j, other);
+            dots[v] += part * other;
+            if (kAdd) {
+                load<kLanes>(to, other);
+                sum += other;
+            }
+            save<kLanes>(sum, to);
+        }
+        SWITCH_MOE_INLINE void element(float value, int64_t i, int64_t j) {
+            float& to = sums[i * sums_stride + j];
+            dots[0][j % kLanes] += value * to_float(weight[i * stride + j]);
+            to = gate * value + (kAdd ? to : 0);
+        }
+    };
+
     template <bool kAdd>
     static SWITCH_MOE_INLINE void gradient_tile(const Vector (&tile)[kRows][3], const Element* weight,
                                                 int64_t stride, float gate, int64_t rows, int64_t columns,
                                                 float* sums, int64_t sums_stride, Vector& dot) {
-        if (rows >= kRows && fits(columns)) {
-            Vector dots[3] = {};
-            SWITCH_MOE_UNROLL
-            for (int i = 0; i < kRows; ++i, weight += stride, sums += sums_stride) {
-                SWITCH_MOE_UNROLL
-                for (int v = 0; v < 3; ++v) {
-                    if (v * kLanes >= columns) break;
-                    add_vector<kAdd>(tile[i][v], weight + v * kLanes, gate, sums + v * kLanes, dots[v]);
-                }
-            }
-            dot += dots[0] + dots[1] + dots[2];
-            return;
-        }
-        float values[kRows][kWidth];
-        std::memcpy(values, tile, sizeof tile);
-        for (int64_t i = 0; i < std::min<int64_t>(rows, kRows); ++i) {
-            const int64_t end = std::min<int64_t>(columns, kWidth);
-            int64_t j = 0;
-            for (; j + kLanes <= end; j += kLanes) {
-                Vector part;
-                load<kLanes>(values[i] + j, part);
-                add_vector<kAdd>(part, weight + i * stride + j, gate, sums + i * sums_stride + j, dot);
-            }
-            for (; j < end; ++j) {
-                float& to = sums[i * sums_stride + j];
-                dot[j % kLanes] += values[i][j] * to_float(weight[i * stride + j]);
-                to = gate * values[i][j] + (kAdd ? to : 0);
-            }
-        }
+        Add<kAdd> visit{weight, stride, gate, sums, sums_stride, {}};
+        visit_tile(tile, rows, columns, visit);
+        dot += visit.dots[0] + visit.dots[1] + visit.dots[2];
     }
 
     // The sums of the experts' gradients, in float32: grad_weight itself where it is that.

@@ -73,6 +73,23 @@ struct Packing {
         }
     }
 
+    static float value(const Element* x, int64_t offset) { return to_float(x[offset]); }
+    template <int kExperts>
+    static float value(const Mixture<Element, kExperts>& mix, int64_t offset) {
+        return mix.at(offset);
+    }
+
+    // `count` words, zeros from `valid` on. Word i has the element at `offset` + i * `step` and, of a pair,
+    // that `next` further: 0, there is none.
+    template <typename Source>
+    static void edge(const Source& source, int64_t offset, int64_t step, int64_t next, int64_t valid,
+                     int64_t count, Word* to) {
+        for (int64_t i = 0; i < count; ++i, offset += step) {
+            to[i] = word(i < valid ? value(source, offset) : 0,
+                         kPairs && next > 0 && i < valid ? value(source, offset + next) : 0);
+        }
+    }
+
     template <typename Mix>
     static SWITCH_MOE_INLINE void merge(const Mix& mix, int64_t offset, Vector& sum) {
         Vector part;
@@ -132,19 +149,11 @@ struct Packing {
                         merge_down(mix, row + column, sum);
                         reinterpret_cast<WordVector*>(to)[v] = sum;
                     } else {
-                        merge_edge(mix, row + column, columns - column, whole, to + v * kLanes);
+                        edge(mix, row + column, 1, whole ? mix.stride : 0, columns - column, kLanes,
+                             to + v * kLanes);
                     }
                 }
             }
-        }
-    }
-
-    template <typename Mix>
-    static void merge_edge(const Mix& mix, int64_t offset, int64_t columns, bool whole, Word* to) {
-        for (int64_t i = 0; i < kLanes; ++i) {
-            const bool inside = i < columns;
-            to[i] = word(inside ? mix.at(offset + i) : 0,
-                         inside && kPairs && whole ? mix.at(offset + mix.stride + i) : 0);
         }
     }
 
@@ -167,13 +176,8 @@ struct Packing {
                 }
             }
             for (; k < words; ++k) {
-                for (int64_t i = 0; i < kLanes; ++i) {
-                    const int64_t offset = (j + i) * mix.stride + k * kPair;
-                    const bool inside = j + i < columns;
-                    to[k * kWidth + i] =
-                        word(inside ? mix.at(offset) : 0,
-                             inside && kPairs && (k + 1) * kPair <= depth ? mix.at(offset + 1) : 0);
-                }
+                edge(mix, j * mix.stride + k * kPair, mix.stride, (k + 1) * kPair <= depth, columns - j,
+                     kLanes, to + k * kWidth);
             }
         }
     }
@@ -197,12 +201,7 @@ struct Packing {
             }
         }
         for (; k * kPair < depth; ++k) {
-            for (int64_t i = 0; i < kTileRows; ++i) {
-                const Element* at = x + i * stride + k * kPair;
-                packed[k * kTileRows + i] =
-                    word(i < rows ? to_float(at[0]) : 0,
-                         i < rows && kPairs && (k + 1) * kPair <= depth ? to_float(at[1]) : 0);
-            }
+            edge(x, k * kPair, stride, (k + 1) * kPair <= depth, rows, kTileRows, packed + k * kTileRows);
         }
     }
 
@@ -221,7 +220,7 @@ struct Packing {
                 for (int i = 0; i < kSliver; i += kPart) {
                     const Element* at = x + j + i;
                     if (!whole || j + i + kPart > columns) {
-                        pack_edge(at, whole ? stride : 0, columns - j - i, kPart, to + i);
+                        edge(at, 0, 1, whole ? stride : 0, columns - j - i, kPart, to + i);
                         continue;
                     }
                     typename Part::Vector row;
@@ -236,15 +235,6 @@ struct Packing {
                     *reinterpret_cast<typename Part::Vector*>(to + i) = row;
                 }
             }
-        }
-    }
-
-    // Stride 0: there is no next row.
-    static void pack_edge(const Element* x, int64_t stride, int64_t columns, int64_t count, Word* to) {
-        for (int64_t i = 0; i < count; ++i) {
-            const bool inside = i < columns;
-            to[i] = word(inside ? to_float(x[i]) : 0,
-                         inside && kPairs && stride > 0 ? to_float(x[stride + i]) : 0);
         }
     }
 };

@@ -26,7 +26,7 @@ from switch_moe.reference.expert_linear import expert_linear as reference_expert
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LANES = {"AVX512": 16, "AVX2": 8}
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # csrc/expert_linear.h
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # csrc/elements.h
 
 # A workspace is kept from call to call: fresh memory cost more than what is done in it (12.7 against 2.5 ms
 # for the merged weights of a training step, 19 MB). It holds merged weights, or packed tokens and gradients,
@@ -358,7 +358,7 @@ def _lanes(dtype: torch.dtype) -> int:
     lanes = _LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
     if dtype not in _DTYPE_CODE or not native.cpu.require().merged_product_takes(_DTYPE_CODE[dtype], lanes):
         return 0
-    if dtype == torch.bfloat16 and not (_has("avx512_bf16") and not _has("amx_tile")):
+    if dtype == torch.bfloat16 and (_has("amx_tile") or not _has("avx512_bf16")):
         return 0
     return lanes
 
@@ -543,11 +543,12 @@ def _fused_backward(
         size = module.merged_product_workspace(x.shape[1], *weight.shape, code, lanes)
         packed = _workspace(torch.float32, size // 4, len(x))
         carried = x.dtype != torch.float32 and len(packed) < len(x)
-        carry = torch.empty(weight.shape if carried else 0, dtype=torch.float32, device=x.device)
+        carry = torch.empty(weight.shape, dtype=torch.float32, device=x.device) if carried else None
         module.merged_product_backward(
             x.data_ptr(), grad.data_ptr(), x.shape[1], *weight.shape, weight.data_ptr(), *index.shape,
             index.data_ptr(), gate.data_ptr(), code, lanes, torch.get_num_threads(), len(packed),
-            packed.data_ptr(), carry.data_ptr(), grad_weight.data_ptr(), grad_gate.data_ptr(),
+            packed.data_ptr(), 0 if carry is None else carry.data_ptr(), grad_weight.data_ptr(),
+            grad_gate.data_ptr(),
         )  # fmt: skip
     return grad_x, _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])
 
