@@ -32,10 +32,10 @@ from benchmarks.peers import (
 )
 from switch_moe import DiffusionPrior, Router, SwitchMoE
 from switch_moe.ops import expert_linear, expert_mlp, linear_assignment, timestep_gate
+from switch_moe.ops.timestep_gate import selected_experts
 from switch_moe.reference.diffusion_prior import jensen_shannon
 from switch_moe.reference.expert_linear import expert_linear as reference_linear
 from switch_moe.reference.expert_mlp import expert_mlp as reference_mlp
-from switch_moe.reference.timestep_gate import selected_experts
 from switch_moe.reference.timestep_gate import timestep_gate as reference_gate
 
 TIMESTEPS = 1000

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cost_model import COSTS
 from switch_moe import native
-from switch_moe.ops.expert_linear import _workspaces
+from switch_moe.cpu.expert_linear import _workspaces
 
 Step = Callable[[], Any]
 

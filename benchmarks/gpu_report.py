@@ -294,8 +294,9 @@ def report_on(device: str, arguments: argparse.Namespace, budget: Budget) -> dic
     report["sanitizer"] = sanitize(budget) if arguments.sanitize else "not run"
     fitting = max(1, report["machine"]["memory_bytes"] // WARM_UP_BYTES)
     warm_up(min(arguments.processes, fitting), budget.left() / 2)
+    from switch_moe.ops._backend import choose
+
     from benchmarks.peers import peers
-    from switch_moe.ops._dispatch import choose
 
     report["backend"] = choose("expert_linear", "auto", torch.device(device), ("cpu",), triton=True)
     report["ceilings"] = gpu_timing.ceilings()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cost_model import DEPTHS
+from switch_moe.experts import LinearExperts, MLPExperts
 
 DTYPES = ("float16", "bfloat16", "float32", "tf32")  # tf32: float32 of a user who allows TF32
 TOKENS = (16, 32, 64, 128, 256)
@@ -46,9 +47,10 @@ def expert_linear(
     x = empty(dtype, batch, tokens, size)
     weight, bias = empty(dtype, experts, size, size), empty(dtype, experts, size)
     index, gate = empty(torch.int32, batch, top_k), empty(torch.float32, batch, top_k)
-    _, mixture = forward(x, weight, bias, index, gate, modulate, modulate and train)
+    chosen = LinearExperts(weight, bias, index, gate)
+    _, mixture = forward(x, chosen, modulate, modulate and train)
     if train:
-        backward(torch.empty_like(x), x, weight, bias, index, gate, mixture, modulate, [True] * 4)
+        backward(torch.empty_like(x), x, chosen, mixture, modulate, [True] * 4)
 
 
 def expert_mlp(
@@ -61,8 +63,9 @@ def expert_mlp(
     index, gate = empty(torch.int32, batch, top_k), empty(torch.float32, batch, top_k)
     weight_in, bias_in = empty(dtype, experts, size, width), empty(dtype, experts, width)
     weight_out, bias_out = empty(dtype, experts, hidden, size), empty(dtype, experts, size)
-    _, pre = forward(x, weight_in, bias_in, weight_out, bias_out, index, gate, gated, True)
-    backward(torch.empty_like(x), x, weight_in, weight_out, bias_out, index, gate, pre, gated, [True] * 6)
+    chosen = MLPExperts(weight_in, bias_in, weight_out, bias_out, index, gate)
+    _, hidden_layer = forward(x, chosen, gated, True)
+    backward(torch.empty_like(x), x, chosen, hidden_layer, gated, [True] * 6)
 
 
 def timestep_gate(dtype: torch.dtype, rows: int, size: int, experts: int, top_k: int, train: bool) -> None:

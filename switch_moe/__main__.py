@@ -8,8 +8,8 @@ import sys
 
 import torch
 
-from switch_moe import __version__, native
-from switch_moe.ops._dispatch import triton_reason
+from . import __version__, native
+from .ops._backend import OPERATIONS, triton_reason
 
 
 def _version(package: str) -> str:
@@ -31,17 +31,25 @@ def _devices() -> str:
     return f"{cpu}; GPUs: {', '.join(gpus)}"
 
 
+def _native_operations(device_type: str) -> str:
+    return ", ".join(operation.name for operation in OPERATIONS if device_type in operation.native)
+
+
+def _cpu_state() -> str:
+    return f"off: {native.cpu.reason}" if native.cpu.reason else f"on: {_native_operations('cpu')}"
+
+
 def _cuda_state() -> str:
     if native.cuda.module is None:
         return f"off: {native.cuda.reason}"
     built = f"built for sm_{native.cuda.module.architectures.replace(' ', ' sm_')}"
     if not torch.cuda.is_available():
         return f"off: {built}, but there is no GPU here; it needs one and a torch with CUDA"
-    return f"on: {built} (linear_assignment)"
+    return f"on: {built} ({_native_operations('cuda')})"
 
 
 def _triton_state() -> str:
-    operations = "timestep_gate, expert_linear, expert_mlp, diffusion_prior_loss"
+    operations = ", ".join(operation.name for operation in OPERATIONS if operation.triton)
     reason = triton_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None:
         return f"off: {reason}"
@@ -58,9 +66,7 @@ def main() -> None:
         "triton": _version("triton"),
         "devices": _devices(),
         "reference": "on: plain PyTorch, every operation, any device",
-        "native cpu": "on: expert_linear, linear_assignment"
-        if native.cpu.reason is None
-        else f"off: {native.cpu.reason}",
+        "native cpu": _cpu_state(),
         "native cuda": _cuda_state(),
         "triton kernels": _triton_state(),
     }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from switch_moe.ops._dispatch import BACKENDS, check_shape, check_top_k
-from switch_moe.ops.expert_linear import expert_linear
-from switch_moe.ops.expert_mlp import expert_mlp
-from switch_moe.router import Router, Routing
+from .ops._backend import BACKENDS
+from .ops._checks import check_shape, check_top_k
+from .ops.expert_linear import expert_linear
+from .ops.expert_mlp import expert_mlp
+from .router import Router, Routing
 
 EXPERTS = ("linear", "mlp", "swiglu")
 

@@ -9,7 +9,12 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-import torch  # noqa: F401
+from torch import Tensor
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of the data of a tensor, as the compiled functions take it; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class NativeModule:
@@ -32,8 +37,8 @@ class NativeModule:
         return self.module
 
 
-cpu = NativeModule("switch_moe._cpu", "build it with: pip install -e .  (needs g++)")
+cpu = NativeModule(f"{__package__}._cpu", "build it with: pip install -e .  (needs g++)")
 cuda = NativeModule(
-    "switch_moe._cuda",
+    f"{__package__}._cuda",
     "build it where nvcc is (CUDA_HOME names the toolkit) with: SWITCH_MOE_CUDA=1 pip install -e .",
 )

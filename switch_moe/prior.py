@@ -5,11 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from switch_moe.ops._dispatch import check_shape, check_top_k
-from switch_moe.ops.diffusion_prior import diffusion_prior_loss
-from switch_moe.ops.match_columns import match_columns
-from switch_moe.reference.diffusion_prior import prior_table
-from switch_moe.reference.match_columns import MOST_TIMESTEPS
+from .ops._checks import check_shape, check_top_k
+from .ops.diffusion_prior import diffusion_prior_loss
+from .ops.match_columns import MOST_TIMESTEPS, match_columns
+
+
+def prior_table(num_timesteps: int, columns: int, active: int, alpha: float) -> Tensor:
+    """0/1 table ``[N, columns]``: row t has ones in columns ``i_t .. i_t + active - 1``.
+
+    ``i_t = round((t / (N - 1)) ** alpha * (columns - active))``: neighbouring timesteps share most of their
+    columns, and the columns move fastest at large t. Float32.
+    """
+    fraction = torch.arange(num_timesteps, dtype=torch.float64) / max(num_timesteps - 1, 1)
+    first = torch.round(fraction**alpha * (columns - active))[:, None]
+    column = torch.arange(columns)
+    return ((column >= first) & (column < first + active)).float()
 
 
 class DiffusionPrior(nn.Module):
@@ -41,13 +51,8 @@ class DiffusionPrior(nn.Module):
             raise ValueError(
                 f"num_timesteps is {num_timesteps}; it must be at most 2^24, what float32 counts"
             )
-        self.depth, self.num_experts, self.top_k, self.num_timesteps = (
-            depth,
-            num_experts,
-            top_k,
-            num_timesteps,
-        )
-        self.alpha = alpha
+        self.depth, self.num_experts, self.top_k = depth, num_experts, top_k
+        self.num_timesteps, self.alpha = num_timesteps, alpha
         table = prior_table(num_timesteps, depth * num_experts, depth * top_k, alpha)
         self.register_buffer("table", table, persistent=False)
 

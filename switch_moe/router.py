@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from switch_moe.ops._dispatch import BACKENDS, check_top_k
-from switch_moe.ops.timestep_gate import timestep_gate
-from switch_moe.reference.timestep_gate import selected_experts
+from .ops._backend import BACKENDS
+from .ops._checks import check_top_k
+from .ops.timestep_gate import selected_experts, timestep_gate
 
 
 class Routing(NamedTuple):
@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     probs: Tensor  # [L, B, M] float32
     expert_index: Tensor  # [L, B, k] int32
     expert_gate: Tensor  # [L, B, k] float32
-    table: Tensor | None = None  # [B, L*M], what selected() returns, where the router was asked for it
+    kept: Tensor | None = None  # [B, L*M], what selected() returns, where the router was asked for it
 
     def block(self, index: int) -> Routing:
         """The routing of one block of a routing of L blocks."""
@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
     def selected(self) -> Tensor:
         """0/1 float32 ``[B, L*M]`` of a routing of L blocks: one where an expert is among the top k."""
-        return selected_experts(self.probs, self.expert_index) if self.table is None else self.table
+        return selected_experts(self.probs, self.expert_index) if self.kept is None else self.kept
 
 
 class Router(nn.Module):
@@ -67,11 +67,14 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
-    def forward(self, embedding: Tensor, *, table: bool = False) -> Routing:
-        """The routing of all blocks for timestep embeddings ``[B, D]``; ``table``: with its 0/1 table."""
+    def forward(self, embedding: Tensor, *, selected: bool = False) -> Routing:
+        """The routing of all blocks for timestep embeddings ``[B, D]``.
+
+        With ``selected`` the same launch writes what :meth:`Routing.selected` returns.
+        """
         weight, bias = self.weight.float(), self.bias.float()
-        found = timestep_gate(embedding, weight, bias, self.top_k, selected=table, backend=self.backend)
-        return Routing(*found)
+        outputs = timestep_gate(embedding, weight, bias, self.top_k, selected=selected, backend=self.backend)
+        return Routing(*outputs)
 
     def extra_repr(self) -> str:
         depth, num_experts, hidden_size = self.weight.shape

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from switch_moe.kernels import _launch
 from switch_moe.ops import diffusion_prior_loss
-from switch_moe.reference.diffusion_prior import jensen_shannon, prior_table
+from switch_moe.prior import prior_table
+from switch_moe.reference.diffusion_prior import jensen_shannon
 
 # L, M, k, B, N: one of everything, odd sizes, every expert chosen, more columns than a tile
 SHAPES = [(4, 3, 2, 5, 50), (1, 1, 1, 1, 1), (12, 3, 2, 33, 1000), (3, 5, 5, 2, 7), (70, 16, 3, 3, 20)]

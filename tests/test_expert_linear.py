@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -17,10 +16,10 @@ from helpers import assert_close, assert_error_rule
 from torch import Tensor
 
 from switch_moe import native
+from switch_moe.cpu import expert_linear as cpu
+from switch_moe.experts import LinearExperts
 from switch_moe.ops import expert_linear
 from switch_moe.reference.expert_linear import expert_linear as reference
-
-op = importlib.import_module("switch_moe.ops.expert_linear")  # the package's attribute is the function
 
 # B, T, Din, Dout, M, k: merged and grouped, odd sizes, one token, one sample, sizes past a tile of the merge
 SHAPES = [
@@ -41,7 +40,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def poisoned_workspace(poisoned_memory: None) -> None:
     """The kept workspace holds NaN, as all fresh memory does."""
-    for kept in vars(op._workspaces).values():
+    for kept in vars(cpu._workspaces).values():
         kept.fill_(float("nan"))
 
 
@@ -69,7 +68,7 @@ def forward_backward(function, tensors: list[Tensor], index: Tensor, grad: Tenso
 
 def merge_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged weights go through memory, as on a processor without AVX2."""
-    monkeypatch.setattr(op, "_lanes", lambda dtype: 0)
+    monkeypatch.setattr(cpu, "vector_width", lambda dtype: 0)
 
 
 def check_against_reference(
@@ -95,7 +94,7 @@ def test_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("path", ["grouped", "merged", "fused"])
 @pytest.mark.parametrize("shape", [(9, 20, 40, 24, 3, 2), (64, 2, 48, 48, 3, 2), (3, 2, 70, 70, 5, 5)])
 def test_every_path(shape, path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "merging_pays", lambda *_: path != "grouped")
+    monkeypatch.setattr(cpu, "merging_pays", lambda *_: path != "grouped")
     if path == "merged":
         merge_apart(monkeypatch)
     check_against_reference(*make_inputs(shape, dtype))
@@ -106,13 +105,13 @@ def test_every_path(shape, path: str, dtype: torch.dtype, monkeypatch: pytest.Mo
 def test_rounds(routes_in_a_round: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     merge_apart(monkeypatch)
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize  # float16 is computed in float32
-    monkeypatch.setattr(op, "_WORKSPACE_BYTES", routes_in_a_round * 30 * 30 * itemsize)
+    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", routes_in_a_round * 30 * 30 * itemsize)
     check_against_reference(*make_inputs((5, 50, 30, 30, 4, 2), dtype))
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_expert_for_nobody_and_one_for_everybody(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "merging_pays", lambda *_: merged)
+    monkeypatch.setattr(cpu, "merging_pays", lambda *_: merged)
     tensors, index, grad = make_inputs((6, 10, 16, 16, 4, 2), torch.float32)
     index[:, 0], index[:, 1] = 2, torch.tensor([0, 3, 0, 3, 0, 3])
     check_against_reference(tensors, index, grad)
@@ -123,7 +122,7 @@ def test_an_expert_for_nobody_and_one_for_everybody(merged: bool, monkeypatch: p
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_one_expert_twice_and_zero_gates(merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "merging_pays", lambda *_: merged)
+    monkeypatch.setattr(cpu, "merging_pays", lambda *_: merged)
     tensors, index, grad = make_inputs((4, 10, 16, 16, 3, 2), torch.float32)
     index[0] = 1
     tensors[3][1] = 0
@@ -175,18 +174,43 @@ def test_strides_do_not_matter(tokens: int) -> None:
         assert_close(name, a, e, 1e-6)
 
 
+@pytest.mark.parametrize("modulate", [False, True])
+@pytest.mark.parametrize("tokens", [3, 90])
+def test_gradients_in_any_layout(tokens: int, modulate: bool) -> None:
+    """The output is permuted, expanded or sliced after the layer, so its gradient is not contiguous."""
+    tensors, index, _ = make_inputs((4, tokens, 12, 12, 3, 2), torch.float32)
+    scale = torch.randn(12, tokens, 4, generator=torch.Generator().manual_seed(1))
+
+    def permuted(out: Tensor) -> Tensor:
+        return (out.permute(2, 1, 0) * scale).sum()
+
+    def sliced(out: Tensor) -> Tensor:
+        return out[::2, :, 1:].square().sum()
+
+    for loss in (permuted, sliced, Tensor.sum):
+        gradients = []
+        for backend in ("native", "reference"):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            x, weight, bias, gate = leaves
+            loss(expert_linear(x, weight, bias, index, gate, modulate, backend=backend)).backward()
+            gradients.append([leaf.grad for leaf in leaves])
+        for name, a, e in zip(NAMES, *gradients, strict=True):
+            assert_close(name, a, e, 1e-5)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_samples_that_share_a_timestep_share_one_merge(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = []
-    original = op._merged_forward
-
-    def counting(*arguments) -> Tensor:
-        merged.append(len(arguments[5]))
-        return original(*arguments)
-
-    monkeypatch.setattr(op, "_merged_forward", counting)
     if not fused:
         merge_apart(monkeypatch)
+    name = "_fused_forward" if cpu.vector_width(torch.float32) else "_merged_forward"
+    original = getattr(cpu, name)
+
+    def counting(x: Tensor, experts: LinearExperts, counts: list[int]) -> Tensor:
+        merged.append(len(counts))
+        return original(x, experts, counts)
+
+    monkeypatch.setattr(cpu, name, counting)
     tensors, index, grad = make_inputs((12, 40, 16, 16, 3, 2), torch.float32)
     for routes, expected in [([0] * 12, 1), ([0, 1, 2] * 4, 3), (list(range(12)), 12)]:
         merged.clear()
@@ -239,15 +263,15 @@ def test_a_broken_kernel_is_noticed(
 ) -> None:
     if not fused:
         merge_apart(monkeypatch)
-    elif op._lanes(torch.float32) == 0:
+    elif cpu.vector_width(torch.float32) == 0:
         pytest.skip("this processor has no AVX2: experts are merged apart from the product")
-    monkeypatch.setattr(op, "native", type("native", (), {"cpu": Broken(function, breaks)}))
+    monkeypatch.setattr(cpu, "native", type("native", (), {"cpu": Broken(function, breaks)}))
     with pytest.raises(AssertionError, match="relative RMS"):
         check_against_reference(*make_inputs(SHAPES[0], torch.float32))
 
 
 def test_inference_first_and_training_afterwards() -> None:
-    vars(op._workspaces).clear()
+    vars(cpu._workspaces).clear()
     tensors, index, grad = make_inputs(SHAPES[0], torch.float32)
     with torch.inference_mode():
         expert_linear(tensors[0], tensors[1], tensors[2], index, tensors[3])

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from test_expert_linear import NAMES, forward_backward, make_inputs, reference
 from torch import Tensor
 
+from switch_moe.experts import LinearExperts
 from switch_moe.ops import expert_linear
-
-op = importlib.import_module("switch_moe.ops.expert_linear")
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
@@ -306,12 +305,13 @@ def test_true_float32_unless_tf32_is_allowed() -> None:
 
     x, weight, gate = (torch.empty(s, device="meta") for s in ((2, 16, 16), (3, 16, 16), (2, 2)))
     index = torch.empty(2, 2, dtype=torch.int32, device="meta")
+    experts = LinearExperts(weight, None, index, gate)
     try:
         for allowed, precision in (("high", "tf32"), ("highest", "ieee")):
             torch.set_float32_matmul_precision(allowed)
             with _launch.record(90) as launches:
-                expert_linear.forward(x, weight, None, index, gate, True, True)
-                expert_linear.backward(x, x, weight, None, index, gate, x, True, [True] * 4)
+                expert_linear.forward(x, experts, True, True)
+                expert_linear.backward(x, x, experts, x, True, [True] * 4)
             found = {launch.meta["PRECISION"] for launch in launches if "PRECISION" in launch.meta}
             assert found == {precision}
     finally:

@@ -15,6 +15,7 @@ import torch
 from helpers import assert_close, assert_error_rule, break_kernels, check_streams_and_graph
 from torch import Tensor
 
+from switch_moe.experts import MLPExperts
 from switch_moe.ops import expert_mlp
 from switch_moe.reference.expert_mlp import expert_mlp as reference
 
@@ -161,9 +162,7 @@ def test_empty(shape: tuple[int, ...], device: str) -> None:
         return
     out, pre = torch.ops.switch_moe.expert_mlp(*tensors[:5], index, gate, False, True)  # the operator too
     assert out.shape == grad.shape
-    grads = torch.ops.switch_moe.expert_mlp_backward(
-        grad, x, weight_in, weight_out, bias_out, index, gate, pre, False, [True] * 6
-    )
+    grads = torch.ops.switch_moe.expert_mlp_backward(grad, *tensors[:5], index, gate, pre, False, [True] * 6)
     for found, like in zip(grads, tensors, strict=True):
         assert torch.equal(found, torch.zeros_like(like))
 
@@ -281,13 +280,13 @@ def test_opcheck(device: str, small_tiles) -> None:
     torch.use_deterministic_algorithms(False)
     for gated in (False, True):
         (*tensors, gate), index, grad = make_inputs((1, 3, 8, 8, 2, 1), gated, torch.float32, device)
-        x, weight_in, _, weight_out, bias_out = tensors
+        x, weight_in, _, weight_out, _ = tensors
         pre = grad.new_ones(1, 1, 3, weight_in.shape[2])
         forward, backward = torch.ops.switch_moe.expert_mlp, torch.ops.switch_moe.expert_mlp_backward
         torch.library.opcheck(forward, (*tensors, index, gate, gated, True))
         torch.library.opcheck(forward, (x, weight_in, None, weight_out, None, index, gate, gated, False))
         for wanted in ([True] * 6, [False, True, False, True, False, False]):
-            arguments = (grad, x, weight_in, weight_out, bias_out, index, gate, pre, gated, wanted)
+            arguments = (grad, *tensors, index, gate, pre, gated, wanted)
             torch.library.opcheck(backward, arguments)
 
 
@@ -372,13 +371,14 @@ def test_true_float32_unless_tf32_is_allowed() -> None:
     sizes = ((2, 16, 16), (3, 16, 32), (3, 32, 16), (2, 2))
     x, weight_in, weight_out, gate = (torch.empty(size, device="meta") for size in sizes)
     index = torch.empty(2, 2, dtype=torch.int32, device="meta")
+    experts = MLPExperts(weight_in, None, weight_out, None, index, gate)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for allowed in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = allowed
             with _launch.record(90) as launches:
-                _, pre = expert_mlp.forward(x, weight_in, None, weight_out, None, index, gate, False, True)
-                expert_mlp.backward(x, x, weight_in, weight_out, None, index, gate, pre, False, [True] * 6)
+                _, hidden = expert_mlp.forward(x, experts, False, True)
+                expert_mlp.backward(x, x, experts, hidden, False, [True] * 6)
             precisions = [launch.meta["PRECISION"] for launch in launches if "PRECISION" in launch.meta]
             assert precisions == [allowed] * 6
     finally:

@@ -85,7 +85,7 @@ def test_one_router_for_all_layers() -> None:
     assert routing.selected().shape == (5, 12)
     assert (routing.selected().sum(1) == 6).all()
     with torch.no_grad():
-        assert torch.equal(router(e, table=True).table, routing.selected())
+        assert torch.equal(router(e, selected=True).kept, routing.selected())
     for i, layer in enumerate(layers):
         bare = SwitchMoE(16, 4, router=False)
         assert {name for name, _ in bare.named_parameters()} == {"weight", "bias"}

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from switch_moe import DiffusionPrior
 from switch_moe.ops import linear_assignment, match_columns
-from switch_moe.reference.diffusion_prior import prior_table
+from switch_moe.prior import prior_table
 from switch_moe.reference.match_columns import matching_cost
 
 BACKENDS = ["native", "reference"]

@@ -148,7 +148,7 @@ def test_routing_and_loss_on_the_device(device: str) -> None:
     times = torch.randn(60, 24, device=device)
     t = torch.tensor([3, 59, 20, 20], device=device)
     with torch.no_grad():
-        assignment = prior.match(router(times, table=True).selected())
+        assignment = prior.match(router(times, selected=True).selected())
     probs = router(times[t]).probs.transpose(0, 1).flatten(1)
     (gradients,) = torch.autograd.grad(prior.loss(probs, t, assignment), [router.weight])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from switch_moe.kernels import _launch
 from switch_moe.ops import timestep_gate
-from switch_moe.reference.timestep_gate import selected_experts
+from switch_moe.ops.timestep_gate import selected_experts
 from switch_moe.reference.timestep_gate import timestep_gate as reference
 
 # L, N', M, D, k: odd sizes, one of everything, no rows, no channels, many experts, ragged tiles of channels

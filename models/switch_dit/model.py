@@ -268,7 +268,7 @@ class SwitchDiT(nn.Module):
     def routing_table(self) -> Routing:
         """The current routing of all N timesteps."""
         timesteps = torch.arange(self.num_timesteps, device=self.pos_embed.device)
-        return self.router(self.t_embedder(timesteps), table=True)
+        return self.router(self.t_embedder(timesteps), selected=True)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, *, with_prior: bool = False, match: bool = True

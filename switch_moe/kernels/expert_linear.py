@@ -15,6 +15,8 @@ from torch import Tensor
 from switch_moe.kernels._launch import Tile, architecture, cdiv, dot_precision, launch
 from switch_moe.kernels.dispatch import dispatch
 
+from ..experts import LinearExperts
+
 MAX_ACCUMULATORS = 4  # experts whose weight gradients fit the registers of one program, beside P
 _UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded side by side, not in a loop
 _MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
@@ -85,10 +87,9 @@ def weight_tile(x: Tensor, num_experts: int) -> dict[str, int]:
     return tile.meta("BLOCK_I", "BLOCK_N", "BLOCK_T")
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, modulate: bool, keep: bool
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tuple[Tensor, Tensor]:
     """``(m(x) or x * (1 + m(x)), m(x) where modulated and kept, else empty)``; arguments contiguous."""
+    weight, bias, index, gate = experts
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
     out = x.new_empty(batch, tokens, d_out)
     mixture = torch.empty_like(out) if keep else x.new_empty(0)
@@ -108,15 +109,13 @@ def forward(
 def backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
+    experts: LinearExperts,
     mixture: Tensor | None,
     modulate: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, gate from that of the output; empty where not wanted."""
+    weight, bias, index, gate = experts
     if x.numel() == 0 or weight.numel() == 0:
         shapes = (x.shape, weight.shape, (weight.shape[0], weight.shape[2]))
         zeros = [x.new_zeros(shape if want else 0) for shape, want in zip(shapes, wanted, strict=False)]

@@ -16,6 +16,8 @@ from switch_moe.kernels._launch import Tile, architecture, cdiv, dot_precision, 
 from switch_moe.kernels.dispatch import dispatch
 from switch_moe.kernels.expert_linear import sum_first
 
+from ..experts import MLPExperts
+
 
 def _tiles(kernel: str, x: Tensor, tokens: int, gated: bool = False) -> Tile:
     """The tile of ``kernel`` (hidden, mixture, hidden_grad or weight_grad) for the type and device of x.
@@ -43,21 +45,12 @@ def _splits(tiles: int, pairs: int) -> int:
     return max(1, min(16, pairs, 512 // tiles))
 
 
-def forward(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
-    gated: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, experts: MLPExperts, gated: bool, keep: bool) -> tuple[Tensor, Tensor]:
     """``m(x) [B, T, D]``, and ``x_b W1_e + c1_e [B, k, T, W]`` where kept, else empty.
 
     Arguments are contiguous.
     """
+    weight_in, bias_in, weight_out, bias_out, index, gate = experts
     (batch, tokens, size), top_k = x.shape, index.shape[1]
     num_experts, hidden, _ = weight_out.shape
     pre = x.new_empty((batch, top_k, tokens, weight_in.shape[2]) if keep else 0)
@@ -78,16 +71,13 @@ def forward(
 def backward(
     grad: Tensor,
     x: Tensor,
-    weight_in: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
+    experts: MLPExperts,
     pre: Tensor,
     gated: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate; empty where not wanted."""
+    weight_in, _, weight_out, bias_out, index, gate = experts
     (batch, tokens, size), top_k = x.shape, index.shape[1]
     num_experts, hidden, _ = weight_out.shape
     width = weight_in.shape[2]

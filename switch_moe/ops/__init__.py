@@ -4,12 +4,12 @@ Legend: B samples, T tokens per sample, D hidden size (Din, Dout where they diff
 chosen per sample (``top_k``), L blocks, N diffusion timesteps.
 """
 
-from switch_moe.ops.diffusion_prior import diffusion_prior_loss
-from switch_moe.ops.expert_linear import expert_linear
-from switch_moe.ops.expert_mlp import expert_mlp
-from switch_moe.ops.linear_assignment import linear_assignment
-from switch_moe.ops.match_columns import match_columns
-from switch_moe.ops.timestep_gate import timestep_gate
+from .diffusion_prior import diffusion_prior_loss
+from .expert_linear import expert_linear
+from .expert_mlp import expert_mlp
+from .linear_assignment import linear_assignment
+from .match_columns import match_columns
+from .timestep_gate import timestep_gate
 
 __all__ = [
     "diffusion_prior_loss",

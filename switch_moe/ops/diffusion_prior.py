@@ -8,16 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switch_moe.ops._dispatch import (
-    check_device,
-    check_dtype,
-    check_shape,
-    choose,
-    register,
-    register_autocast,
-)
-from switch_moe.reference.diffusion_prior import jensen_shannon
+from ..reference.diffusion_prior import diffusion_prior_loss as reference_loss
+from ._backend import choose, operation
+from ._checks import check_device, check_dtype, check_shape
+from ._operator import contiguous, operator
 
+_OPERATION = operation("diffusion_prior_loss", triton=True)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -66,22 +62,20 @@ def diffusion_prior_loss(
     for name, value in (("depth", depth), ("active", active)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    path = choose("diffusion_prior_loss", backend, probs.device, native_devices=(), triton=True)
-    if path == "reference" or probs.numel() == 0 or table.numel() == 0:
+    path = choose(_OPERATION, backend, probs, table)
+    arguments = (probs, table, t, assignment, depth, active)
+    if path == "reference":
         with torch.autocast(probs.device.type, enabled=False):
-            prior = table[t][:, assignment].float() / active
-            return jensen_shannon(probs.float() / depth, prior)
-    loss: Tensor = _DiffusionPriorLoss.apply(probs, table, t, assignment, depth, active)
+            return reference_loss(*arguments)
+    loss: Tensor = _DiffusionPriorLoss.apply(*arguments)
     return loss
 
 
 class _DiffusionPriorLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, probs: Tensor, table: Tensor, t: Tensor, assignment: Tensor, depth: int, active: int
-    ) -> Tensor:
+    def forward(ctx: Any, probs: Tensor, *arguments: Any) -> Tensor:
         loss: Tensor
-        loss, grad = torch.ops.switch_moe.diffusion_prior_loss(probs, table, t, assignment, depth, active)
+        loss, grad = _forward(probs, *arguments)
         ctx.save_for_backward(grad)
         ctx.dtype = probs.dtype
         return loss
@@ -93,31 +87,16 @@ class _DiffusionPriorLoss(torch.autograd.Function):
         return (grad_loss * grad).to(ctx.dtype), None, None, None, None, None
 
 
-def _fake(
-    probs: Tensor, table: Tensor, t: Tensor, assignment: Tensor, depth: int, active: int
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(probs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return probs.new_empty((), dtype=torch.float32), probs.new_empty(probs.shape, dtype=torch.float32)
 
 
-@register(
-    "diffusion_prior_loss(Tensor probs, Tensor table, Tensor t, Tensor assignment, int depth, int active) -> "
-    "(Tensor, Tensor)",
-    _fake,
-)
+@operator("diffusion_prior_loss", fake=_fake_forward, autocast=0)
 def _forward(
     probs: Tensor, table: Tensor, t: Tensor, assignment: Tensor, depth: int, active: int
 ) -> tuple[Tensor, Tensor]:
     """The loss and its gradient in float32, by the Triton kernel; the reference needs no operator."""
-    from switch_moe.kernels import diffusion_prior as kernels
+    from ..kernels import diffusion_prior as kernels
 
-    return kernels.forward(
-        probs.contiguous(), table.contiguous(), t.contiguous(), assignment.contiguous(), depth, active
-    )
-
-
-def _float32_inside(*arguments: Any, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Under autocast: the arguments as they are, since the kernel computes in float32 whatever comes in."""
-    return arguments
-
-
-register_autocast("diffusion_prior_loss", _float32_inside)
+    probs, table, t, assignment = contiguous(probs, table, t, assignment)
+    return kernels.forward(probs, table, t, assignment, depth, active)

@@ -1,26 +1,20 @@
-"""Two-layer experts with per-sample gates."""
+"""Two-layer experts with per-sample gates: contract, checks, operators and gradient."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from switch_moe.ops._dispatch import (
-    check_device,
-    check_dtype,
-    check_expert_index,
-    check_shape,
-    check_triton_dtype,
-    choose,
-    register,
-    register_autocast,
-)
-from switch_moe.reference.expert_mlp import expert_mlp as reference_expert_mlp
+from ..experts import MLPExperts
+from ..reference.expert_mlp import expert_mlp as reference_expert_mlp
+from ._backend import KERNEL_DTYPES, choose, operation
+from ._checks import as_int32, check_dtype, check_expert_index, check_experts, check_shape
+from ._operator import autocast_dtype, cast, contiguous, operator
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OPERATION = operation("expert_mlp", triton=True, dtypes=KERNEL_DTYPES)
 
 
 def expert_mlp(
@@ -60,211 +54,88 @@ def expert_mlp(
         ValueError: a shape, device or index does not fit. TypeError: a type does not.
         RuntimeError: the named backend cannot run here.
     """
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight_in, bias_in, weight_out, bias_out = _cast(
-            x, weight_in, bias_in, weight_out, bias_out, dtype=dtype
-        )
-    _check(x, weight_in, bias_in, weight_out, bias_out, expert_index, expert_gate, gated)
-    path = choose("expert_mlp", backend, x.device, native_devices=(), triton=True)
-    if path == "triton" and x.dtype not in KERNEL_DTYPES:
-        if backend == "triton":
-            check_dtype("x", x, *KERNEL_DTYPES)
-        path = "reference"
-    if path == "triton":
-        check_triton_dtype("expert_mlp", x.dtype, x.device)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_expert_index(expert_index, weight_in.shape[0])
-    if path == "reference" or x.numel() == 0 or weight_in.numel() == 0:
-        return reference_expert_mlp(
-            x, weight_in, bias_in, weight_out, bias_out, expert_index, expert_gate, gated
-        )
-    if expert_index.dtype != torch.int32:  # out of range stays out of range, where the kernels find it
-        expert_index = expert_index.clamp(-1, weight_in.shape[0]).to(torch.int32)
-    keep = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight_in, bias_in, weight_out, bias_out, expert_gate)
+    x, weight_in, bias_in, weight_out, bias_out = cast(
+        autocast_dtype(x.device), x, weight_in, bias_in, weight_out, bias_out
     )
-    return cast(
-        Tensor,
-        _ExpertMLP.apply(x, weight_in, bias_in, weight_out, bias_out, expert_index, expert_gate, gated, keep),
-    )
-
-
-def _check(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    expert_index: Tensor,
-    expert_gate: Tensor,
-    gated: bool,
-) -> None:
     check_shape("x", x, ("B", "T", "D"))
     check_dtype("x", x, *KERNEL_DTYPES, torch.float64)
-    batch, _, size = x.shape
+    size = x.shape[2]
     check_shape("weight_in", weight_in, ("M", size, "2H" if gated else "H"))
-    experts, _, width = weight_in.shape
+    num_experts, _, width = weight_in.shape
     if gated and width % 2:
         raise ValueError(
             f"weight_in has shape {tuple(weight_in.shape)}; with gated its last size must be even"
         )
-    check_shape("weight_out", weight_out, (experts, width // 2 if gated else width, size))
-    check_shape("expert_index", expert_index, (batch, "k"))
-    check_shape("expert_gate", expert_gate, tuple(expert_index.shape))
-    check_dtype("expert_index", expert_index, torch.int32, torch.int64)
-    check_dtype(
-        "expert_gate", expert_gate, torch.float32, *([torch.float64] if x.dtype == torch.float64 else [])
-    )
-    same_type = [("weight_in", weight_in), ("weight_out", weight_out)]
+    check_shape("weight_out", weight_out, (num_experts, width // 2 if gated else width, size))
     for name, bias, columns in (("bias_in", bias_in, width), ("bias_out", bias_out, size)):
         if bias is not None:
-            check_shape(name, bias, (experts, columns))
-            same_type.append((name, bias))
-    for name, tensor in same_type:
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}; cast one, or use autocast")
-    for name, tensor in [*same_type, ("expert_index", expert_index), ("expert_gate", expert_gate)]:
-        check_device(name, tensor, x.device)
-    if expert_index.shape[1] < 1:
-        raise ValueError(
-            f"expert_index has shape {tuple(expert_index.shape)}; at least one expert must be chosen"
-        )
+            check_shape(name, bias, (num_experts, columns))
+    named = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
+    check_experts(x, expert_index, expert_gate, named)
+    path = choose(_OPERATION, backend, x, weight_in)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_expert_index(expert_index, num_experts)
+    index = as_int32(expert_index, num_experts)
+    experts = (weight_in, bias_in, weight_out, bias_out, index, expert_gate)
+    if path == "reference":
+        return reference_expert_mlp(x, *experts, gated)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *experts))
+    out: Tensor = _ExpertMLP.apply(x, *experts, gated, keep)
+    return out
 
 
 class _ExpertMLP(torch.autograd.Function):
     """Saves the arguments and the hidden layer before its activation; expert outputs never exist."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_in: Tensor,
-        bias_in: Tensor | None,
-        weight_out: Tensor,
-        bias_out: Tensor | None,
-        index: Tensor,
-        gate: Tensor,
-        gated: bool,
-        keep: bool,
-    ) -> Tensor:
-        out, pre = torch.ops.switch_moe.expert_mlp(
-            x, weight_in, bias_in, weight_out, bias_out, index, gate, gated, keep
-        )
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
+        *experts, gated, keep = arguments
+        out: Tensor
+        out, hidden = _forward(x, *experts, gated, keep)
         ctx.gated = gated
-        ctx.save_for_backward(x, weight_in, weight_out, bias_out, index, gate, pre)
-        return cast(Tensor, out)
+        ctx.save_for_backward(x, *experts, hidden)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         wanted = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]]
-        found = torch.ops.switch_moe.expert_mlp_backward(grad_out, *ctx.saved_tensors, ctx.gated, wanted)
+        found = _backward(grad_out, *ctx.saved_tensors, ctx.gated, wanted)
         grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         return (*grads[:5], None, grads[5], None, None)
 
 
-def _fake_forward(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
-    gated: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    pre = (x.shape[0], index.shape[1], x.shape[1], weight_in.shape[2])
-    return x.new_empty(x.shape), x.new_empty(pre if keep else 0)
+def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *experts, _gated, keep = arguments
+    return MLPExperts(*experts).empty_outputs(x, keep)
 
 
-@register(
-    "expert_mlp(Tensor x, Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, "
-    "Tensor index, Tensor gate, bool gated, bool keep_pre) -> (Tensor, Tensor)",
-    _fake_forward,
-)
+@operator("expert_mlp", fake=_fake_forward, autocast=5)
 def _forward(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
-    gated: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None,
+    index: Tensor, gate: Tensor, gated: bool, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output and, where kept, the hidden layer before its activation, else an empty tensor."""
-    from switch_moe.kernels import expert_mlp as kernels
+    from ..kernels import expert_mlp as kernels
 
-    return kernels.forward(
-        x.contiguous(), weight_in.contiguous(), _contiguous(bias_in), weight_out.contiguous(),
-        _contiguous(bias_out), index.contiguous(), gate.contiguous(), gated, keep,
-    )  # fmt: skip
+    x, *experts = contiguous(x, weight_in, bias_in, weight_out, bias_out, index, gate)
+    return kernels.forward(x, MLPExperts(*experts), gated, keep)
 
 
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight_in: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
-    pre: Tensor,
-    gated: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    experts, size, width = weight_in.shape
-    shapes = (x.shape, weight_in.shape, (experts, width), weight_out.shape, (experts, size))
-    found = [x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=False)]
-    return found[0], found[1], found[2], found[3], found[4], gate.new_empty(gate.shape if wanted[5] else 0)
+def _fake_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *experts, _hidden, _gated, wanted = arguments
+    return tuple(MLPExperts(*experts).empty_gradients(x, wanted))
 
 
-@register(
-    "expert_mlp_backward(Tensor grad, Tensor x, Tensor weight_in, Tensor weight_out, Tensor? bias_out, "
-    "Tensor index, Tensor gate, Tensor pre, bool gated, bool[6] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_backward,
-)
+@operator("expert_mlp_backward", fake=_fake_backward)
 def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight_in: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
-    pre: Tensor,
-    gated: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor,
+    bias_out: Tensor | None, index: Tensor, gate: Tensor, hidden: Tensor, gated: bool, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight_in, bias_in, weight_out, bias_out, gate; empty where not wanted."""
-    from switch_moe.kernels import expert_mlp as kernels
+    from ..kernels import expert_mlp as kernels
 
-    return kernels.backward(
-        grad.contiguous(), x.contiguous(), weight_in.contiguous(), weight_out.contiguous(),
-        _contiguous(bias_out), index.contiguous(), gate.contiguous(), pre.contiguous(), gated, wanted,
-    )  # fmt: skip
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _cast(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    *rest: Any,
-    dtype: torch.dtype,
-) -> tuple[Any, ...]:
-    tensors = (x, weight_in, bias_in, weight_out, bias_out)
-    return (*(None if t is None else t.to(dtype) for t in tensors), *rest)
-
-
-register_autocast("expert_mlp", _cast)
+    grad, x, *experts, hidden = contiguous(
+        grad, x, weight_in, bias_in, weight_out, bias_out, index, gate, hidden
+    )
+    return kernels.backward(grad, x, MLPExperts(*experts), hidden, gated, wanted)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switch_moe import native
-from switch_moe.ops._dispatch import LIBRARY, check_device, check_dtype, check_shape, choose, register
-from switch_moe.reference.linear_assignment import linear_assignment as reference_linear_assignment
+from .. import native
+from ..cpu import linear_assignment as compiled
+from ..reference.linear_assignment import linear_assignment as reference_linear_assignment
+from ._backend import choose, operation
+from ._checks import check_device, check_dtype, check_shape
+from ._operator import operator
 
+_OPERATION = operation("linear_assignment", native=("cpu", "cuda"))
 _NO_FINITE_TOTAL, _NOT_A_NUMBER, _TOO_LARGE = 1, 2, 3  # AssignmentStatus of csrc/linear_assignment_core.h
 
 
@@ -52,17 +56,16 @@ def linear_assignment(cost: Tensor, *, prices: Tensor | None = None, backend: st
         if not prices.is_contiguous():
             raise ValueError("prices is not contiguous; it is updated in place, so pass a contiguous tensor")
         prices = prices.detach()
-    if choose("linear_assignment", backend, cost.device, native_devices=("cpu", "cuda")) == "native":
-        column = _native(cost, prices)
-    elif backend == "auto" and cost.device.type != "cpu" and native.cpu.reason is None:
+    if choose(_OPERATION, backend, cost) == "native":
+        return _solve(cost, prices)
+    if backend == "auto" and cost.device.type != "cpu" and native.cpu.reason is None:
         on_cpu = None if prices is None else prices.cpu()
-        column = _native(cost.cpu(), on_cpu).to(cost.device)
+        column = _solve(cost.cpu(), on_cpu).to(cost.device)
         if prices is not None and on_cpu is not None:
             prices.copy_(on_cpu)
-    else:
-        _check_values(cost)
-        column = reference_linear_assignment(cost, prices)
-    return column
+        return column
+    _check_values(cost)
+    return reference_linear_assignment(cost, prices)
 
 
 def _exact_dtype(cost: Tensor) -> torch.dtype:
@@ -83,52 +86,36 @@ def _check_values(cost: Tensor) -> None:
             )
 
 
-def _native(cost: Tensor, prices: Tensor | None) -> Tensor:
-    if prices is None:
-        found: Tensor = torch.ops.switch_moe.linear_assignment(cost)
-    else:
-        found = torch.ops.switch_moe.linear_assignment_from(cost, prices)
-    return found
+def _solve(cost: Tensor, prices: Tensor | None) -> Tensor:
+    column: Tensor = _without_prices(cost) if prices is None else _from_prices(cost, prices)
+    return column
 
 
-def _fake(cost: Tensor, prices: Tensor | None = None) -> Tensor:
+def _fake(cost: Tensor, *_: Tensor) -> Tensor:
     return cost.new_empty(cost.shape[0], dtype=torch.int64)
 
 
-# Two operators, for torch.compile (2.13) fails on one with an optional tensor that it changes, left out.
-@register("linear_assignment(Tensor cost) -> Tensor", _fake, key="CPU")
-@register("linear_assignment_from(Tensor cost, Tensor(a!) prices) -> Tensor", _fake, key="CPU")
-def _cpu(cost: Tensor, prices: Tensor | None = None) -> Tensor:
-    n = cost.shape[0]
+# There are two operators because torch.compile of 2.13 fails on one whose argument is both optional and
+# changed in place.
+@operator("linear_assignment", fake=_fake)
+def _without_prices(cost: Tensor) -> Tensor:
+    return _compiled(cost, None)
+
+
+@operator("linear_assignment_from", fake=_fake, mutates=("prices",))
+def _from_prices(cost: Tensor, prices: Tensor) -> Tensor:
+    return _compiled(cost, prices)
+
+
+def _compiled(cost: Tensor, prices: Tensor | None) -> Tensor:
     exact = cost.to(_exact_dtype(cost)).contiguous()
-    column = torch.empty(n, dtype=torch.int64, device=cost.device)
-    solve = native.cpu.require().linear_assignment
-    status = solve(exact.data_ptr(), not cost.is_floating_point(), n, address(prices), column.data_ptr())
+    if cost.is_cuda:
+        from ..kernels import linear_assignment as kernels
+
+        return kernels.solve(exact, prices)
+    column, status = compiled.solve(exact, prices)
     if status in (_NOT_A_NUMBER, _TOO_LARGE):
         _check_values(cost)
     if status == _NO_FINITE_TOTAL:
         raise ValueError("cost has no assignment of finite total cost")
     return column
-
-
-def _cuda(cost: Tensor, prices: Tensor | None = None) -> Tensor:
-    solver = native.cuda.require()
-    n = cost.shape[0]
-    if n > solver.max_assignment_rows:
-        raise ValueError(f"cost has {n} rows; on a GPU there can be at most {solver.max_assignment_rows}")
-    integer = not cost.is_floating_point()
-    exact = cost.to(_exact_dtype(cost)).contiguous()
-    column = torch.empty(n, dtype=torch.int64, device=cost.device)
-    with torch.cuda.device(cost.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        solver.linear_assignment(exact.data_ptr(), integer, n, address(prices), column.data_ptr(), stream)
-    return column
-
-
-def address(tensor: Tensor | None) -> int:
-    """Of its data; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-LIBRARY.impl("linear_assignment", _cuda, "CUDA")
-LIBRARY.impl("linear_assignment_from", _cuda, "CUDA")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from switch_moe import native
-from switch_moe.ops._dispatch import check_device, check_dtype, check_shape, choose, register
-from switch_moe.ops.linear_assignment import address, linear_assignment
-from switch_moe.reference.match_columns import MOST_TIMESTEPS
-from switch_moe.reference.match_columns import match_columns as reference_match_columns
+from ..cpu import match_columns as compiled
+from ..reference.match_columns import match_columns as reference_match_columns
+from ._backend import choose, operation
+from ._checks import check_device, check_dtype, check_shape
+from ._operator import operator
+from .linear_assignment import linear_assignment
+
+MOST_TIMESTEPS = 2**24  # float32 counts to there
+
+_OPERATION = operation("match_columns", native=("cpu",))
 
 
 def match_columns(
@@ -47,32 +52,29 @@ def match_columns(
     check_shape("selected", selected, ("N", "S"))
     check_shape("table", table, tuple(selected.shape))
     check_device("table", table, selected.device)
-    given = [("rows", rows), ("columns", columns)]
+    integers = [("rows", rows), ("columns", columns)]
     if prices is not None:
-        given.append(("prices", prices))
+        integers.append(("prices", prices))
         if not prices.is_contiguous():
             raise ValueError("prices is not contiguous; it is updated in place, so pass a contiguous tensor")
         prices = prices.detach()
-    for name, tensor in given:
+    for name, tensor in integers:
         check_shape(name, tensor, (table.shape[1],))
         check_dtype(name, tensor, torch.int64)
         check_device(name, tensor, selected.device)
     if len(table) > MOST_TIMESTEPS:
         raise ValueError(f"table has {len(table)} rows; at most 2^24 can be counted")
-    if choose("match_columns", backend, selected.device, native_devices=("cpu",)) == "reference":
-        if selected.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_permutations(rows, columns)
+    if choose(_OPERATION, backend, selected) == "native":
+        given = (selected, table, rows, columns)
+        found: Tensor = _without_prices(*given) if prices is None else _from_prices(*given, prices)
+        return found
+    if selected.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_permutations(rows, columns)
 
-        def solve(cost: Tensor, start: Tensor | None) -> Tensor:
-            return linear_assignment(cost, prices=start, backend=backend)
+    def solve(cost: Tensor, start: Tensor | None) -> Tensor:
+        return linear_assignment(cost, prices=start, backend=backend)
 
-        return reference_match_columns(selected, table, rows, columns, prices, solve)
-    operators = torch.ops.switch_moe
-    if prices is None:
-        found: Tensor = operators.match_columns(selected, table, rows, columns)
-    else:
-        found = operators.match_columns_from(selected, table, rows, columns, prices)
-    return found
+    return reference_match_columns(selected, table, rows, columns, prices, solve)
 
 
 def _check_permutations(rows: Tensor, columns: Tensor) -> None:
@@ -81,29 +83,23 @@ def _check_permutations(rows: Tensor, columns: Tensor) -> None:
             raise ValueError(f"{name} is {order.tolist()}; it must be a permutation of 0 to {len(order) - 1}")
 
 
-def _fake(
-    selected: Tensor, table: Tensor, rows: Tensor, columns: Tensor, prices: Tensor | None = None
-) -> Tensor:
+def _fake(selected: Tensor, table: Tensor, rows: Tensor, *_: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0])
 
 
-_ARGUMENTS = "Tensor selected, Tensor table, Tensor rows, Tensor columns"
+# There are two operators for the reason given in linear_assignment.
+@operator("match_columns", fake=_fake)
+def _without_prices(selected: Tensor, table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return _compiled((selected, table, rows, columns), None)
 
 
-# Two operators, as for linear_assignment.
-@register(f"match_columns({_ARGUMENTS}) -> Tensor", _fake, key="CPU")
-@register(f"match_columns_from({_ARGUMENTS}, Tensor(a!) prices) -> Tensor", _fake, key="CPU")
-def _cpu(
-    selected: Tensor, table: Tensor, rows: Tensor, columns: Tensor, prices: Tensor | None = None
-) -> Tensor:
-    tensors = [
-        selected.float().contiguous(),
-        table.float().contiguous(),
-        rows.contiguous(),
-        columns.contiguous(),
-    ]
-    match = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    if not native.cpu.require().match_columns(*table.shape, *addresses, address(prices), match.data_ptr()):
-        _check_permutations(rows, columns)
+@operator("match_columns_from", fake=_fake, mutates=("prices",))
+def _from_prices(selected: Tensor, table: Tensor, rows: Tensor, columns: Tensor, prices: Tensor) -> Tensor:
+    return _compiled((selected, table, rows, columns), prices)
+
+
+def _compiled(tables: tuple[Tensor, Tensor, Tensor, Tensor], prices: Tensor | None) -> Tensor:
+    match, fits = compiled.match_columns(*tables, prices)
+    if not fits:
+        _check_permutations(*tables[2:])
     return match

@@ -1,4 +1,4 @@
-"""Specification of :class:`switch_moe.DiffusionPrior`: the table and the divergence."""
+"""Specification of :func:`switch_moe.ops.diffusion_prior_loss`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from torch import Tensor
 _EPSILON = 1e-6  # inside the logarithms, as in the official code
 
 
-def prior_table(num_timesteps: int, slots: int, active: int, alpha: float) -> Tensor:
-    """0/1 table ``[N, slots]``: row t has ones in columns ``i_t .. i_t + active - 1``.
-
-    ``i_t = round((t / (N - 1)) ** alpha * (slots - active))``: neighbouring timesteps share most of their
-    columns, and the columns move fastest at large t. Float32.
-    """
-    fraction = torch.arange(num_timesteps, dtype=torch.float64) / max(num_timesteps - 1, 1)
-    first = torch.round(fraction**alpha * (slots - active))[:, None]
-    column = torch.arange(slots)
-    return ((column >= first) & (column < first + active)).float()
+def diffusion_prior_loss(
+    probs: Tensor, table: Tensor, t: Tensor, assignment: Tensor, depth: int, active: int
+) -> Tensor:
+    """The divergence of the routers, ``probs / depth``, and the matched prior, ``table[t] / active``."""
+    prior = table[t][:, assignment].float() / active  # [B, S]
+    return jensen_shannon(probs.float() / depth, prior)
 
 
 def jensen_shannon(q: Tensor, u: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOST_TIMESTEPS = 2**24  # float32 counts to there
-
 
 def matching_cost(selected: Tensor, table: Tensor) -> Tensor:
     """``C[a, b] = sum_t |selected[t, a] - table[t, b]|``, int64 ``[S, S]``, exact.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import re
 from itertools import pairwise
@@ -12,9 +11,9 @@ import torch
 from test_expert_linear import check_against_reference, forward_backward, make_inputs
 
 from switch_moe import native
+from switch_moe.cpu import expert_linear as cpu
 from switch_moe.ops import expert_linear
-
-op = importlib.import_module("switch_moe.ops.expert_linear")
+from switch_moe.torch_compat import cpu_has
 
 # B, T, Din, Dout, M, k. Tiles are 8 x 48 (AVX-512) or 4 x 24, blocks 8 tiles wide, of a gradient 128 high, or
 # 32 for small experts. Sums go on from memory after 384 terms, of bfloat16 after 1,536 (768 tokens), two of
@@ -42,9 +41,9 @@ KERNELS = [(torch.float32, 8), (torch.float32, 16), (torch.bfloat16, 16)]
 
 def widest(dtype: torch.dtype) -> int:
     """Floats of the widest vector of this processor that the kernels of a type use."""
-    lanes = op._LANES.get(torch.backends.cpu.get_cpu_capability(), 0)
-    built = native.cpu.require().merged_product_takes(op._DTYPE_CODE[dtype], lanes)
-    return lanes if built and (dtype == torch.float32 or op._has("avx512_bf16")) else 0
+    lanes = cpu._VECTOR_WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
+    built = native.cpu.require().merged_product_takes(cpu._DTYPE_CODE[dtype], lanes)
+    return lanes if built and (dtype == torch.float32 or cpu_has("avx512_bf16")) else 0
 
 
 Kernel = tuple[torch.dtype, int]
@@ -55,8 +54,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pois
     dtype, lanes = request.param
     if widest(dtype) < lanes:
         pytest.skip(f"this processor has no products of {lanes} {dtype}")
-    monkeypatch.setattr(op, "_lanes", lambda asked: lanes if asked == dtype else 0)
-    monkeypatch.setattr(op, "merging_pays", lambda *_: True)
+    monkeypatch.setattr(cpu, "vector_width", lambda asked: lanes if asked == dtype else 0)
+    monkeypatch.setattr(cpu, "merging_pays", lambda *_: True)
     return dtype, lanes
 
 
@@ -108,20 +107,21 @@ def test_widths_that_exist() -> None:
     takes = native.cpu.require().merged_product_takes
     old = re.match(r"[4-9]\.", native.cpu.require().compiler)  # GCC 10 is the first that knows AVX512-BF16
     expected = (KERNELS[:2] if old else KERNELS) if platform.machine() in ("x86_64", "AMD64") else []
-    found = [(dtype, n) for dtype, code in op._DTYPE_CODE.items() for n in range(65) if takes(code, n)]
+    found = [(dtype, n) for dtype, code in cpu._DTYPE_CODE.items() for n in range(65) if takes(code, n)]
     assert found == expected
-    assert op._lanes(torch.float32) == widest(torch.float32)
-    assert op._lanes(torch.float16) == 0
+    assert cpu.vector_width(torch.float32) == widest(torch.float32)
+    assert cpu.vector_width(torch.float16) == 0
 
 
 @pytest.mark.parametrize(
     ("features", "taken"), [((), False), (("avx512_bf16",), True), (("avx512_bf16", "amx_tile"), False)]
 )
 def test_amx_is_for_torch(features: tuple[str, ...], taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native.cpu.require().merged_product_takes(op._DTYPE_CODE[torch.bfloat16], widest(torch.float32)):
+    if not native.cpu.require().merged_product_takes(cpu._DTYPE_CODE[torch.bfloat16], widest(torch.float32)):
         pytest.skip("this build, or this processor, has no such products of bfloat16")
-    monkeypatch.setattr(op, "_has", lambda feature: feature in features)
-    assert op._lanes(torch.bfloat16) == (16 if taken else 0)
+    monkeypatch.setattr(cpu, "cpu_has", lambda feature: feature in features)
+    monkeypatch.setattr(cpu, "vector_width", cpu.vector_width.__wrapped__)
+    assert cpu.vector_width(torch.bfloat16) == (16 if taken else 0)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
@@ -130,7 +130,7 @@ def test_rounds_of_the_backward(samples: int, kernel: Kernel, monkeypatch: pytes
     inputs = make_inputs((5, 20, 50, 60, 5, 2), kernel[0])
     at_once = forward_backward(expert_linear, *inputs, False)
     dtype, lanes = kernel
-    size = native.cpu.require().merged_product_workspace(20, 5, 50, 60, op._DTYPE_CODE[dtype], lanes)
-    monkeypatch.setattr(op, "_WORKSPACE_BYTES", samples * size)
+    size = native.cpu.require().merged_product_workspace(20, 5, 50, 60, cpu._DTYPE_CODE[dtype], lanes)
+    monkeypatch.setattr(cpu, "WORKSPACE_BYTES", samples * size)
     for a, b in zip(forward_backward(expert_linear, *inputs, False), at_once, strict=True):
         assert torch.equal(a, b)

@@ -1,0 +1,58 @@
+"""The experts and the routing of a call, as operators hand them to a backend, and the shapes of the results.
+
+Operators and backends allocate their results here, and torch's fake tensors come from here too, so that a
+shape is written down once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LinearExperts(NamedTuple):
+    """Arguments of ``expert_linear``."""
+
+    weight: Tensor  # [M, Din, Dout]
+    bias: Tensor | None  # [M, Dout]
+    expert_index: Tensor  # [B, k] int32
+    expert_gate: Tensor  # [B, k] float32
+
+    def empty_outputs(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """The output and the mixture m(x), both ``[B, T, Dout]``; the second is empty unless kept."""
+        shape = (x.shape[0], x.shape[1], self.weight.shape[2])
+        return x.new_empty(shape), x.new_empty(shape if keep else 0)
+
+    def empty_gradients(self, x: Tensor, wanted: Iterable[bool]) -> list[Tensor]:
+        """Gradients of x, weight, bias and gate."""
+        return empty_gradients(wanted, x, self.weight, self.bias, self.expert_gate)
+
+
+class MLPExperts(NamedTuple):
+    """Arguments of ``expert_mlp``; W is H, the hidden width, or 2H for SwiGLU."""
+
+    weight_in: Tensor  # [M, D, W]
+    bias_in: Tensor | None  # [M, W]
+    weight_out: Tensor  # [M, H, D]
+    bias_out: Tensor | None  # [M, D]
+    expert_index: Tensor  # [B, k] int32
+    expert_gate: Tensor  # [B, k] float32
+
+    def empty_outputs(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """The output ``[B, T, D]`` and the hidden layer before its activation ``[B, k, T, W]``, if kept."""
+        hidden = (x.shape[0], self.expert_index.shape[1], x.shape[1], self.weight_in.shape[2])
+        return x.new_empty(x.shape), x.new_empty(hidden if keep else 0)
+
+    def empty_gradients(self, x: Tensor, wanted: Iterable[bool]) -> list[Tensor]:
+        """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate."""
+        return empty_gradients(wanted, x, *self[:4], self.expert_gate)
+
+
+def empty_gradients(wanted: Iterable[bool], first: Tensor, *others: Tensor | None) -> list[Tensor]:
+    """An uninitialised gradient for each input; one that is not wanted, or has no input, is empty."""
+    inputs = (first, *(first if tensor is None else tensor for tensor in others))
+    return [
+        tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(inputs, wanted, strict=True)
+    ]

@@ -1,0 +1,32 @@
+"""Everything this package asks of torch that torch does not promise to keep, in one file.
+
+Each function has an answer where a later torch has no such question any more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether torch finds ``feature`` (``amx_tile``, ``avx512_bf16``, ...) on this processor."""
+    ask = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return ask is not None and bool(ask())
+
+
+def softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
+    """The gradient of the logits of a softmax over the last dimension: ``p (g - <g, p>)``."""
+    gradient: Tensor = torch.ops.aten._softmax_backward_data(grad, probs, -1, probs.dtype)
+    return gradient
+
+
+def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of ``SiLU(x)``."""
+    gradient: Tensor = torch.ops.aten.silu_backward(grad, x)
+    return gradient
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets matrix products of float32 on a GPU round their operands to TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
