@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,24 +12,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--shard",
-        metavar="I/N",
-        help="run every N-th test from the I-th on, 1 <= I <= N: N such processes run them all",
-    )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    shard = config.getoption("--shard")
-    if shard is None:
-        return
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    part, parts = (int(number) for number in match.groups()) if match else (0, 0)
-    if not 1 <= part <= parts:
-        raise pytest.UsageError(f"--shard is {shard!r}; it must be I/N with 1 <= I <= N")
-    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != part - 1])
-    items[:] = items[part - 1 :: parts]
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core. With a GPU there are at most four, for they share its memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4) if torch.cuda.is_available() else cores
 
 
 @pytest.fixture
