@@ -25,10 +25,10 @@ ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "80 90a 100+PTX"
 CPU_SOURCES = [
     "bindings.cpp",
-    "expert_linear.cpp",
+    "expert_linear_fused.cpp",
+    "expert_linear_merge.cpp",
     "linear_assignment.cpp",
     "match_columns.cpp",
-    "merged_product.cpp",
     "parallel.cpp",
 ]
 CUDA_SOURCES = ["bindings_cuda.cpp", "linear_assignment.cu"]

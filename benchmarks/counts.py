@@ -72,7 +72,7 @@ def product_flops(step: Step) -> int:
     """FLOPs of the products that ``step()`` runs on a CPU, inside operators too, but not attention's: torch's
     products and our compiled ones, which count themselves.
     """
-    ours = native.cpu.require().merged_product_flops
+    ours = native.cpu.require().fused_product_flops
     before = ours()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as run:
         step()

@@ -4,7 +4,6 @@
 #include "expert_linear.h"
 #include "linear_assignment.h"
 #include "match_columns.h"
-#include "merged_product.h"
 
 namespace py = pybind11;
 using namespace switch_moe;
@@ -16,6 +15,10 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+Routes routes_at(int64_t num_routes, int64_t top_k, uintptr_t index, uintptr_t gate) {
+    return {num_routes, top_k, at<int32_t>(index), at<float>(gate)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -25,8 +28,7 @@ PYBIND11_MODULE(_cpu, m) {
         "merge_experts",
         [](uintptr_t weight, int64_t experts, int64_t elements, uintptr_t index, uintptr_t gate,
            int64_t routes, int64_t top_k, int dtype, int threads, uintptr_t merged) {
-            merge_experts(at<void>(weight),
-                          {experts, elements, routes, top_k, at<int32_t>(index), at<float>(gate)},
+            merge_experts({experts, 1, elements, at<void>(weight)}, routes_at(routes, top_k, index, gate),
                           static_cast<DType>(dtype), threads, at<void>(merged));
         },
         py::arg("weight"), py::arg("experts"), py::arg("elements"), py::arg("index"), py::arg("gate"),
@@ -37,9 +39,9 @@ PYBIND11_MODULE(_cpu, m) {
         [](uintptr_t grad_merged, uintptr_t weight, int64_t experts, int64_t elements, uintptr_t index,
            uintptr_t gate, int64_t routes, int64_t top_k, bool first, bool last, int dtype, int threads,
            uintptr_t carry, uintptr_t grad_weight, uintptr_t grad_gate) {
-            merge_experts_backward(at<void>(grad_merged), at<void>(weight),
-                                   {experts, elements, routes, top_k, at<int32_t>(index), at<float>(gate)},
-                                   {first, last}, static_cast<DType>(dtype), threads, at<float>(carry),
+            merge_experts_backward(at<void>(grad_merged), {experts, 1, elements, at<void>(weight)},
+                                   routes_at(routes, top_k, index, gate), {first, last},
+                                   static_cast<DType>(dtype), threads, at<float>(carry),
                                    at<void>(grad_weight), at<float>(grad_gate));
         },
         py::arg("grad_merged"), py::arg("weight"), py::arg("experts"), py::arg("elements"), py::arg("index"),
@@ -47,47 +49,47 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("dtype"), py::arg("threads"), py::arg("carry"), py::arg("grad_weight"), py::arg("grad_gate"),
         py::call_guard<py::gil_scoped_release>());
     m.def(
-        "merged_product_takes",
-        [](int dtype, int lanes) { return merged_product_takes(static_cast<DType>(dtype), lanes); },
-        py::arg("dtype"), py::arg("lanes"));
-    m.def("merged_product_flops", merged_product_flops);
+        "fused_product_takes",
+        [](int dtype, int vector_width) {
+            return fused_product_takes(static_cast<DType>(dtype), vector_width);
+        },
+        py::arg("dtype"), py::arg("vector_width"));
+    m.def("fused_product_flops", fused_product_flops);
     m.def(
-        "merged_product",
+        "fused_product",
         [](uintptr_t x, int64_t experts, int64_t inputs, int64_t outputs, uintptr_t weight, int64_t routes,
            int64_t top_k, uintptr_t index, uintptr_t gate, uintptr_t starts, uintptr_t bias, bool transposed,
-           int dtype, int lanes, int threads, uintptr_t out) {
-            merged_product(at<void>(x), {experts, inputs, outputs, at<void>(weight)},
-                           {routes, top_k, at<int32_t>(index), at<float>(gate)}, at<int64_t>(starts),
-                           at<void>(bias), transposed, static_cast<DType>(dtype), lanes, threads,
-                           at<void>(out));
+           int dtype, int vector_width, int threads, uintptr_t out) {
+            fused_product(at<void>(x), {experts, inputs, outputs, at<void>(weight)},
+                          routes_at(routes, top_k, index, gate), at<int64_t>(starts), at<void>(bias),
+                          transposed, static_cast<DType>(dtype), vector_width, threads, at<void>(out));
         },
         py::arg("x"), py::arg("experts"), py::arg("inputs"), py::arg("outputs"), py::arg("weight"),
         py::arg("routes"), py::arg("top_k"), py::arg("index"), py::arg("gate"), py::arg("starts"),
-        py::arg("bias"), py::arg("transposed"), py::arg("dtype"), py::arg("lanes"), py::arg("threads"),
+        py::arg("bias"), py::arg("transposed"), py::arg("dtype"), py::arg("vector_width"), py::arg("threads"),
         py::arg("out"), py::call_guard<py::gil_scoped_release>());
     m.def(
-        "merged_product_workspace",
-        [](int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs, int dtype, int lanes) {
-            return merged_product_workspace(tokens, {experts, inputs, outputs, nullptr},
-                                            static_cast<DType>(dtype), lanes);
+        "fused_product_workspace",
+        [](int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs, int dtype, int vector_width) {
+            return fused_product_workspace(tokens, {experts, inputs, outputs, nullptr},
+                                           static_cast<DType>(dtype), vector_width);
         },
         py::arg("tokens"), py::arg("experts"), py::arg("inputs"), py::arg("outputs"), py::arg("dtype"),
-        py::arg("lanes"));
+        py::arg("vector_width"));
     m.def(
-        "merged_product_backward",
+        "fused_product_backward",
         [](uintptr_t x, uintptr_t grad, int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs,
            uintptr_t weight, int64_t routes, int64_t top_k, uintptr_t index, uintptr_t gate, int dtype,
-           int lanes, int threads, int64_t samples, uintptr_t workspace, uintptr_t carry,
+           int vector_width, int threads, int64_t samples, uintptr_t workspace, uintptr_t carry,
            uintptr_t grad_weight, uintptr_t grad_gate) {
-            merged_product_backward(at<void>(x), at<void>(grad), tokens,
-                                    {experts, inputs, outputs, at<void>(weight)},
-                                    {routes, top_k, at<int32_t>(index), at<float>(gate)},
-                                    static_cast<DType>(dtype), lanes, threads, samples, at<void>(workspace),
-                                    at<float>(carry), at<void>(grad_weight), at<float>(grad_gate));
+            fused_product_backward(
+                at<void>(x), at<void>(grad), tokens, {experts, inputs, outputs, at<void>(weight)},
+                routes_at(routes, top_k, index, gate), static_cast<DType>(dtype), vector_width, threads,
+                samples, at<void>(workspace), at<float>(carry), at<void>(grad_weight), at<float>(grad_gate));
         },
         py::arg("x"), py::arg("grad"), py::arg("tokens"), py::arg("experts"), py::arg("inputs"),
         py::arg("outputs"), py::arg("weight"), py::arg("routes"), py::arg("top_k"), py::arg("index"),
-        py::arg("gate"), py::arg("dtype"), py::arg("lanes"), py::arg("threads"), py::arg("samples"),
+        py::arg("gate"), py::arg("dtype"), py::arg("vector_width"), py::arg("threads"), py::arg("samples"),
         py::arg("workspace"), py::arg("carry"), py::arg("grad_weight"), py::arg("grad_gate"),
         py::call_guard<py::gil_scoped_release>());
     m.def(

@@ -3,8 +3,8 @@
 #include <memory>
 #include <type_traits>
 
+#include "cpu.h"
 #include "linear_assignment_core.h"
-#include "vectorised.h"
 
 namespace switch_moe {
 namespace {

@@ -25,11 +25,11 @@
 
 #ifdef __CUDACC__
 #define SWITCH_MOE_CORE __device__ __forceinline__
-#define SWITCH_MOE_UNROLL _Pragma("unroll")
+#define SWITCH_MOE_UNROLL_ON_DEVICE _Pragma("unroll")
 #define SWITCH_MOE_SIMD(reduction)
 #else
 #define SWITCH_MOE_CORE inline __attribute__((always_inline))
-#define SWITCH_MOE_UNROLL
+#define SWITCH_MOE_UNROLL_ON_DEVICE
 #define SWITCH_MOE_PRAGMA(text) _Pragma(#text)
 #define SWITCH_MOE_SIMD(reduction) SWITCH_MOE_PRAGMA(omp simd reduction)
 #endif
@@ -115,12 +115,12 @@ struct PackedMatrix {
             SWITCH_MOE_SIMD()
             for (int j = group.lane(); j < n; j += Group::lanes) {
                 Value batch[Group::batch];
-                SWITCH_MOE_UNROLL
+                SWITCH_MOE_UNROLL_ON_DEVICE
                 for (int b = 0; b < Group::batch; ++b) {
                     const int64_t i = first + b < n ? first + b : n - 1;
                     batch[b] = pack(from[i * n + j]);
                 }
-                SWITCH_MOE_UNROLL
+                SWITCH_MOE_UNROLL_ON_DEVICE
                 for (int b = 0; b < Group::batch; ++b) row(first + b < n ? first + b : n - 1)[j] = batch[b];
             }
         }
@@ -228,7 +228,7 @@ class Assignment {
             SWITCH_MOE_SIMD()
             for (Index j = group_.lane(); j < n_; j += Group::lanes) {
                 Value low = s_.price[j];
-                SWITCH_MOE_UNROLL
+                SWITCH_MOE_UNROLL_ON_DEVICE
                 for (int b = 0; b < Group::batch; ++b) {
                     const Value c = costs_.row(first + b < n_ ? first + b : n_ - 1)[j];
                     low = c < low ? c : low;
@@ -321,7 +321,7 @@ class Assignment {
         for (Index k = 0; k < owned(); k += kTogether) {
             Value nearest[kTogether];
             Index previous[kTogether];
-            SWITCH_MOE_UNROLL
+            SWITCH_MOE_UNROLL_ON_DEVICE
             for (int t = 0; t < kTogether; ++t) {
                 const Index j = own(k + t);
                 const bool open = s_.seen[j] == 0;
@@ -336,7 +336,7 @@ class Assignment {
                 ranked = open ? ranked : kUnreached;
                 least = ranked < least ? ranked : least;
             }
-            SWITCH_MOE_UNROLL
+            SWITCH_MOE_UNROLL_ON_DEVICE
             for (int t = 0; t < kTogether; ++t) {
                 s_.distance[own(k + t)] = nearest[t];
                 s_.previous_row[own(k + t)] = previous[t];
@@ -421,12 +421,12 @@ SWITCH_MOE_CORE int assign(Group group, const Cost* cost, int n, char* memory, i
     SWITCH_MOE_SIMD(reduction(min : low, negated) reduction(& : numbers))
     for (int64_t first = group.lane(); first < size; first += Group::lanes * Group::batch) {
         Cost batch[Group::batch];
-        SWITCH_MOE_UNROLL
+        SWITCH_MOE_UNROLL_ON_DEVICE
         for (int b = 0; b < Group::batch; ++b) {
             const int64_t i = first + b * Group::lanes;
             batch[b] = cost[i < size ? i : size - 1];
         }
-        SWITCH_MOE_UNROLL
+        SWITCH_MOE_UNROLL_ON_DEVICE
         for (int b = 0; b < Group::batch; ++b) {
             const Cost c = batch[b];
             low = c < low ? c : low;

@@ -4,8 +4,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu.h"
 #include "linear_assignment.h"
-#include "vectorised.h"
 
 namespace switch_moe {
 namespace {

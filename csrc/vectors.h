@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "elements.h"
+#include "cpu.h"
 
 #define SWITCH_MOE_INLINE inline __attribute__((always_inline))
 #define SWITCH_MOE_UNROLL _Pragma("GCC unroll 16")
@@ -17,37 +17,38 @@
 
 namespace switch_moe {
 
-// kSize of T; Loose: anywhere in memory. (GCC 12 takes no size that depends on a template's argument.)
+// A vector of kSize elements of type T. A Loose one may lie anywhere in memory. There is a specialisation for
+// every size because GCC 12 takes no size that depends on a template's argument.
 template <typename T, int kSize>
-struct Lanes;
-#define SWITCH_MOE_LANES(T, size)                                                              \
+struct VectorOf;
+#define SWITCH_MOE_VECTOR(T, size)                                                             \
     template <>                                                                                \
-    struct Lanes<T, size> {                                                                    \
+    struct VectorOf<T, size> {                                                                 \
         typedef T Vector __attribute__((vector_size(sizeof(T) * size)));                       \
         typedef T Loose __attribute__((vector_size(sizeof(T) * size), aligned(1), may_alias)); \
     };
-#define SWITCH_MOE_LANES_OF(T) \
-    SWITCH_MOE_LANES(T, 2) SWITCH_MOE_LANES(T, 4) SWITCH_MOE_LANES(T, 8) SWITCH_MOE_LANES(T, 16)
-SWITCH_MOE_LANES_OF(float)
-SWITCH_MOE_LANES_OF(uint32_t)
-SWITCH_MOE_LANES_OF(uint16_t)
-SWITCH_MOE_LANES(uint16_t, 32)
-#undef SWITCH_MOE_LANES_OF
-#undef SWITCH_MOE_LANES
+#define SWITCH_MOE_VECTORS_OF(T) \
+    SWITCH_MOE_VECTOR(T, 2) SWITCH_MOE_VECTOR(T, 4) SWITCH_MOE_VECTOR(T, 8) SWITCH_MOE_VECTOR(T, 16)
+SWITCH_MOE_VECTORS_OF(float)
+SWITCH_MOE_VECTORS_OF(uint32_t)
+SWITCH_MOE_VECTORS_OF(uint16_t)
+SWITCH_MOE_VECTOR(uint16_t, 32)
+#undef SWITCH_MOE_VECTORS_OF
+#undef SWITCH_MOE_VECTOR
 
 template <int kSize>
-using Floats = typename Lanes<float, kSize>::Vector;
+using Floats = typename VectorOf<float, kSize>::Vector;
 template <int kSize>
-using Words = typename Lanes<uint32_t, kSize>::Vector;
+using Words = typename VectorOf<uint32_t, kSize>::Vector;
 
 template <int kSize>
 SWITCH_MOE_INLINE void load(const float* from, Floats<kSize>& to) {
-    to = *reinterpret_cast<const typename Lanes<float, kSize>::Loose*>(from);
+    to = *reinterpret_cast<const typename VectorOf<float, kSize>::Loose*>(from);
 }
 
 template <int kSize>
 SWITCH_MOE_INLINE void save(const Floats<kSize>& from, float* to) {
-    *reinterpret_cast<typename Lanes<float, kSize>::Loose*>(to) = from;
+    *reinterpret_cast<typename VectorOf<float, kSize>::Loose*>(to) = from;
 }
 
 template <int... order, typename Vector>
@@ -59,7 +60,7 @@ SWITCH_MOE_INLINE void shuffle(const Vector& a, const Vector& b, Vector& to) {
 #endif
 }
 
-// low and high halves of a and b, element by element in turns.
+// Takes elements of a and b in turns; `low` gets those of the lower halves, `high` those of the upper ones.
 template <typename Vector, int... i>
 SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer_sequence<int, i...>,
                                   Vector& low, Vector& high) {
@@ -68,7 +69,7 @@ SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer
     shuffle<(i / 2 + i % 2 * kSize + kSize / 2)...>(a, b, high);
 }
 
-// In log2(kSize) rounds that interleave row i with row i + kSize / 2.
+// Transposes in log2(kSize) rounds, each of which interleaves row i with row i + kSize / 2.
 template <typename Vector, int kSize>
 SWITCH_MOE_INLINE void transpose(Vector (&rows)[kSize]) {
     SWITCH_MOE_UNROLL
@@ -84,14 +85,14 @@ SWITCH_MOE_INLINE void transpose(Vector (&rows)[kSize]) {
     }
 }
 
-// Of bfloat16, each in the lower half of a word.
+// Loads bfloat16, each into the lower half of a word.
 template <int kSize>
 SWITCH_MOE_INLINE void load_words(const BFloat16* from, Words<kSize>& to);
 
 #ifdef SWITCH_MOE_AVX512_BF16
 template <int kSize>
 SWITCH_MOE_INLINE void load_words(const BFloat16* from, Words<kSize>& to) {
-    using Halves = typename Lanes<uint16_t, kSize>::Loose;
+    using Halves = typename VectorOf<uint16_t, kSize>::Loose;
     const Halves* halves = reinterpret_cast<const Halves*>(from);
     Words<kSize> words;  // GCC 12 would widen 16 elements in two halves
     asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*halves));
@@ -105,24 +106,24 @@ SWITCH_MOE_INLINE void load(const BFloat16* from, Floats<kSize>& to) {
     to = reinterpret_cast<Floats<kSize>>(words << 16);
 }
 
-// To nearest, ties to even, with the instructions of AVX512-BF16, which take denormal numbers for zero.
+// Rounds to nearest, ties to even. The instructions of AVX512-BF16 take denormal numbers for zero.
 template <int kSize>
 SWITCH_MOE_INLINE void save(const Floats<kSize>& from, BFloat16* to) {
-    typename Lanes<uint16_t, kSize>::Vector halves;
+    typename VectorOf<uint16_t, kSize>::Vector halves;
     asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(from));
-    *reinterpret_cast<typename Lanes<uint16_t, kSize>::Loose*>(to) = halves;
+    *reinterpret_cast<typename VectorOf<uint16_t, kSize>::Loose*>(to) = halves;
 }
 
 template <int... i>
 SWITCH_MOE_INLINE void join(const Floats<16>& first, const Floats<16>& second,
                             std::integer_sequence<int, i...>, Words<16>& to) {
-    typename Lanes<uint16_t, 32>::Vector halves;
+    typename VectorOf<uint16_t, 32>::Vector halves;
     asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(first), "v"(second));
     shuffle<(i / 2 + i % 2 * 16)...>(halves, halves, halves);
     to = reinterpret_cast<Words<16>>(halves);
 }
 
-// Words whose lower and upper halves are bfloat16.
+// Makes words of two bfloat16, `lower` in the lower half and `upper` in the upper one.
 SWITCH_MOE_INLINE void join(const Floats<16>& lower, const Floats<16>& upper, Words<16>& to) {
     join(lower, upper, std::make_integer_sequence<int, 32>(), to);
 }

@@ -241,7 +241,7 @@ class TestPeakBytes:
         """
         if not lanes:
             return D * D * dtype.itemsize
-        size: int = native.cpu.require().merged_product_workspace(
+        size: int = native.cpu.require().fused_product_workspace(
             tokens, experts, D, D, op._DTYPE_CODE[dtype], lanes
         )
         return size

@@ -1,6 +1,6 @@
 """expert_linear: forward and every gradient against the float64 reference, on the CPU paths.
 
-That where experts merge inside the product has more tests in test_merged_product.py.
+That where experts merge inside the product has more tests in test_fused_product.py.
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ def wrong_result(function: Callable, *arguments: int) -> None:
     [
         (False, "merge_experts", wrong_gates),
         (False, "merge_experts_backward", wrong_result),
-        (True, "merged_product", wrong_gates),
-        (True, "merged_product_backward", wrong_result),
+        (True, "fused_product", wrong_gates),
+        (True, "fused_product_backward", wrong_result),
     ],
 )
 def test_a_broken_kernel_is_noticed(

@@ -73,7 +73,7 @@ def vector_width(dtype: torch.dtype) -> int:
     where a processor has it, bfloat16 is left to torch's products, which do.
     """
     width = _VECTOR_WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
-    if dtype not in _DTYPE_CODE or not native.cpu.require().merged_product_takes(_DTYPE_CODE[dtype], width):
+    if dtype not in _DTYPE_CODE or not native.cpu.require().fused_product_takes(_DTYPE_CODE[dtype], width):
         return 0
     if dtype == torch.bfloat16 and (cpu_has("amx_tile") or not cpu_has("avx512_bf16")):
         return 0
@@ -242,7 +242,7 @@ def _fused_product(
     """``out = x V_r + bias_r``, or ``x V_r^T`` if transposed; bias is [R, Dout]."""
     weight, _, index, gate = experts
     starts = torch.tensor([0, *itertools.accumulate(counts)]) * x.shape[1]
-    native.cpu.require().merged_product(
+    native.cpu.require().fused_product(
         x.data_ptr(), *weight.shape, weight.data_ptr(), *index.shape, index.data_ptr(), gate.data_ptr(),
         starts.data_ptr(), 0 if bias is None else bias.data_ptr(), transposed, _DTYPE_CODE[x.dtype],
         vector_width(x.dtype), torch.get_num_threads(), out.data_ptr(),
@@ -338,11 +338,11 @@ def _fused_backward(
         grad_weight, grad_gate = torch.empty_like(weight), torch.empty_like(gate)
         module = native.cpu.require()
         code, width = _DTYPE_CODE[x.dtype], vector_width(x.dtype)
-        size = module.merged_product_workspace(x.shape[1], *weight.shape, code, width)
+        size = module.fused_product_workspace(x.shape[1], *weight.shape, code, width)
         packed = _workspace(torch.float32, size // 4, len(x))
         carried = x.dtype != torch.float32 and len(packed) < len(x)
         carry = torch.empty(weight.shape, dtype=torch.float32, device=x.device) if carried else None
-        module.merged_product_backward(
+        module.fused_product_backward(
             x.data_ptr(), grad.data_ptr(), x.shape[1], *weight.shape, weight.data_ptr(), *index.shape,
             index.data_ptr(), gate.data_ptr(), code, width, torch.get_num_threads(), len(packed),
             packed.data_ptr(), 0 if carry is None else carry.data_ptr(), grad_weight.data_ptr(),

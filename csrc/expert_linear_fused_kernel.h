@@ -1,12 +1,26 @@
-// The blocks of merged_product.cpp, for a type of elements and a set of vector instructions.
+// The blocks of the fused products, for a type of elements and a set of vector instructions.
+//
+// A thread computes one block of out at a time. Packing is where the experts merge:
+//
+//      W_1   W_2                      slivers, kWidth columns each
+//      +---+ +---+   g_1 W_1 + g_2 W_2   +---+---+---+
+//      |   | |   |  ------------------>  |   |   |   |  packed panel of V_r   (second-level cache)
+//      +---+ +---+                       +---+---+---+
+//                                          v
+//      x  [rows, Din]  --pack-->  kRows x depth words  (first-level cache)
+//                                          v
+//                              tile [kRows, kWidth] of out, in registers
+//
+// A word is 32 bits: a float, or two bfloat16 that follow one another in a sum. The structure is that of K.
+// Goto and R. A. van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34, 2008.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "merged_product.h"
-#include "packing.h"
+#include "expert_linear.h"
+#include "expert_linear_pack.h"
 #include "vectors.h"
 
 #ifdef SWITCH_MOE_AVX512_BF16
@@ -15,17 +29,16 @@
 
 namespace switch_moe {
 
-// As in K. Goto, R. A. van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34, 2008,
-// but for what packing does: it merges experts. A packed panel, up to kSlivers slivers of kPanel / kSlivers
-// rows of words or fewer of more rows, stays in the second-level cache (590 KB with AVX-512), a packed sliver
-// of x in the first (12 KB, of bfloat16 up to 24).
+// A panel has up to kSlivers slivers of kPanel / kSlivers rows of words, or fewer slivers of more rows, so
+// that it stays in the second-level cache (590 KB with AVX-512). A packed sliver of x stays in the first (12
+// KB of float32, up to 24 KB of bfloat16).
 constexpr int64_t kSlivers = 8;
 constexpr int64_t kPanel = kSlivers * 384;
-constexpr int64_t kMostRows = 512;   // of x that share one packing of a panel
-constexpr int64_t kPackRows = 128;   // of x^T that a block packs
-constexpr int64_t kGradWords = 384;  // of the tokens that are summed at a time
+constexpr int64_t kMostRows = 512;   // so many rows of x share one packing of a panel
+constexpr int64_t kPackRows = 128;   // a block packs so many rows of x^T
+constexpr int64_t kGradWords = 384;  // so many words of tokens are summed at a time
 
-// 64-byte aligned room that a thread keeps.
+// Returns 64-byte aligned room, which the thread keeps.
 inline char* scratch(int64_t bytes) {
     static thread_local std::vector<char> kept;
     if (static_cast<int64_t>(kept.size()) < bytes + 64) kept.resize(bytes + 64);
@@ -34,6 +47,7 @@ inline char* scratch(int64_t bytes) {
 }
 
 // What a task computes: a part of the rows of a route, or of an expert's gradient.
+// `route` names a sample in the gradients, where each sample is a route of its own.
 struct Block {
     int64_t route, row, rows, column, columns;
 };
@@ -41,16 +55,16 @@ struct Block {
 struct Product {
     const void* x;
     const Experts& experts;
-    const Gates& gates;
+    const Routes& routes;
     const void* bias;
     bool transposed;
     void* out;
-    int64_t depth, width;  // of the sums; of out
+    int64_t depth, width;  // terms of a sum; columns of out
 };
 
-// What the kernels of a type and a set of instructions have fixed.
+// What is fixed for a type of elements and a set of instructions.
 struct Shape {
-    int64_t rows, width;  // of a tile
+    int64_t rows, width;  // size of a tile
     int64_t pair;         // elements of a word
     int64_t depth;        // most words of a sum at a time
 
@@ -80,21 +94,21 @@ struct PackedSample {
 struct Gradient {
     const void *x, *grad;
     const PackedSample& packed;
-    void* workspace;  // of the samples [begin, end)
+    void* workspace;  // holds the samples [begin, end)
     int64_t begin, end;
     const Experts& experts;
-    const Gates& gates;
-    const char* fresh;       // [B, k] whether the slot is the first with its expert
-    const char* used;        // [M] whether any slot has the expert
-    int64_t rows, granules;  // of an expert's gradient that a block has; those down
+    const Routes& routes;
+    const char* fresh;       // [B, k] whether the choice is the first with its expert
+    const char* used;        // [M] whether any choice has the expert
+    int64_t rows, granules;  // rows of an expert's gradient in a block; blocks down the gradient
     float* carry;  // [M, Din, Dout] of bfloat16 experts from round to round; null where there is one
     void* grad_weight;
     float* partial;  // [granules across, granules down, B * k]
 };
 
 #ifdef SWITCH_MOE_AVX512_BF16
-// Kernel::multiply of pairs of bfloat16. Not inlined: there GCC 12 kept the tile in memory, at half the
-// speed.
+// Kernel::multiply for pairs of bfloat16. It is not inlined, because there GCC 12 kept the tile in memory, at
+// half the speed.
 template <int kTileRows>
 __attribute__((target("avx512f,avx512bf16"), noinline)) void multiply_pairs(const uint32_t* a,
                                                                             const uint32_t* b, int64_t depth,
@@ -120,10 +134,10 @@ template <int kTileRows>
 void multiply_pairs(const uint32_t* a, const uint32_t* b, int64_t depth, float* out);
 #endif
 
-// kLanes floats a vector, three of them a row of a tile, kRows rows.
-template <typename Element, int kLanes, int kRows>
-struct Kernel : Packing<Element, kLanes> {
-    using Pack = Packing<Element, kLanes>;
+// kVectorWidth floats a vector, three of them a row of a tile, kRows rows.
+template <typename Element, int kVectorWidth, int kRows>
+struct Kernel : Packing<Element, kVectorWidth> {
+    using Pack = Packing<Element, kVectorWidth>;
     using Pack::kPair;
     using Pack::kPairs;
     using Pack::kWidth;
@@ -164,7 +178,7 @@ struct Kernel : Packing<Element, kLanes> {
                                                int64_t depth, Word* panel) {
         const int64_t stride = p.experts.outputs;
         const int64_t corner = p.transposed ? block.column * stride + first : first * stride + block.column;
-        const Mixture<Element, kExperts> mix(p.experts, p.gates, block.route, corner);
+        const Mixture<Element, kExperts> mix(p.experts, p.routes, block.route, corner);
         if (p.transposed) {
             Pack::pack_merged_transposed(mix, depth, block.columns, panel);
         } else {
@@ -174,10 +188,10 @@ struct Kernel : Packing<Element, kLanes> {
 
     static SWITCH_MOE_INLINE void pack_panel(const Product& p, const Block& block, int64_t first,
                                              int64_t depth, Word* panel) {
-        if (p.gates.top_k == 1) return pack_experts<1>(p, block, first, depth, panel);
-        if (p.gates.top_k == 2) return pack_experts<2>(p, block, first, depth, panel);
-        if (p.gates.top_k == 3) return pack_experts<3>(p, block, first, depth, panel);
-        if (p.gates.top_k == 4) return pack_experts<4>(p, block, first, depth, panel);
+        if (p.routes.top_k == 1) return pack_experts<1>(p, block, first, depth, panel);
+        if (p.routes.top_k == 2) return pack_experts<2>(p, block, first, depth, panel);
+        if (p.routes.top_k == 3) return pack_experts<3>(p, block, first, depth, panel);
+        if (p.routes.top_k == 4) return pack_experts<4>(p, block, first, depth, panel);
         pack_experts<0>(p, block, first, depth, panel);
     }
 
@@ -186,13 +200,13 @@ struct Kernel : Packing<Element, kLanes> {
     template <int kTileRows, typename Visit>
     static SWITCH_MOE_INLINE void visit_tile(const Vector (&tile)[kTileRows][3], int64_t rows,
                                              int64_t columns, Visit& visit) {
-        if (rows >= kTileRows && (columns >= kWidth || columns % kLanes == 0)) {
+        if (rows >= kTileRows && (columns >= kWidth || columns % kVectorWidth == 0)) {
             SWITCH_MOE_UNROLL
             for (int i = 0; i < kTileRows; ++i) {
                 SWITCH_MOE_UNROLL
                 for (int v = 0; v < 3; ++v) {
-                    if (v * kLanes >= columns) break;
-                    visit.vector(tile[i][v], i, v * kLanes, v);
+                    if (v * kVectorWidth >= columns) break;
+                    visit.vector(tile[i][v], i, v * kVectorWidth, v);
                 }
             }
             return;
@@ -202,16 +216,16 @@ struct Kernel : Packing<Element, kLanes> {
         for (int64_t i = 0; i < std::min<int64_t>(rows, kTileRows); ++i) {
             const int64_t end = std::min<int64_t>(columns, kWidth);
             int64_t j = 0;
-            for (; j + kLanes <= end; j += kLanes) {
+            for (; j + kVectorWidth <= end; j += kVectorWidth) {
                 Vector part;
-                load<kLanes>(values[i] + j, part);
+                load<kVectorWidth>(values[i] + j, part);
                 visit.vector(part, i, j, 0);
             }
             for (; j < end; ++j) visit.element(values[i][j], i, j);
         }
     }
 
-    // Sums of more terms than a panel has rows are continued from memory.
+    // A sum of more terms than a panel has rows goes on from memory.
     struct Sums {
         float* at;
         int64_t stride;
@@ -229,15 +243,15 @@ struct Kernel : Packing<Element, kLanes> {
             float* continued = sums.at + i * sums.stride + j;
             Vector sum = part, other;
             if (!sums.first) {
-                load<kLanes>(continued, other);
+                load<kVectorWidth>(continued, other);
                 sum += other;
             }
-            if (!sums.last) return save<kLanes>(sum, continued);
+            if (!sums.last) return save<kVectorWidth>(sum, continued);
             if (bias != nullptr) {
-                load<kLanes>(bias + j, other);
+                load<kVectorWidth>(bias + j, other);
                 sum += other;
             }
-            save<kLanes>(sum, out + i * stride + j);
+            save<kVectorWidth>(sum, out + i * stride + j);
         }
         SWITCH_MOE_INLINE void element(float value, int64_t i, int64_t j) const {
             float& continued = sums.at[i * sums.stride + j];
@@ -329,17 +343,17 @@ struct Kernel : Packing<Element, kLanes> {
         SWITCH_MOE_INLINE void vector(const Vector& part, int64_t i, int64_t j, int v) {
             float* to = sums + i * sums_stride + j;
             Vector other, sum = gate * part;
-            load<kLanes>(weight + i * stride + j, other);
+            load<kVectorWidth>(weight + i * stride + j, other);
             dots[v] += part * other;
             if (kAdd) {
-                load<kLanes>(to, other);
+                load<kVectorWidth>(to, other);
                 sum += other;
             }
-            save<kLanes>(sum, to);
+            save<kVectorWidth>(sum, to);
         }
         SWITCH_MOE_INLINE void element(float value, int64_t i, int64_t j) {
             float& to = sums[i * sums_stride + j];
-            dots[0][j % kLanes] += value * to_float(weight[i * stride + j]);
+            dots[0][j % kVectorWidth] += value * to_float(weight[i * stride + j]);
             to = gate * value + (kAdd ? to : 0);
         }
     };
@@ -355,7 +369,7 @@ struct Kernel : Packing<Element, kLanes> {
 
     // The sums of the experts' gradients, in float32: grad_weight itself where it is that.
     struct Totals {
-        float* at;  // of the block's first element
+        float* at;  // address of the block's first element
         int64_t expert, stride;
     };
 
@@ -368,13 +382,13 @@ struct Kernel : Packing<Element, kLanes> {
         multiply<kRows>(x, grad, words, tile);
         const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs;
         const int64_t corner = (block.row + row) * outputs + block.column + column;
-        for (int64_t j = 0; j < g.gates.top_k; ++j) {
-            const int64_t slot = b * g.gates.top_k + j, expert = g.gates.index[slot];
+        for (int64_t j = 0; j < g.routes.top_k; ++j) {
+            const int64_t choice = b * g.routes.top_k + j, expert = g.routes.index[choice];
             const Element* weight =
                 static_cast<const Element*>(g.experts.weight) + expert * inputs * outputs + corner;
             float* sums = totals.at + expert * totals.expert + row * totals.stride + column;
-            const float gate = g.gates.gate[slot];
-            if (first && g.fresh[slot]) {
+            const float gate = g.routes.gate[choice];
+            if (first && g.fresh[choice]) {
                 gradient_tile<false>(tile, weight, outputs, gate, block.rows - row, block.columns - column,
                                      sums, totals.stride, dots[j]);
             } else {
@@ -384,11 +398,12 @@ struct Kernel : Packing<Element, kLanes> {
         }
     }
 
-    // The rows of grad_weight that nobody adds to, and in bfloat16 after the last round all others.
+    // Writes what the tiles did not: zeros for experts that nobody chose and, in the last round of bfloat16,
+    // the rounded sums of all other experts.
     static SWITCH_MOE_INLINE void finish(const Gradient& g, const Block& block, const Totals& totals) {
         const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs;
-        if (g.end < g.gates.routes) return;
-        for (int64_t e = 0; e < g.experts.count; ++e) {
+        if (g.end < g.routes.num_routes) return;
+        for (int64_t e = 0; e < g.experts.num_experts; ++e) {
             if (!kPairs && g.used[e]) continue;
             for (int64_t i = 0; i < block.rows; ++i) {
                 Element* to = static_cast<Element*>(g.grad_weight) + (e * inputs + block.row + i) * outputs +
@@ -399,10 +414,10 @@ struct Kernel : Packing<Element, kLanes> {
                 }
                 const float* sums = totals.at + e * totals.expert + i * totals.stride;
                 int64_t j = 0;
-                for (; j + kLanes <= block.columns; j += kLanes) {
+                for (; j + kVectorWidth <= block.columns; j += kVectorWidth) {
                     Vector sum;
-                    load<kLanes>(sums + j, sum);
-                    save<kLanes>(sum, to + j);
+                    load<kVectorWidth>(sums + j, sum);
+                    save<kVectorWidth>(sum, to + j);
                 }
                 for (; j < block.columns; ++j) store(sums[j], to + j);
             }
@@ -410,14 +425,15 @@ struct Kernel : Packing<Element, kLanes> {
     }
 
     static SWITCH_MOE_INLINE void gradient_block(const Gradient& g, const Block& block) {
-        const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs, top_k = g.gates.top_k;
-        const int64_t dots_size = kSlivers * top_k * kLanes, corner = block.row * outputs + block.column;
+        const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs, top_k = g.routes.top_k;
+        const int64_t dots_size = kSlivers * top_k * kVectorWidth,
+                      corner = block.row * outputs + block.column;
         Totals totals{nullptr, inputs * outputs, outputs};
         const bool apart = kPairs && g.carry == nullptr;
         if (apart) totals.stride = block.columns, totals.expert = block.rows * block.columns;
         // dots [slivers, k]
         Vector* dots = reinterpret_cast<Vector*>(
-            scratch(4 * (dots_size + (apart ? g.experts.count * totals.expert : 0))));
+            scratch(4 * (dots_size + (apart ? g.experts.num_experts * totals.expert : 0))));
         if (apart) {
             totals.at = reinterpret_cast<float*>(dots) + dots_size;
         } else {
@@ -443,9 +459,9 @@ struct Kernel : Packing<Element, kLanes> {
             }
             for (int64_t j = 0; j < block.columns; j += kWidth) {
                 const int64_t granule = (block.column + j) / kWidth * g.granules + block.row / g.rows;
-                float* to = g.partial + (granule * g.gates.routes + b) * top_k;
-                for (int64_t slot = 0; slot < top_k; ++slot) {
-                    for (int i = 0; i < kLanes; ++i) to[slot] += dots[j / kWidth * top_k + slot][i];
+                float* to = g.partial + (granule * g.routes.num_routes + b) * top_k;
+                for (int64_t choice = 0; choice < top_k; ++choice) {
+                    for (int i = 0; i < kVectorWidth; ++i) to[choice] += dots[j / kWidth * top_k + choice][i];
                 }
             }
         }

@@ -1,42 +1,43 @@
-// How merged_product.cpp packs what its products read, for a type of elements and a width of vectors. Packed
-// are words of 32 bits: a float, or two bfloat16 that follow one another in a sum.
+// Packing of what the fused products read, for a type of elements and a width of vectors. Words of 32 bits
+// are packed: a float, or two bfloat16 that follow one another in a sum.
 #pragma once
 
 #include <type_traits>
 #include <vector>
 
-#include "merged_product.h"
+#include "expert_linear.h"
 #include "vectors.h"
 
 namespace switch_moe {
 
-// Words from one sliver to the next. A line more than they hold: at multiples of 4 KiB the slivers would
+// Slivers lie so many words apart, a cache line more than they hold: at multiples of 4 KiB they would
 // fight for the same few lines of the first-level cache.
 constexpr int64_t sliver_stride(int64_t depth, int64_t width) { return depth * width + 16; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The experts of a route, from an element of theirs on. kExperts 0: any number.
+// The experts of a route, each from the element `corner` on. kExperts is their number; 0 stands for any
+// number.
 template <typename Element, int kExperts>
 struct Mixture {
     static constexpr bool kAny = kExperts == 0;
 
-    int64_t stride;  // of a row
+    int64_t stride;  // from row to row
     int64_t count;
     std::conditional_t<kAny, std::vector<const Element*>, const Element * [kAny ? 1 : kExperts]> weight;
     std::conditional_t<kAny, std::vector<float>, float[kAny ? 1 : kExperts]> gate;
 
-    Mixture(const Experts& experts, const Gates& gates, int64_t route, int64_t corner)
-        : stride(experts.outputs), count(gates.top_k) {
+    Mixture(const Experts& experts, const Routes& routes, int64_t route, int64_t corner)
+        : stride(experts.outputs), count(routes.top_k) {
         if constexpr (kAny) {
             weight.resize(count);
             gate.resize(count);
         }
         for (int64_t e = 0; e < size(); ++e) {
-            const int64_t slot = route * gates.top_k + e;
+            const int64_t choice = route * routes.top_k + e;
             weight[e] = static_cast<const Element*>(experts.weight) +
-                        gates.index[slot] * experts.inputs * stride + corner;
-            gate[e] = gates.gate[slot];
+                        routes.index[choice] * experts.inputs * stride + corner;
+            gate[e] = routes.gate[choice];
         }
     }
 
@@ -49,16 +50,16 @@ struct Mixture {
     }
 };
 
-// Slivers are kWidth = 3 kLanes wide, or as wide as a tile has rows.
-template <typename Element, int kLanes>
+// Slivers are kWidth = 3 kVectorWidth wide, or as wide as a tile has rows.
+template <typename Element, int kVectorWidth>
 struct Packing {
     static constexpr bool kPairs = sizeof(Element) == 2;
     static constexpr int kPair = kPairs ? 2 : 1;
-    static constexpr int kWidth = 3 * kLanes;
+    static constexpr int kWidth = 3 * kVectorWidth;
 
-    using Vector = Floats<kLanes>;
+    using Vector = Floats<kVectorWidth>;
     using Word = std::conditional_t<kPairs, uint32_t, float>;
-    using WordVector = typename Lanes<Word, kLanes>::Vector;
+    using WordVector = typename VectorOf<Word, kVectorWidth>::Vector;
 
     static int64_t words(int64_t elements) { return ceil_div(elements, kPair); }
 
@@ -79,8 +80,8 @@ struct Packing {
         return mix.at(offset);
     }
 
-    // `count` words, zeros from `valid` on. Word i has the element at `offset` + i * `step` and, of a pair,
-    // that `next` further: 0, there is none.
+    // Writes `count` words one by one, zeros from `valid` on. Word i holds the element at `offset` + i *
+    // `step`. A word of two also holds the element `next` further, or zero where `next` is 0.
     template <typename Source>
     static void edge(const Source& source, int64_t offset, int64_t step, int64_t next, int64_t valid,
                      int64_t count, Word* to) {
@@ -93,15 +94,15 @@ struct Packing {
     template <typename Mix>
     static SWITCH_MOE_INLINE void merge(const Mix& mix, int64_t offset, Vector& sum) {
         Vector part;
-        load<kLanes>(mix.weight[0] + offset, part);
+        load<kVectorWidth>(mix.weight[0] + offset, part);
         sum = mix.gate[0] * part;
         for (int64_t e = 1; e < mix.size(); ++e) {
-            load<kLanes>(mix.weight[e] + offset, part);
+            load<kVectorWidth>(mix.weight[e] + offset, part);
             sum += mix.gate[e] * part;
         }
     }
 
-    // Words of a row, with bfloat16 of a row and the next.
+    // Merges words of a row; a word of two holds an element of this row and the one below it.
     template <typename Mix>
     static SWITCH_MOE_INLINE void merge_down(const Mix& mix, int64_t offset, WordVector& to) {
         if constexpr (kPairs) {
@@ -114,14 +115,15 @@ struct Packing {
         }
     }
 
-    // Words of a row, with bfloat16 of an element and the next.
+    // Merges words of a row; a word of two holds an element and its right neighbour.
     template <typename Mix>
     static SWITCH_MOE_INLINE void merge_along(const Mix& mix, int64_t offset, WordVector& to) {
         if constexpr (kPairs) {
             Vector first{}, second{};
             for (int64_t e = 0; e < mix.size(); ++e) {
                 const WordVector both =
-                    *reinterpret_cast<const typename Lanes<Word, kLanes>::Loose*>(mix.weight[e] + offset);
+                    *reinterpret_cast<const typename VectorOf<Word, kVectorWidth>::Loose*>(mix.weight[e] +
+                                                                                           offset);
                 first += mix.gate[e] * reinterpret_cast<Vector>(both << 16);
                 second += mix.gate[e] * reinterpret_cast<Vector>(both & 0xffff0000u);
             }
@@ -131,8 +133,8 @@ struct Packing {
         }
     }
 
-    // panel[sliver][k][kWidth] = V[k][...], [depth, columns] of it. A row at a time: by sliver it took 1.5
-    // times as long.
+    // Packs panel[sliver][k][kWidth] = V[k][...] for [depth, columns] of V. It goes row by row: going sliver
+    // by sliver took 1.5 times as long.
     template <typename Mix>
     static SWITCH_MOE_INLINE void pack_merged(const Mix& mix, int64_t depth, int64_t columns, Word* panel) {
         const int64_t words = Packing::words(depth);
@@ -143,50 +145,51 @@ struct Packing {
             for (int64_t j = 0; j < columns; j += kWidth, to += sliver_stride(words, kWidth)) {
                 SWITCH_MOE_UNROLL
                 for (int v = 0; v < 3; ++v) {
-                    const int64_t column = j + v * kLanes;
-                    if (whole && column + kLanes <= columns) {
+                    const int64_t column = j + v * kVectorWidth;
+                    if (whole && column + kVectorWidth <= columns) {
                         WordVector sum;
                         merge_down(mix, row + column, sum);
                         reinterpret_cast<WordVector*>(to)[v] = sum;
                     } else {
-                        edge(mix, row + column, 1, whole ? mix.stride : 0, columns - column, kLanes,
-                             to + v * kLanes);
+                        edge(mix, row + column, 1, whole ? mix.stride : 0, columns - column, kVectorWidth,
+                             to + v * kVectorWidth);
                     }
                 }
             }
         }
     }
 
-    // panel[sliver][k][kWidth] = V[...][k].
+    // Packs panel[sliver][k][kWidth] = V[...][k].
     template <typename Mix>
     static SWITCH_MOE_INLINE void pack_merged_transposed(const Mix& mix, int64_t depth, int64_t columns,
                                                          Word* panel) {
         const int64_t words = Packing::words(depth);
-        for (int64_t j = 0; j < ceil_div(columns, kWidth) * kWidth; j += kLanes) {
+        for (int64_t j = 0; j < ceil_div(columns, kWidth) * kWidth; j += kVectorWidth) {
             Word* to = panel + j / kWidth * sliver_stride(words, kWidth) + j % kWidth;
             int64_t k = 0;
-            for (; j + kLanes <= columns && (k + kLanes) * kPair <= depth; k += kLanes) {
-                WordVector rows[kLanes];
+            for (; j + kVectorWidth <= columns && (k + kVectorWidth) * kPair <= depth; k += kVectorWidth) {
+                WordVector rows[kVectorWidth];
                 SWITCH_MOE_UNROLL
-                for (int i = 0; i < kLanes; ++i) merge_along(mix, (j + i) * mix.stride + k * kPair, rows[i]);
+                for (int i = 0; i < kVectorWidth; ++i)
+                    merge_along(mix, (j + i) * mix.stride + k * kPair, rows[i]);
                 transpose(rows);
                 SWITCH_MOE_UNROLL
-                for (int i = 0; i < kLanes; ++i) {
+                for (int i = 0; i < kVectorWidth; ++i) {
                     *reinterpret_cast<WordVector*>(to + (k + i) * kWidth) = rows[i];
                 }
             }
             for (; k < words; ++k) {
                 edge(mix, j * mix.stride + k * kPair, mix.stride, (k + 1) * kPair <= depth, columns - j,
-                     kLanes, to + k * kWidth);
+                     kVectorWidth, to + k * kWidth);
             }
         }
     }
 
-    // packed[k][kTileRows] = x[i][k], zero where i >= rows.
+    // Packs packed[k][kTileRows] = x[i][k], with zeros where i >= rows.
     template <int kTileRows>
     static SWITCH_MOE_INLINE void pack_rows(const Element* x, int64_t stride, int64_t rows, int64_t depth,
                                             Word* packed) {
-        using Part = Lanes<Word, kTileRows>;
+        using Part = VectorOf<Word, kTileRows>;
         int64_t k = 0;
         for (; rows >= kTileRows && (k + kTileRows) * kPair <= depth; k += kTileRows) {
             typename Part::Vector block[kTileRows];
@@ -205,12 +208,12 @@ struct Packing {
         }
     }
 
-    // packed[sliver][k][kSliver] = x[k][...] for `columns` columns.
+    // Packs packed[sliver][k][kSliver] = x[k][...] for `columns` columns.
     template <int kSliver>
     static SWITCH_MOE_INLINE void pack_columns(const Element* x, int64_t stride, int64_t depth,
                                                int64_t columns, Word* packed) {
-        constexpr int kPart = kSliver < kLanes ? kSliver : kLanes;
-        using Part = Lanes<Word, kPart>;
+        constexpr int kPart = kSliver < kVectorWidth ? kSliver : kVectorWidth;
+        using Part = VectorOf<Word, kPart>;
         const int64_t words = Packing::words(depth);
         for (int64_t k = 0; k < words; ++k, x += kPair * stride, packed += kSliver) {
             const bool whole = (k + 1) * kPair <= depth;
