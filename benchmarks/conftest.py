@@ -87,7 +87,7 @@ class Bench:
                     "operation": case.operation, "note": case.note, "shape": case.shape,
                     "dtype": str(case.dtype).removeprefix("torch."), "device": self.device, "pass": which,
                     "contender": contender.name, "is_switch_moe": contender.is_switch_moe,
-                    **check(case, contender, first, memo),
+                    **check(case, contender, first, (which,), memo),
                 }  # fmt: skip
                 if rows[key]["failure"] is None:
                     calls[key] = [case.call(contender, inputs, which) for inputs in sets]

@@ -48,11 +48,11 @@ def draw(report: Report, folder: Path) -> list[Path]:
         if LINEAR in points and name != LINEAR:
             times = measured[-1][1] / points[LINEAR][-1][1]
             colour = STYLES.get(name, {}).get("color")
-            panel.annotate(f"{times:.2g}x", measured[-1], (0, 9), textcoords="offset points", ha="center",
+            panel.annotate(f"{times:.3g}x", measured[-1], (0, 9), textcoords="offset points", ha="center",
                            fontsize=13, color=colour)  # fmt: skip
     panel.set_ylim(bottom=0)
     panel.set_ylabel("forward + backward, ms")
-    panel.set_title("k experts at the price of one dense layer", loc="left", fontsize=15)
+    panel.set_title("Time against the number of experts that a sample chooses", loc="left", fontsize=15)
     panel.legend(loc="upper left", fontsize=12, frameon=False)
     row = next(row for row in report.rows if row["operation"] == "growth" and row["note"] == "k")
     shape = {"B": "samples", "T": "tokens each", "D": "hidden size", "M": "experts"}

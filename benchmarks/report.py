@@ -263,9 +263,9 @@ PAGE = """# Benchmarks
 
 ![time against the number of chosen experts](results/hero.png)
 
-All k experts of a sample merge into one weight before the product, so switch_moe costs about as much as one
-dense layer whatever k is; a loop over the experts does k products. (One layer `x (1 + m(x))`, forward and
-backward, all in the same rounds, {hero}.)
+The k experts of a sample merge into one weight before the product, so switch_moe does one product whatever k
+is; a loop over the experts does k. At the right: times the dense layer. (One layer `x (1 + m(x))`, all in the
+same rounds, {hero}.)
 
 Measured: {machines}. This page is written by `make bench-report` from the files in `results/`.
 

@@ -13,7 +13,8 @@ from benchmarks import report
 from benchmarks.case import BOTH, FORWARD
 
 MACHINE = {
-    "device": "cpu", "gpu": None, "cpu": "Made up", "cores": 2, "threads": 2, "isa": "avx2", "cpu_family": "1",
+    "device": "cpu", "gpu": None, "cpu": "Made up", "cores": 2, "threads": 2, "isa": "avx2",
+    "cpu_family": "1",
     "torch": "2.13", "cuda": None, "triton": "3.9", "commit": "0123456789", "quick": False, "dirty": False,
 }  # fmt: skip
 GPU = MACHINE | {"device": "cuda", "gpu": "Made Up 100", "cuda": "13.0"}
