@@ -17,18 +17,17 @@ format:
 	ruff format .
 	clang-format -i csrc/*
 
-# Measures on this machine, into benchmarks/results, and writes the tables. ARGS="--peer-path official=DIR" adds
-# the official code.
+# Measures on this machine, into benchmarks/results, and writes the page and the README's table.
+# ARGS="--peer-path official=DIR" adds the official code.
 bench:
-	pytest benchmarks --results benchmarks/results/$$(python -m benchmarks.environment).json $(ARGS)
+	pytest benchmarks --benchmark-json=benchmarks/results/$$(python -m benchmarks.environment).json $(ARGS)
 	python -m benchmarks.report
 
-# The tables and plots of all committed measurements: benchmarks/README.md and the block in README.md.
+# The page, its pictures and the README's table, from the files in benchmarks/results.
 bench-report:
 	python -m benchmarks.report
 
-# Builds for the GPU of this machine, runs the tests on it and measures every kernel, into benchmarks/results;
+# Builds for the GPU of this machine, runs the tests on it, measures every kernel and writes the same page;
 # without a GPU it says so and fails. ARGS=--sanitize adds compute-sanitizer.
 gpu:
-	python -m benchmarks.gpu_report $(ARGS)
-	python -m benchmarks.steps --output benchmarks/results
+	python -m benchmarks.gpu $(ARGS)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-# (rows [R, Din] sorted by expert, weight [M, Din, Dout], last row of each expert + 1 [M] int32) -> [R, Dout]
-Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _LoopOverExperts(torch.autograd.Function):
@@ -86,11 +82,6 @@ class Groups:
         counts = torch.bincount(self.index.flatten(), minlength=self.num_experts)
         return (counts * self.tokens).tolist()
 
-    def ahead(self) -> Groups:
-        """Itself, with all of it computed."""
-        _ = self.inverse, self.expert, self.ends, self.sizes
-        return self
-
     def gather(self, x: Tensor) -> Tensor:
         """``[B, T, D]`` to rows ``[B*k*T, D]``."""
         return _Take.apply(x, self.order // self.top_k, self.inverse, self.top_k).flatten(0, 1)
@@ -133,46 +124,28 @@ def expert_loop(
     return total.index_add(0, sample, scaled)
 
 
-def torch_grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """torch's grouped product."""
-    return F.grouped_mm(rows, weight, offs=ends)
-
-
 def grouped_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    expert_index: Tensor,
-    expert_gate: Tensor,
-    product: Product = torch_grouped_mm,
+    x: Tensor, weight: Tensor, bias: Tensor, expert_index: Tensor, expert_gate: Tensor,
     groups: Groups | None = None,
-) -> Tensor:
-    """Gather, one grouped product, combine: what a generic mixture-of-experts library does.
+) -> Tensor:  # fmt: skip
+    """Gather, one grouped product of torch, combine: what a generic mixture-of-experts library does.
 
     Shapes and result as in :func:`switch_moe.ops.expert_linear`; the gates are rounded to the type of ``x``.
     """
     groups = groups or Groups(expert_index, weight.shape[0], x.shape[1])
-    rows = groups.add_bias(product(groups.gather(x), weight, groups.ends), bias)
+    rows = groups.add_bias(F.grouped_mm(groups.gather(x), weight, offs=groups.ends), bias)
     return groups.combine(rows, expert_gate)
 
 
 def grouped_mlp(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    expert_index: Tensor,
-    expert_gate: Tensor,
-    gated: bool,
-    product: Product = torch_grouped_mm,
-    groups: Groups | None = None,
-) -> Tensor:
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None,
+    expert_index: Tensor, expert_gate: Tensor, gated: bool, groups: Groups | None = None,
+) -> Tensor:  # fmt: skip
     """As :func:`grouped_linear`, with two products. Shapes as in :func:`switch_moe.ops.expert_mlp`."""
     groups = groups or Groups(expert_index, weight_in.shape[0], x.shape[1])
-    hidden = groups.add_bias(product(groups.gather(x), weight_in, groups.ends), bias_in)
+    hidden = groups.add_bias(F.grouped_mm(groups.gather(x), weight_in, offs=groups.ends), bias_in)
     hidden = activation(hidden, gated)
-    rows = groups.add_bias(product(hidden, weight_out, groups.ends), bias_out)
+    rows = groups.add_bias(F.grouped_mm(hidden, weight_out, offs=groups.ends), bias_out)
     return groups.combine(rows, expert_gate)
 
 

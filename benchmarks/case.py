@@ -1,10 +1,9 @@
-"""A case: an operation at one shape, who computes it, and whether that is right."""
+"""A case: an operation at one shape, who computes it, and whether the results are right."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,26 +12,23 @@ from torch import Tensor
 
 Inputs = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
-Memo = dict[Any, Outputs]  # what is right, computed for one contender and good for the next with equal inputs
+Memo = dict[Any, Outputs]  # float64 results of one contender, good for the next that has the same inputs
 
-OURS, MODULATED, LINEAR, COMPILED = "switch_moe", "switch_moe x(1+m)", "F.linear", "torch.compile"
+SWITCH_MOE, MODULATED, LINEAR, COMPILED = "switch_moe", "switch_moe x(1+m)", "F.linear", "torch.compile"
+WITH_TABLE = "switch_moe + table"  # routes all timesteps too, as the official layer does
 FORWARD, BOTH = "forward", "forward+backward"
-ANY_K = "any k"  # the note of a case that runs ours at several k
-PEER_TOLERANCE = 3e-2  # of others in bfloat16; some round gates or sums that ours keep in float32
+PEER_TOLERANCE = 3e-2  # for others in bfloat16: some round gates or sums that switch_moe keeps in float32
 
 
 class Contender(NamedTuple):
-    """One way to compute a case. ``run`` returns the compared outputs first; it gets the inputs and, where
-    there is ``prepare``, what that made of them ahead of time.
-    """
+    """One way to compute a case. ``run`` returns the compared outputs first, and may return more."""
 
     name: str
-    run: Callable[..., Outputs]
+    run: Callable[[Inputs], Outputs]
     exact: Callable[[Inputs, Outputs], Outputs]  # from inputs in float64, and the outputs of ``run``
     leaves: tuple[str, ...]  # inputs that get gradients
     reads: tuple[str, ...]  # other inputs that it needs
-    ours: bool = False
-    prepare: Callable[[Inputs], Any] | None = None
+    is_switch_moe: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,77 +41,58 @@ class Case:
     make: Callable[[int], Inputs]  # from a seed
     contenders: list[Contender]
     outputs: dict[str, str]  # each compared output, and the input that is its gradient ('' for none)
-    flops: float  # of one forward; a backward has twice as many
-    seconds: float = 4.0  # a guess at the time that building, checking and timing it takes
     note: str = ""
-    exact_by_inputs: bool = True  # what is right does not depend on the outputs of a contender
+    exact_by_inputs: bool = True  # False where the float64 results depend on the outputs of a contender
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         sizes = " ".join(f"{key}={value}" for key, value in self.shape.items())
-        return f"{self.operation} {sizes}{' ' + self.note if self.note else ''}"
+        return " ".join(filter(None, [self.operation, sizes, self.note, str(self.dtype).split(".")[1]]))
 
     @property
     def passes(self) -> tuple[str, ...]:
         return (FORWARD, BOTH) if all(self.outputs.values()) else (FORWARD,)
 
-    def step(self, contender: Contender, inputs: Inputs, which: str) -> Callable[[], Outputs]:
-        """One pass: returns the outputs, then the gradients of the leaves."""
-        prepared = () if contender.prepare is None else (contender.prepare(inputs),)
+    def call(self, contender: Contender, inputs: Inputs, which: str) -> Callable[[], Outputs]:
+        """One pass: it returns the outputs, then the gradients of the leaves."""
         if which == FORWARD:
-            return torch.no_grad()(lambda: contender.run(inputs, *prepared))
+            return torch.no_grad()(lambda: contender.run(inputs))
         leaves = [inputs[name].requires_grad_() for name in contender.leaves]
         grads = [inputs[name] for name in self.outputs.values()]
 
         def run() -> Outputs:
-            outputs = contender.run(inputs, *prepared)
+            outputs = contender.run(inputs)
             return (*outputs, *torch.autograd.grad(outputs[: len(grads)], leaves, grads))
 
         return run
 
-    def work(self, contender: Contender, inputs: Inputs, which: str) -> tuple[float, int]:
-        """FLOPs and least bytes: each input read once, each output and gradient written once."""
-        outputs = self.step(contender, inputs, FORWARD)()
-        moved = [*outputs, *(inputs[name] for name in (*contender.leaves, *contender.reads))]
-        if which == BOTH:
-            moved += [inputs[name] for name in (*self.outputs.values(), *contender.leaves)]
-        return self.flops * (3 if which == BOTH else 1), sum(t.nbytes for t in moved)
-
 
 def check(
-    case: Case,
-    contender: Contender,
-    inputs: Inputs,
-    host: bool = False,
-    memo: Memo | None = None,
+    case: Case, contender: Contender, inputs: Inputs, passes: tuple[str, ...] = (), memo: Memo | None = None
 ) -> dict[str, Any]:
     """``error`` and ``allowed`` (relative RMS against float64) of the worst tensor, and ``failure`` or None.
 
-    Ours: 1e-5 in float32, else 1.5 times the error of the reference run in that type or half a rounding step.
-    Others: PEER_TOLERANCE. Every pass is checked, since a forward alone may start other kernels. ``host``
-    computes what is right on the CPU.
+    switch_moe: 1e-5 in float32, else 1.5 times the error of the reference run in that type, or half a
+    rounding step. Others: PEER_TOLERANCE. Without ``passes`` all are checked: a forward alone may start other
+    kernels than the one before a backward.
     """
     worst: dict[str, Any] = {"error": None, "allowed": None, "failure": None}
     excess = -1.0
-    for which in case.passes:
-        for name, error, allowed in _errors(case, contender, inputs, which, host, memo):
-            if error / allowed > excess:
-                excess = error / allowed
-                wrong = f"wrong: {name} of {which} is {error:.1e} off, {allowed:.1e} is allowed"
-                worst = {"error": error, "allowed": allowed, "failure": None if error <= allowed else wrong}
-    return worst
-
-
-def checked(case: Case, contender: Contender, inputs: Inputs, memo: Memo | None = None) -> dict[str, Any]:
-    """What :func:`check` found, numbers that JSON can hold; an exception is a failure."""
     try:
-        found = check(case, contender, inputs, memo=memo)
-    except Exception as error:  # one contender that fails must not end a report
+        for which in passes or case.passes:
+            for name, error, allowed in _errors(case, contender, inputs, which, memo):
+                if error / allowed > excess:
+                    excess = error / allowed
+                    wrong = f"wrong: {name} of {which} is {error:.1e} off, {allowed:.1e} is allowed"
+                    worst = {
+                        "error": float(f"{error:.2e}") if error < float("inf") else None,
+                        "allowed": float(f"{allowed:.2e}"),
+                        "failure": None if error <= allowed else wrong,
+                    }
+    except Exception as error:  # one contender that fails must not end the others
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # raises where the device itself failed: nothing can go on then
         return {"error": None, "allowed": None, "failure": describe(error)}
-    finite = found["error"] is not None and math.isfinite(found["error"])
-    return found | {"error": found["error"] if finite else None}
+    return worst
 
 
 def describe(error: BaseException) -> str:
@@ -127,32 +104,27 @@ def describe(error: BaseException) -> str:
 
 
 def _errors(
-    case: Case, contender: Contender, inputs: Inputs, which: str, host: bool, memo: Memo | None
+    case: Case, contender: Contender, inputs: Inputs, which: str, memo: Memo | None
 ) -> Iterator[tuple[str, float, float]]:
     """Name, error and allowed error of each output and gradient."""
-    with poisoned_memory() if contender.ours else contextlib.nullcontext():
-        found = case.step(contender, inputs, which)()
+    with poisoned_memory() if contender.is_switch_moe else contextlib.nullcontext():
+        results = case.call(contender, inputs, which)()
     inputs = {name: tensor.detach() for name, tensor in inputs.items()}
-    if host:
-        inputs = {name: tensor.cpu() for name, tensor in inputs.items()}
-        found = tuple(tensor.cpu() for tensor in found)
     leaves = contender.leaves if which == BOTH else ()
-    outputs, gradients = found[: len(found) - len(leaves)], found[len(found) - len(leaves) :]
-    twin = contender._replace(
-        run=lambda given: contender.exact(given, outputs)[: len(case.outputs)], prepare=None
-    )
-    in_float64 = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    outputs, gradients = results[: len(results) - len(leaves)], results[len(results) - len(leaves) :]
+    reference = contender._replace(run=lambda given: contender.exact(given, outputs)[: len(case.outputs)])
     memo = memo if memo is not None and case.exact_by_inputs else {}
     key = (contender.exact, contender.leaves, which)
     if key not in memo:
-        memo[key] = case.step(twin, in_float64, which)()
-    exact = memo[key]
-    lossy = contender.ours and case.dtype != torch.float32
-    rounded = case.step(twin, inputs, which)() if lossy else exact
+        in_float64 = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+        memo[key] = case.call(reference, in_float64, which)()
+    expected = memo[key]
+    lossy = contender.is_switch_moe and case.dtype != torch.float32
+    rounded = case.call(reference, inputs, which)() if lossy else expected
     names = [*case.outputs, *(f"gradient of {leaf}" for leaf in leaves)]
     compared = (*outputs[: len(case.outputs)], *gradients)
-    for name, a, e, r in zip(names, compared, exact, rounded, strict=True):
-        allowed = 1e-5 if contender.ours else PEER_TOLERANCE
+    for name, a, e, r in zip(names, compared, expected, rounded, strict=True):
+        allowed = 1e-5 if contender.is_switch_moe else PEER_TOLERANCE
         if lossy:
             allowed = max(1.5 * relative_rms(r, e), torch.finfo(case.dtype).eps / 2)
         yield name, relative_rms(a, e), allowed
@@ -171,7 +143,7 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty holds NaN: what is never written shows."""
+    """torch.empty holds NaN, so that what a kernel never writes shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

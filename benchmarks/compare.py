@@ -1,86 +1,54 @@
-"""Whether a change made anything slower: compares two result files of one machine.
+"""Whether a change made anything slower: two revisions on this machine, or two result files of one machine.
 
-    python -m benchmarks.compare OLD.json NEW.json --limit 1.05
+    python -m benchmarks.compare --base main             # builds main beside this tree, times both in turns
+    python -m benchmarks.compare OLD.json NEW.json       # of `pytest benchmarks --benchmark-json=...`
 
-Two files come from two runs, and a machine drifts between runs. So ours is compared with what ran beside it,
-round by round: with o_i the time of ours in round i and b_i that of a base, which a change of ours leaves
-alone,
+With ``--base`` each revision has a process of its own; the two take turns, call by call. Two result files
+come from two runs, and a machine drifts between runs, so switch_moe is taken relative to what ran beside it
+in the same round. In both cases there are pairs of times, (a_i, b_i), and
 
-    r_i = log(o_i / b_i)    e = median(r of NEW) - median(r of OLD)    s^2 = s_OLD^2 + s_NEW^2
-    s_FILE = 1.2533 * 1.4826 * median |r_i - median(r)| / sqrt(rounds)
+    r_i = log(a_i / b_i)    e = median(r)    s = 1.2533 * 1.4826 * median |r_i - e| / sqrt(rounds)
 
 where 1.4826 turns a median absolute deviation into a standard deviation, and 1.2533 the error of a mean into
-that of a median. The interval of the ratio new / old is exp(e - 3 s) to exp(e + 3 s). Slower: all of it is
-above the limit. Faster: all of it is below 1 / limit. What differs between two runs of one program beyond the
-noise of their rounds (where memory lies, for instance) is for the limit to absorb. Rows without a base in
-both files are compared by their times alone, and are flagged as unpaired.
-
-Counts that do not depend on the machine are compared exactly: none may grow. Exits with 1 where something
-became slower, failed or grew, with 2 where the files cannot be compared.
+that of a median. The interval of the ratio is exp(e - 3 s) to exp(e + 3 s); for two files e is the difference
+of the files' and s^2 the sum. Slower: all of the interval is above the limit. Faster: all of it is below
+1 / limit. Exits with 1 where something became slower, with 2 where nothing can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.case import COMPILED, LINEAR
-from benchmarks.losses import DENSE_MODEL, label
-from benchmarks.result_files import BadFile, Contenders, Report, Row, Turn, read, turns
+from benchmarks.case import LINEAR, SWITCH_MOE
+from benchmarks.environment import DEVICE, ROOT
+from benchmarks.report import DENSE, LOOP, STRUCTURE, Line, Report, lines, load
 
-BASES = (LINEAR, DENSE_MODEL, "expert loop", "official structure", "reference", COMPILED)  # the first in both
-COUNTS = ("saved_bytes", "peak_bytes", "flops", "operators", "launches", "host_waits")
-SAME_MACHINE = ("cpu", "cpu_family", "cores", "threads", "isa", "gpu")
-LEAST_ROUNDS = 5
+BASES = (LINEAR, DENSE, LOOP, STRUCTURE, "reference", "official matching", "scipy")  # the first in both files
+SAME_MACHINE = ("device", "gpu", "cpu", "cpu_family", "cores", "threads", "isa")
 WIDTH = 3.0  # standard errors on each side
-SLOWER, FASTER, SAME, UNCLEAR = "slower", "faster", "same", "too few rounds"
+CALLS = Path(__file__).parent / "compare_calls.py"
 
 
 class Change(NamedTuple):
-    """The time of a row of ours, new over old."""
+    """A time, new over old."""
 
-    turn: Turn
-    row: Row
-    base: str | None  # None: unpaired
-    ratio: float
+    case: str
     low: float
+    ratio: float
     high: float
-    verdict: str
 
-    def __str__(self) -> str:
-        beside = f"beside {self.base}" if self.base else "unpaired"
-        interval = f"{self.ratio:.3f} ({self.low:.3f} to {self.high:.3f}), {beside}"
-        return f"{self.verdict:8} {interval:40} {describe(self.turn, self.row)}"
-
-
-def describe(turn: Turn, row: Row) -> str:
-    return f"{turn.group}: {label(turn, row)}, {turn.dtype}, {turn.which}, {turn.device}, {row['contender']}"
-
-
-def log_ratios(contenders: Contenders, name: str, base: str | None) -> list[float]:
-    """``r_i``, or log times without a base."""
-    times = contenders[name]["samples"]
-    if base is None:
-        return [math.log(time) for time in times]
-    return [math.log(a / b) for a, b in zip(times, contenders[base]["samples"], strict=True)]
-
-
-def find_base(old: Contenders, new: Contenders, name: str) -> str | None:
-    """The contender to pair with: not ours, timed in the same rounds in both files."""
-    paired = [
-        other
-        for other in old
-        if other in new and not old[other]["ours"] and all(
-            file[other]["samples"] and len(file[other]["samples"]) == len(file[name]["samples"])
-            for file in (old, new)
-        )
-    ]  # fmt: skip
-    known = [other for other in BASES if other in paired]
-    return next(iter([*known, *sorted(paired)]), None)
+    def verdict(self, limit: float) -> str:
+        return "slower" if self.low > limit else "faster" if self.high < 1 / limit else "same"
 
 
 def centre_and_error(values: list[float]) -> tuple[float, float]:
@@ -90,97 +58,138 @@ def centre_and_error(values: list[float]) -> tuple[float, float]:
     return centre, 1.2533 * deviation / math.sqrt(len(values))
 
 
-def change(turn: Turn, old: Contenders, new: Contenders, name: str, limit: float) -> Change:
-    """The change of a row that both files have timed."""
-    base = find_base(old, new, name)
-    values = [log_ratios(contenders, name, base) for contenders in (old, new)]
-    (before, error_before), (after, error_after) = map(centre_and_error, values)
-    error = math.hypot(error_before, error_after)
-    low, middle, high = (math.exp(after - before + side * WIDTH * error) for side in (-1, 0, 1))
-    if min(map(len, values)) < LEAST_ROUNDS:
-        verdict = UNCLEAR
-    else:
-        verdict = SLOWER if low > limit else FASTER if high < 1 / limit else SAME
-    return Change(turn, new[name], base, middle, low, high, verdict)
+def change(case: str, *log_ratios: list[float]) -> Change:
+    """The change from log(new / old), or from log(new / base) and log(old / base)."""
+    (centre, error), *others = map(centre_and_error, log_ratios)
+    centre -= sum(other for other, _ in others)
+    error = math.hypot(error, *(other for _, other in others))
+    return Change(case, *(math.exp(centre + side * WIDTH * error) for side in (-1, 0, 1)))
 
 
-def compare(old: Report, new: Report, limit: float) -> tuple[list[Change], list[str], list[str]]:
-    """Changes of time; what failed or grew; what can be compared in one file only."""
-    before, after = turns(old["rows"]), turns(new["rows"])
-    changes, worse, missing = [], [], []
-    for here, there, where in ((before, after, "old"), (after, before, "new")):
-        missing += [
-            f"only in the {where} file: {describe(turn, row)}"
-            for turn, contenders in here.items()
-            for name, row in contenders.items()
-            if name not in there.get(turn, {})
-        ]
-    for turn, contenders in before.items():
-        for name, row in contenders.items():
-            twin = after.get(turn, {}).get(name)
-            if twin is None or not row["ours"]:
-                continue
-            if twin["failure"] and not row["failure"]:
-                worse.append(f"failed: {describe(turn, row)}: {twin['failure']}")
-            elif row["samples"] and twin["samples"]:
-                changes.append(change(turn, contenders, after[turn], name, limit))
-            else:
-                missing.append(f"not timed in both files: {describe(turn, row)}")
-            for key in COUNTS:
-                counts = row.get(key), twin.get(key)
-                if None in counts and counts != (None, None) and not twin["failure"]:
-                    missing.append(f"{key} not counted in both files: {describe(turn, row)}")
-                elif None not in counts and counts[1] > counts[0]:
-                    worse.append(f"grew: {key} from {counts[0]:g} to {counts[1]:g}: {describe(turn, row)}")
-    return changes, worse, missing
-
-
-def check_machines(old: Report, new: Report) -> None:
-    """Raises where the files are of different machines."""
+def compare_files(old: Report, new: Report) -> Iterator[Change]:
+    """Every line of switch_moe that both files have timed beside the same contender."""
     for key in SAME_MACHINE:
-        found = old["machine"].get(key), new["machine"].get(key)
-        if found[0] != found[1]:
-            raise BadFile(
-                f"the files are of different machines: {key} is {found[0]!r} and {found[1]!r}"
-                "; --different-machines compares them all the same"
-            )
+        if old.machine.get(key) != new.machine.get(key):
+            values = f"{old.machine.get(key)!r} and {new.machine.get(key)!r}"
+            raise ValueError(f"the files are of different machines: {key} is {values}")
+    before = {label(line): line for line in lines(old)}
+    for line in lines(new):
+        pair = [found for found in (line, before.get(label(line))) if found]
+        for base in BASES:
+            ratios = [log_ratios(found, base) for found in pair]
+            if len(pair) == 2 and all(ratios):
+                yield change(f"{label(line)}, beside {base}", *ratios)
+                break
 
 
-def above_one(text: str) -> float:
-    value = float(text)
-    if not 1 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"is {text}; it must be at least 1")
-    return value
+def label(line: Line) -> str:
+    return f"{line.first['operation']} {line.case} {line.first['dtype']} {line.first['pass']}"
+
+
+def log_ratios(line: Line, base: str) -> list[float]:
+    times, others = (line.contenders.get(name, {}).get("samples") or [] for name in (SWITCH_MOE, base))
+    return [math.log(a / b) for a, b in zip(times, others, strict=False)]
+
+
+class Worker:
+    """A process that times calls of one tree's switch_moe, one sample for each line that it reads."""
+
+    def __init__(self, tree: Path, device: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(CALLS), device], cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.cases: list[str] = json.loads(self._read())
+
+    def sample(self, case: str) -> float | None:
+        """Seconds of one call; None where this revision cannot run it."""
+        self.process.stdin.write(case + "\n")
+        self.process.stdin.flush()
+        return json.loads(self._read())
+
+    def _read(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError(f"the process in {self.process.args} ended; its error is above")
+        return line
+
+
+def build(revision: str, folder: Path, device: str) -> None:
+    """Checks a revision out into ``folder`` and builds it there."""
+    git = ["git", "-C", str(ROOT), "worktree", "add", "--detach", str(folder), revision]
+    compile_ = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    cuda = "1" if device == "cuda" else "0"
+    for command, where in ((git, ROOT), (compile_, folder)):
+        print(f"compare: {' '.join(command)}", file=sys.stderr, flush=True)
+        environment = os.environ | {"SWITCH_MOE_CUDA": os.environ.get("SWITCH_MOE_CUDA", cuda)}
+        done = subprocess.run(
+            command, cwd=where, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise ValueError(f"{command} failed:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+def compare_trees(base: Path, tree: Path, rounds: int, device: str) -> Iterator[Change]:
+    """Times every call of compare_calls.py in both trees."""
+    workers = [Worker(base, device), Worker(tree, device)]
+    try:
+        for case in workers[0].cases:
+            values = []
+            for number in range(rounds + 1):  # the first one compiles
+                order = (0, 1) if number % 2 else (1, 0)
+                times = {which: workers[which].sample(case) for which in order}
+                if None in times.values():
+                    print(f"not in both revisions: {case}", flush=True)
+                    break
+                values.append(math.log(times[1] / times[0]))
+            else:
+                yield change(case, values[1:])
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+
+
+def compare_revision(revision: str, rounds: int, device: str) -> Iterator[Change]:
+    """This tree, as it is, against a revision."""
+    with tempfile.TemporaryDirectory(prefix="switch_moe_base_") as scratch:
+        folder = Path(scratch) / "tree"
+        try:
+            build(revision, folder, device)
+            yield from compare_trees(folder, ROOT, rounds, device)
+        finally:
+            remove = ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(folder)]
+            subprocess.run(remove, capture_output=True, check=False)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("old", type=Path, metavar="OLD.json")
-    parser.add_argument("new", type=Path, metavar="NEW.json")
-    parser.add_argument(
-        "--limit", type=above_one, default=1.05, help="ratio of times that passes, 1.05 by default"
-    )
-    parser.add_argument("--different-machines", action="store_true", help="compare files of two machines")
+    parser.add_argument("files", type=Path, nargs="*", metavar="OLD.json NEW.json")
+    parser.add_argument("--base", metavar="REV", help="a git revision to build and to compare this tree with")
+    parser.add_argument("--rounds", type=int, default=15, help="of --base, 15 by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE, help="of --base")
+    parser.add_argument("--limit", type=float, default=1.05, help="ratio that passes, 1.05 by default")
     arguments = parser.parse_args(argv)
+    if len(arguments.files) != (0 if arguments.base else 2) or arguments.limit < 1 or arguments.rounds < 5:
+        parser.error(
+            "give either --base REV or OLD.json NEW.json, a --limit of at least 1, 5 --rounds or more"
+        )
+    changes = []
     try:
-        old, new = read(arguments.old), read(arguments.new)
-        if not arguments.different_machines:
-            check_machines(old, new)
-    except BadFile as error:
+        if arguments.base:
+            found = compare_revision(arguments.base, arguments.rounds, arguments.device)
+        else:
+            found = compare_files(*map(load, arguments.files))
+        for one in found:
+            changes.append(one)
+            interval = f"{one.ratio:.3f} ({one.low:.3f} to {one.high:.3f})"
+            print(f"{one.verdict(arguments.limit):8}{interval:26}{one.case}", flush=True)
+    except (OSError, ValueError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    changes, worse, missing = compare(old, new, arguments.limit)
-    order = (SLOWER, UNCLEAR, SAME, FASTER)
-    for line in sorted(changes, key=lambda found: (order.index(found.verdict), -found.ratio)):
-        print(line)
-    print("\n".join([*worse, *missing]), end="\n" if worse or missing else "")
-    slow = sum(found.verdict == SLOWER for found in changes)
-    total = f"{len(changes)} times compared at a limit of {arguments.limit:g}"
-    print(f"{total}: {slow} slower, {len(worse)} failed or grew")
-    if not changes:
-        print("compare: no row of ours is timed in both files", file=sys.stderr)
-        return 2
-    return 1 if slow or worse else 0
+    slow = sum(one.verdict(arguments.limit) == "slower" for one in changes)
+    print(f"{len(changes)} times compared, new over old, at a limit of {arguments.limit:g}: {slow} slower")
+    return 1 if slow else 0 if changes else 2
 
 
 if __name__ == "__main__":

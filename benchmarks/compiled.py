@@ -1,18 +1,16 @@
 """Every Triton kernel at every shipped tile, compiled ahead of time for sm_80, sm_90, sm_100 without a GPU.
 
-    python -m benchmarks.compiled                  # the hardest specialisation of each tile; predicted times
+    python -m benchmarks.compiled                  # the hardest specialisation of each tile
     python -m benchmarks.compiled --all            # every specialisation of many shapes: hours
-    python -m benchmarks.compiled --only expert_linear --markdown --json compiled.json
+    python -m benchmarks.compiled --only expert_linear --json compiled.json --markdown compiled.md
 
-Compiled is what the functions of switch_moe/kernels launch on the meta tensors of kernel_calls.py. A new
-kernel joins through a call there, and through its cost in cost_model.py.
+What is compiled is what the functions of switch_moe/kernels launch on the meta tensors of kernel_calls.py; a
+new kernel joins through a call there.
 
-Proven from the machine code: no spills; tensor-core instructions where a product takes bfloat16, float16 or
-TF32 (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100; of fewer than 64 rows, HMMA), none where all products
-are true float32; shared memory and registers that the architecture can launch. Exits with 1 where one fails.
-
-The predicted times are a MODEL of one H200 (cost_model.py says which), NOT A MEASUREMENT. They stand beside
-the floor, max(FLOPs / rate, bytes of inputs and outputs / bandwidth), and F.linear by the same model.
+The machine code must show no spills; tensor-core instructions where a product takes bfloat16, float16 or TF32
+(HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100; HMMA for fewer than 64 rows), and none where all products
+are true float32; and no more shared memory and registers than the architecture can launch. The command exits
+with 1 where one fails.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
@@ -36,8 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.cost_model import COSTS, problems, seconds
-from benchmarks.kernel_calls import OPERATIONS, calls, typed
+from benchmarks.kernel_calls import calls
 from switch_moe.kernels import _launch
 
 Row = dict[str, Any]
@@ -45,17 +43,14 @@ Row = dict[str, Any]
 ARCHITECTURES = (80, 90, 100)
 # Shared memory of a program: sm_80 has 163 KiB, but its code also runs on sm_86 and sm_89.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-SHARED_PER_SM = {
-    80: 164 << 10,
-    90: 228 << 10,
-    100: 228 << 10,
-}  # each program costs 1 KiB more than it asks for
+# Each program costs 1 KiB more of it than it asks for.
+SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS, MAX_THREADS, THREADS_PER_SM, PROGRAMS_PER_SM, TENSOR_COLUMNS = 65536, 1024, 2048, 32, 512
-REASON = """# Shipped tiles, compiled ahead of time
+HEADER = """# Shipped tiles, compiled ahead of time
 
-`python -m benchmarks.compiled --markdown` wrote this; no GPU took part. Each tile is the largest found that
-compiles without spills for its architecture: a larger tile takes less L2 traffic for each FLOP, and in the
-model at the end L2 bounds every product. No tile has been timed yet.
+`python -m benchmarks.compiled --markdown benchmarks/results/compiled.md` wrote this with Triton {triton}.
+No GPU took part, and no tile has been timed. Each tile is the largest found that compiles without spills for
+its architecture, because a larger tile reads less for each FLOP.
 """
 TILE = re.compile("BLOCK|ROWS$|COLS$|INNER$")  # constants that are tile sizes
 
@@ -103,8 +98,12 @@ class Specialisation(NamedTuple):
     @property
     def group(self) -> tuple[Any, ...]:
         """The default compiles one of each: by tile, branches and the number of chosen experts."""
-        meta = self.launch.meta
-        return (self.tiling, meta.get("TOP_K"), *(name for name, value in meta.items() if value is True))
+        return (self.tiling, self.launch.meta.get("TOP_K"), *self.branches)
+
+    @property
+    def branches(self) -> list[str]:
+        """The branches that are compiled in."""
+        return [name for name, value in self.launch.meta.items() if value is True]
 
     @property
     def key(self) -> str:
@@ -153,7 +152,7 @@ def inspect(spec: Specialisation) -> Row:
     """Compiles and reads the machine code."""
     row: Row = {
         "kernel": spec.name, "arch": spec.arch, "dtype": spec.dtype, "tile": spec.tile,
-        "constants": {spec.launch.kernel.arg_names[i]: value for (i,), value in spec.constexprs.items()},
+        "top_k": spec.launch.meta.get("TOP_K"), "branches": spec.branches,
         "warps": spec.options.num_warps, "stages": spec.options.num_stages,
     }  # fmt: skip
     source = ASTSource(spec.launch.kernel, spec.signature, spec.constexprs, spec.attrs)
@@ -188,7 +187,7 @@ def _disassemble(cubin: bytes, sass: bool) -> str:
 
 
 def _allocated_registers(row: Row) -> int:
-    """Of a program; a warp gets them in units of 256."""
+    """Registers of a program; a warp gets them in units of 256."""
     return -(-row["registers"] * 32 // 256) * 256 * (row["threads"] // 32)
 
 
@@ -222,61 +221,43 @@ def faults(row: Row) -> dict[str, str]:
     return found
 
 
-def predict(resident_of: dict[tuple[Any, ...], int]) -> list[Row]:
-    """Modelled times of the shapes that Switch-DiT trains with, in seconds."""
-    return [
-        row | _predicted(typed(OPERATIONS[name], "bfloat16", *shape), resident_of)
-        for name, shape, row in problems()
-    ]
-
-
-def _predicted(call: Callable[[], None], resident_of: dict[tuple[Any, ...], int]) -> Row:
-    parts, total = [], 0.0
-    for spec in record([call], 90):
-        programs, together = spec.launch.programs, resident_of.get(spec.tiling, 1)
-        time, bound = seconds(spec.name, spec.dtype, programs, spec.arguments, together)
-        total += time
-        name = spec.name.split(".")[1].strip("_").removesuffix("_kernel")
-        parts.append(f"{name} {1e6 * time:.0f} ({bound})")
-    return {"predicted": total, "parts": parts}
-
-
-def kernel_table(rows: list[Row]) -> list[list[str]]:
+def table(rows: list[Row]) -> list[list[str]]:
+    """The cells of a table, the header first."""
     measures = ("warps", "stages", "registers", "spilled", "shared")
-    costs = ("bytes", "flops", "other")
-    head = ["kernel", "arch", "type", "tile", *measures, "tensor", "resident", *(f"{c}/step" for c in costs)]
-    cells = [[*head, "faults"]]
+    cells = [["kernel", "arch", "type", "tile", *measures, "tensor", "resident", "faults"]]
     for row in rows:
         tile = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in row["tile"].items())
-        tile += f" k={row['constants']['TOP_K']}" if "TOP_K" in row["constants"] else ""
+        tile += f" k={row['top_k']}" if row["top_k"] else ""
         tensor = " ".join(f"{count} {name}" for name, count in row.get("tensor", {}).items())
-        cost = [f"{row['cost'][name]:.0f}" if "cost" in row else "" for name in costs]
         text = "; ".join(f"{name}: {fault.splitlines()[-1]}" for name, fault in row["faults"].items())
-        found = [str(row.get(name, "")) for name in measures]
         start = [row["kernel"], f"sm_{row['arch']}", row["dtype"], tile]
-        cells.append([*start, *found, tensor, str(row.get("resident", "")), *cost, text])
+        numbers = [str(row.get(name, "")) for name in measures]
+        cells.append([*start, *numbers, tensor, str(row.get("resident", "")), text])
     return cells
 
 
-def prediction_table(predictions: list[Row]) -> list[list[str]]:
-    cells = [
-        ["operation", "shape", "floor us", "us", "/ floor", "/ linear", "kernels: us (what bounds them)"]
-    ]
-    for p in predictions:
-        ratios = [f"{p['predicted'] / p[name]:.2f}" if name in p else "" for name in ("floor", "linear")]
-        times = f"{1e6 * p['floor']:.1f}", f"{1e6 * p['predicted']:.1f}"
-        cells.append([p["operation"], p["shape"], *times, *ratios, ", ".join(p["parts"])])
-    return cells
-
-
-def show(cells: list[list[str]], markdown: bool) -> None:
+def lines(cells: list[list[str]], markdown: bool) -> Iterator[str]:
+    """The lines of a table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for number, line in enumerate(cells):
         padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        print(f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip())
+        yield f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
         if markdown and number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    print()
+            yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+
+
+def page(rows: list[Row], triton_version: str) -> str:
+    """The report in Markdown: a table for each operation, the hardest specialisation of each tile."""
+    hardest: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = (row["kernel"], row["arch"], row["dtype"], *row["tile"].items(), row["warps"], row["stages"])
+        if key not in hardest or row.get("registers", 0) > hardest[key].get("registers", 0):
+            hardest[key] = row
+    parts = [HEADER.format(triton=triton_version)]
+    for operation in sorted({row["kernel"].split(".")[0] for row in rows}):
+        of_operation = [row for row in hardest.values() if row["kernel"].split(".")[0] == operation]
+        parts += [f"## {operation}\n", "\n".join(lines(table(of_operation), markdown=True)) + "\n"]
+    return "\n".join(parts)
 
 
 _selected: list[Specialisation] = []  # for the forked workers: kernels cannot be pickled
@@ -293,8 +274,6 @@ def inspect_all(selected: list[Specialisation], jobs: int) -> list[Row]:
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for done, (number, row) in enumerate(pool.imap_unordered(_inspect_numbered, range(len(selected))), 1):
             rows[number] = row
-            if row["kernel"] in COSTS:
-                row["cost"] = COSTS[row["kernel"]](selected[number].arguments)._asdict()
             state = ", ".join(row["faults"]) or "fine"
             name = f"{row['kernel']} sm_{row['arch']} {row['dtype']}"
             print(f"{done}/{len(selected)} {name}: {state}", file=sys.stderr, flush=True)
@@ -313,8 +292,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--all", action="store_true", help="every specialisation, not one of each tile")
     parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose module.name contains it")
-    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
-    parser.add_argument("--json", metavar="FILE", help="write rows and predictions there too")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables there in Markdown")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--calls", metavar="FILE", help="compile what calls() of this Python file launches")
     arguments = parser.parse_args()
@@ -324,20 +303,12 @@ def main() -> None:
     found = [spec for arch in ARCHITECTURES for spec in record(wanted, arch) if arguments.only in spec.name]
     selected = select(found, arguments.all)
     rows = inspect_all(selected, arguments.jobs)
+    print("\n".join(lines(table(rows), markdown=False)))
     if arguments.markdown:
-        print(REASON)
-    show(kernel_table(rows), arguments.markdown)
-    predictions = []
-    if not arguments.calls:
-        pairs = sorted(zip(selected, rows, strict=True), key=lambda pair: -pair[1].get("resident", 1))
-        predictions = predict({spec.tiling: row.get("resident", 1) for spec, row in pairs})
-        print("A model of one H200, not a measurement:\n")
-        show(prediction_table(predictions), arguments.markdown)
+        arguments.markdown.write_text(page(rows, triton.__version__))
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(
-                {"triton": triton.__version__, "rows": rows, "predictions": predictions}, file, default=str
-            )
+        text = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+        arguments.json.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{text}\n]}}\n')
     if any(row["faults"] for row in rows):
         sys.exit(1)
 

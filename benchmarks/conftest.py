@@ -1,59 +1,35 @@
-"""Options of the benchmarks, the rows that they record, and the ratio tables at the end."""
+"""Options of the benchmarks, and the fixture that checks, times and records what a case compares.
+
+    pytest benchmarks --benchmark-json=FILE
+
+A test is one line of a table: one case, one pass, all contenders. What they took goes to
+``extra_info["rows"]`` of pytest-benchmark's JSON, a row for each contender; sample i of all rows of a test is
+from the same round.
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.case import Case, Inputs, checked
-from benchmarks.environment import describe
+from benchmarks import counts
+from benchmarks.case import BOTH, COMPILED, SWITCH_MOE, Case, check, describe
+from benchmarks.environment import DEVICE
+from benchmarks.environment import describe as describe_machine
 from benchmarks.peers import parse_peer_path, peer_states
-
-GROUPS = ("gate", "expert_linear", "expert_mlp", "assignment", "prior", "layer", "train_step", "sample_step",
-          "growth")  # fmt: skip
-
-
-class Recorder:
-    """Rows of this session.
-
-    ``quick``: few shapes and rounds. ``seconds``: for the rounds of a line of a table; ``least`` of them.
-    """
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.quick: bool = config.getoption("--quick")
-        self.seconds, self.least = (0.4, 5) if self.quick else (3.0, 7)
-        self.rows: list[dict[str, Any]] = []
-        self._checked: dict[Any, dict[str, dict[str, Any]]] = {}
-
-    def check(self, case: Case, inputs: Inputs) -> dict[str, dict[str, Any]]:
-        """What :func:`benchmarks.case.checked` found for each contender, once for all passes."""
-        key = (case.name, case.dtype, next(iter(inputs.values())).device)
-        if key not in self._checked:
-            memo: dict[Any, Any] = {}
-            self._checked[key] = {c.name: checked(case, c, inputs, memo) for c in case.contenders}
-        return self._checked[key]
-
-    def add(self, **row: Any) -> None:
-        assert row["group"] in GROUPS
-        self.rows.append(row)
-
-    def report(self) -> dict[str, Any]:
-        """What a result file holds."""
-        return {"format": 1, **describe(), "quick": self.quick, "peers": peer_states(), "rows": self.rows}
+from benchmarks.timing import Call, Timed, input_sets, time_together
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("switch_moe")
     group.addoption("--quick", action="store_true", help="few shapes and rounds: about a minute on two cores")
+    group.addoption("--device", choices=("cpu", "cuda"), default=DEVICE, help=f"{DEVICE} by default")
     group.addoption(
         "--peer-path", action="append", default=[], metavar="NAME=DIR",
         help="a clone of another library, for example official=../Switch-DiT; may be given several times",
     )  # fmt: skip
-    group.addoption("--results", type=Path, metavar="FILE", help="write the measurements as JSON")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,43 +38,125 @@ def pytest_configure(config: pytest.Config) -> None:
             parse_peer_path(text)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    config.stash[_RECORDER] = Recorder(config)
-
-
-_RECORDER = pytest.StashKey[Recorder]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``measured``: the passes of ``cases(device, quick)`` of the module, on each device."""
-    if "measured" in metafunc.fixturenames:
-        from benchmarks.measure import Measured
+    """``case`` and ``which``: the passes of ``cases(device, quick)`` of the module."""
+    if {"case", "which"} <= set(metafunc.fixturenames):
+        device, quick = (metafunc.config.getoption(option) for option in ("--device", "--quick"))
+        both = [(case, which) for case in metafunc.module.cases(device, quick) for which in case.passes]
+        ids = [f"{case}, {which}".replace("[", "").replace("]", "") for case, which in both]
+        metafunc.parametrize(("case", "which"), both, ids=ids)
 
-        module, quick = metafunc.module, metafunc.config.getoption("--quick")
-        found = [
-            Measured(group, case, which, device)
-            for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-            for group, case in module.cases(device, quick)
-            for which in case.passes
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Replaces pytest-benchmark's description of the machine."""
+    machine_info.clear()
+    machine_info |= describe_machine(config.getoption("--device"))
+    machine_info |= {"quick": config.getoption("--quick"), "peers": peer_states()}
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Leaves out what the rows hold already, and objects that are no numbers."""
+    for one in output_json["benchmarks"]:
+        for key in ("params", "param", "options"):
+            del one[key]
+        one["stats"] = {key: one["stats"][key] for key in ("median", "iqr", "rounds")}
+
+
+class Bench:
+    """What a benchmark does: check every contender, time in turns those that are right, record all."""
+
+    def __init__(self, benchmark: Any, config: pytest.Config) -> None:
+        self.benchmark = benchmark
+        self.quick: bool = config.getoption("--quick")
+        self.device: str = config.getoption("--device")
+
+    def measure(self, cases: Case | list[Case], which: str) -> None:
+        """One pass of a case, or of several that take turns with one another."""
+        cases = cases if isinstance(cases, list) else [cases]
+        calls: dict[tuple[int, str], list[Call]] = {}
+        rows: dict[tuple[int, str], dict[str, Any]] = {}
+        for number, case in enumerate(cases):
+            first, memo = case.make(0), {}
+            smallest = min(sum(first[n].nbytes for n in (*c.leaves, *c.reads)) for c in case.contenders)
+            sets = [first, *(case.make(seed) for seed in range(1, input_sets(smallest, self.device)))]
+            for contender in case.contenders:
+                key = number, contender.name
+                rows[key] = {
+                    "operation": case.operation, "note": case.note, "shape": case.shape,
+                    "dtype": str(case.dtype).removeprefix("torch."), "device": self.device, "pass": which,
+                    "contender": contender.name, "is_switch_moe": contender.is_switch_moe,
+                    **check(case, contender, first, (which,), memo),
+                }  # fmt: skip
+                if rows[key]["failure"] is None:
+                    calls[key] = [case.call(contender, inputs, which) for inputs in sets]
+                    weights = [first[name] for name in contender.leaves if "weight" in name or "bias" in name]
+                    rows[key] |= memory(calls[key][0], weights, which, self.device)
+        if not any(row["failure"] and row["is_switch_moe"] for row in rows.values()):
+            for key, timed in self.time(calls, seconds=3.0 * len(cases)).items():
+                rows[key] |= describe_time(timed)
+        self.record(cases[0].operation, list(rows.values()))
+        if any(case.contenders[-1].name == COMPILED for case in cases):
+            torch.compiler.reset()  # dynamo compiles one function for a few shapes only
+
+    def time(
+        self, calls: dict[Any, list[Call]], seconds: float = 3.0, graphs: bool = True
+    ) -> dict[Any, Timed | Exception]:
+        """:func:`benchmarks.timing.time_together`, shorter in a quick run, empty if it is disabled."""
+        if self.benchmark.disabled:
+            return {}
+        seconds, least = (0.1 * seconds, 3) if self.quick else (seconds, 7)
+        return time_together(calls, self.device, seconds, least, graphs)
+
+    def record(self, group: str, rows: list[dict[str, Any]]) -> None:
+        """Hands the rows to pytest-benchmark, whose own table shows the last row of switch_moe. Fails the
+        test, and reports no time, where a result of switch_moe is wrong.
+        """
+        self.benchmark._mode = "turns"  # else pytest-benchmark warns that nobody used its fixture
+        wrong = [
+            f"{row['contender']} {row['shape']}: {row['failure']}"
+            for row in rows
+            if row["failure"] and row.get("is_switch_moe", row["contender"] == SWITCH_MOE)
         ]
-        metafunc.parametrize("measured", found, ids=[str(one) for one in found])
+        if wrong:
+            pytest.fail("nothing is timed: " + "; ".join(wrong), pytrace=False)
+        samples = [row["samples"] for row in rows if row["contender"] == SWITCH_MOE and row.get("samples")]
+        if not samples:
+            return
+        self.benchmark.group = group
+        self.benchmark.extra_info["rows"] = rows
+        stats = self.benchmark._make_stats(1)  # there is no public way to record times taken elsewhere
+        for microseconds in samples[-1]:
+            stats.update(microseconds / 1e6)
 
 
 @pytest.fixture
-def recorder(pytestconfig: pytest.Config) -> Recorder:
-    return pytestconfig.stash[_RECORDER]
+def bench(benchmark: Any, pytestconfig: pytest.Config) -> Bench:
+    return Bench(benchmark, pytestconfig)
+
+
+def describe_time(timed: Timed | Exception) -> dict[str, Any]:
+    """The part of a row about its time: microseconds of each round, to five digits."""
+    if isinstance(timed, Exception):
+        return {"failure": describe(timed)}
+    return {"method": timed.method, "samples": [float(f"{1e6 * second:.5g}") for second in timed.seconds]}
+
+
+def memory(call: Call, parameters: list[torch.Tensor], which: str, device: str) -> dict[str, int]:
+    """Bytes that autograd keeps for the backward, and the most held beyond the inputs."""
+    found = {"peak_bytes": counts.peak_bytes(call, device)}
+    if which == BOTH:
+        found["saved_bytes"] = counts.saved_bytes(call, parameters)
+    return found
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    recorder = config.stash[_RECORDER]
-    if not recorder.rows:
-        return
-    from benchmarks.report import ratio_tables
+    """A line for each contender: its time as a multiple of switch_moe's, taken round by round."""
+    session = getattr(config, "_benchmarksession", None)
+    rows = [row for one in getattr(session, "benchmarks", []) for row in one.extra_info.get("rows", [])]
+    if rows:
+        from benchmarks.report import text_table
 
-    report = recorder.report()
-    terminalreporter.section("time as a multiple of the first column's, medians of turns side by side")
-    terminalreporter.write(ratio_tables(report))
-    path: Path | None = config.getoption("--results")
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        terminalreporter.write_line(f"wrote {path}")
+        terminalreporter.section("median times, and multiples of switch_moe's")
+        terminalreporter.write(text_table(rows))

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cost_model import COSTS
 from switch_moe import native
 from switch_moe.cpu.expert_linear import _workspaces
 
@@ -70,13 +69,13 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
 
 def product_flops(step: Step) -> int:
     """FLOPs of the products that ``step()`` runs on a CPU, inside operators too, but not attention's: torch's
-    products and our compiled ones, which count themselves.
+    products and the compiled ones, which count themselves.
     """
-    ours = native.cpu.require().fused_product_flops
-    before = ours()
+    compiled = native.cpu.require().fused_product_flops
+    before = compiled()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True, record_shapes=True) as run:
         step()
-    return sum(event.flops for event in run.events() if event.name in PRODUCTS) + ours() - before
+    return sum(event.flops for event in run.events() if event.name in PRODUCTS) + compiled() - before
 
 
 class _Calls(TorchDispatchMode):
@@ -123,14 +122,6 @@ class Launch(NamedTuple):
     kernel: str  # module.function
     programs: int
     arguments: dict[str, Any]  # by name
-
-    @property
-    def flops(self) -> float:
-        """Of its products, by cost_model.py; 0 for a kernel without any."""
-        if self.kernel not in COSTS:
-            return 0.0
-        cost = COSTS[self.kernel](self.arguments)
-        return self.programs * cost.steps * cost.flops
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cost_model import DEPTHS
 from switch_moe.experts import LinearExperts, MLPExperts
 
+DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 28}  # L of the published sizes, by D
 DTYPES = ("float16", "bfloat16", "float32", "tf32")  # tf32: float32 of a user who allows TF32
 TOKENS = (16, 32, 64, 128, 256)
 EXPERTS = ((3, 2), (4, 4), (8, 8))  # M, k: kernels unroll a few of the k experts and loop over more
@@ -84,9 +84,6 @@ def diffusion_prior(dtype: torch.dtype, batch: int, depth: int, experts: int, to
     slots = depth * experts
     t, assignment = empty(torch.int64, batch), empty(torch.int64, slots)
     forward(empty(dtype, batch, slots), empty(dtype, 1000, slots), t, assignment, depth, depth * top_k)
-
-
-OPERATIONS = {"expert_linear": expert_linear, "timestep_gate": timestep_gate}  # those with predicted times
 
 
 def calls(everything: bool) -> Iterator[Callable[[], None]]:

@@ -1,9 +1,9 @@
-"""Other mixtures of experts behind one interface: two that are built here, libraries where they are
-installed, and the official Switch-DiT where a clone is given.
+"""Other mixtures of experts behind one interface: two that are built here, two libraries where they are
+installed, and the official layer where a clone is given.
 
-The libraries' adapters are written against their sources, at the commit that each names, and none was ever
-run against its library: those need a GPU, and were not at hand. Every benchmark compares their outputs and
-gradients with float64 before it times them. No code of a library is here.
+The libraries' adapters are written against their sources, at the commit that each names. They need a GPU
+and have not been run yet. Every benchmark compares their outputs and gradients with float64 before it times
+them. No code of a library is here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.baselines import Groups, activation, expert_loop, grouped_linear, grouped_mlp
 
@@ -44,27 +43,16 @@ class Peer(NamedTuple):
     layout: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda a, b: (a, b)
     restore: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda a, b: (a, b)
 
-    def ahead(self, index: Tensor, experts: int, tokens: int) -> Any:
-        """The metadata, all of it computed."""
-        found = self.metadata(index, experts, tokens)
-        return found.ahead() if isinstance(found, Groups) else found
+
+def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, groups: Groups) -> Tensor:
+    return grouped_linear(x, weight, bias, groups.index, gate, groups)
 
 
-def with_groups(name: str, product: Callable[..., Tensor] | None = None) -> Peer:
-    """Gather, grouped product, combine."""
-    options = {} if product is None else {"product": product}
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, groups: Groups) -> Tensor:
-        return grouped_linear(x, weight, bias, groups.index, gate, groups=groups, **options)
-
-    def mlp(
-        x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None,
-        gate: Tensor, groups: Groups, gated: bool,
-    ) -> Tensor:  # fmt: skip
-        weights = (weight_in, bias_in, weight_out, bias_out)
-        return grouped_mlp(x, *weights, groups.index, gate, gated, groups=groups, **options)
-
-    return Peer(name, Groups, linear, mlp)
+def _grouped_mlp(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None,
+    gate: Tensor, groups: Groups, gated: bool,
+) -> Tensor:  # fmt: skip
+    return grouped_mlp(x, weight_in, bias_in, weight_out, bias_out, groups.index, gate, gated, groups)
 
 
 def _loop(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, groups: Groups) -> Tensor:
@@ -72,7 +60,7 @@ def _loop(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, groups: Groups)
 
 
 EXPERT_LOOP = Peer("expert loop", Groups, _loop, None)
-GROUPED_MM = with_groups("grouped_mm")
+GROUPED_MM = Peer("grouped_mm", Groups, _grouped_linear, _grouped_mlp)
 
 
 def parse_peer_path(text: str) -> None:
@@ -190,78 +178,6 @@ def for_tokens(of_samples: Tensor, x: Tensor) -> Tensor:
     return of_samples.to(x.dtype)[:, None].expand(-1, x.shape[1], -1).flatten(0, 1)
 
 
-def _quack() -> Peer:
-    """Dao-AILab/quack, commit 0555417: it has no mixture of its own: its grouped products between our gather
-    and combine, its default tiles (tuning compiles dozens of kernels for a shape), the gather not fused.
-    """
-    from quack.gemm_interface import gemm
-
-    class GroupedProduct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-            starts = F.pad(ends, (1, 0))  # [M+1]
-            ctx.save_for_backward(rows, weight, starts)
-            return gemm(rows, weight, cu_seqlens_m=starts, tuned=False)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-            rows, weight, starts = ctx.saved_tensors
-            grad = grad.contiguous()
-            grad_rows = gemm(grad, weight.mT, cu_seqlens_m=starts, tuned=False)
-            return grad_rows, gemm(rows.T, grad, cu_seqlens_k=starts, tuned=False), None
-
-    return with_groups("QuACK", GroupedProduct.apply)
-
-
-def _grouped_gemm() -> Peer:
-    """tgale96/grouped_gemm, commit ebeae0b: its product, whose sizes are on the host, between our gather and
-    combine.
-    """
-    from grouped_gemm.ops import gmm
-
-    def product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        return gmm(rows, weight, torch.diff(ends.long(), prepend=ends.new_zeros(1)).cpu())
-
-    return with_groups("grouped_gemm", product)
-
-
-def _megablocks() -> Peer:
-    """databricks/megablocks, commit 78eea65: sort, gather and scatter of its dropless mixture, and
-    grouped_gemm's products.
-    """
-    from grouped_gemm.ops import gmm
-    from megablocks import ops
-
-    def metadata(index: Tensor, experts: int, tokens: int) -> tuple[Tensor, ...]:
-        expert = index.int()[:, None].expand(-1, tokens, -1).flatten()  # [B*T*k]
-        bin_ids, indices = ops.sort(expert, max(1, (experts - 1).bit_length()))
-        sizes = ops.histogram(expert, experts)
-        return indices, bin_ids, ops.inclusive_cumsum(sizes, 0), sizes.cpu().long()
-
-    def add(rows: Tensor, bias: Tensor | None, bin_ids: Tensor) -> Tensor:
-        return rows if bias is None else rows + bias[bin_ids.long()]
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, order: tuple[Tensor, ...]) -> Tensor:
-        indices, bin_ids, bins, sizes = order
-        rows = ops.gather(x.flatten(0, 1), indices, bin_ids, bins, gate.shape[1])
-        rows = add(gmm(rows, weight, sizes), bias, bin_ids)
-        gates = for_tokens(gate, x).flatten()
-        return ops.scatter(rows, indices, bin_ids, gates, bins, gate.shape[1]).unflatten(0, x.shape[:2])
-
-    def mlp(
-        x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None,
-        gate: Tensor, order: tuple[Tensor, ...], gated: bool,
-    ) -> Tensor:  # fmt: skip
-        indices, bin_ids, bins, sizes = order
-        rows = ops.gather(x.flatten(0, 1), indices, bin_ids, bins, gate.shape[1])
-        hidden = activation(add(gmm(rows, weight_in, sizes), bias_in, bin_ids), gated)
-        rows = add(gmm(hidden, weight_out, sizes), bias_out, bin_ids)
-        gates = for_tokens(gate, x).flatten()
-        return ops.scatter(rows, indices, bin_ids, gates, bins, gate.shape[1]).unflatten(0, x.shape[:2])
-
-    return Peer("MegaBlocks", metadata, linear, mlp)
-
-
 def _sonicmoe() -> Peer:
     """Dao-AILab/sonic-moe, commit 8565e84: ``moe_general_routing_inputs``, which makes its metadata itself;
     SwiGLU without biases. Its weights are ``[2I, D, M]`` (gate and value rows in turn) and ``[D, I, M]``,
@@ -299,54 +215,7 @@ def _sonicmoe() -> Peer:
     return Peer("SonicMoE", metadata, None, mlp, True, layout, restore)
 
 
-def _liger() -> Peer:
-    """linkedin/Liger-Kernel, commit ead96b6: ``LigerFusedMoEFunction``, which makes its metadata itself;
-    SwiGLU without biases, weights ``[M, 2I, D]`` and ``[M, D, I]``.
-    """
-    from liger_kernel.ops import LigerFusedMoEFunction
-
-    def metadata(index: Tensor, experts: int, tokens: int) -> Tensor:
-        return index.int()[:, None].expand(-1, tokens, -1).flatten(0, 1).contiguous()  # [B*T, k]
-
-    def mlp(
-        x: Tensor, weight_in: Tensor, bias_in: None, weight_out: Tensor, bias_out: None,
-        gate: Tensor, index: Tensor, gated: bool,
-    ) -> Tensor:  # fmt: skip
-        out = LigerFusedMoEFunction.apply(x.flatten(0, 1), weight_in, weight_out, index, for_tokens(gate, x))
-        return out.unflatten(0, x.shape[:2])
-
-    def transposed(weight_in: Tensor, weight_out: Tensor) -> tuple[Tensor, Tensor]:
-        return weight_in.mT.contiguous(), weight_out.mT.contiguous()
-
-    return Peer("Liger", metadata, None, mlp, True, transposed, lambda a, b: (a.mT, b.mT))
-
-
-_LIBRARIES: dict[str, Callable[[], Peer]] = {
-    "ScatterMoE": _scattermoe,
-    "MegaBlocks": _megablocks,
-    "grouped_gemm": _grouped_gemm,
-    "SonicMoE": _sonicmoe,
-    "QuACK": _quack,
-    "Liger": _liger,
-}
-
-
-def official_linear() -> Peer:
-    """The official loop over experts, ``ParallelExperts``, its gather and scatter prepared ahead."""
-    module_of = cache(official_mixture().ParallelExperts)
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, groups: Groups) -> Tensor:
-        module = module_of(*weight.shape)
-        sizes = torch.tensor(groups.sizes)
-        sample = groups.order // groups.top_k
-        rows = torch.func.functional_call(
-            module, {"w": weight, "b": bias}, (x[sample].reshape(-1, x.shape[2]), sizes)
-        )
-        gates = gate.flatten()[groups.order]
-        rows = rows.view(-1, x.shape[1], weight.shape[2]) * gates[:, None, None]
-        return torch.zeros_like(x).index_add(0, sample, rows)
-
-    return Peer(OFFICIAL, Groups, linear, None)
+_LIBRARIES: dict[str, Callable[[], Peer]] = {"ScatterMoE": _scattermoe, "SonicMoE": _sonicmoe}
 
 
 def official_layer(num_experts: int, top_k: int, size: int) -> Callable[..., Tensor]:

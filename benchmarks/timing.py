@@ -1,17 +1,65 @@
-"""Side-by-side timing: the contenders take turns, so that drift of the machine hits all alike."""
+"""The time of several calls on one device, taken in turns, so that a drift of the machine hits all alike.
+
+round 0    A B C        The order changes from round to round, since a call leaves its data in the caches.
+round 1    B A C        Sample i of every contender is from round i, so ratios are taken within a round.
+round 2    C A B        On a CPU a sample is one call (or the mean of many short ones); on a GPU it is the
+                        replay of a CUDA graph that runs the call on several input sets in a row, which
+                        together exceed the L2 cache twice.
+"""
 
 from __future__ import annotations
 
-import statistics
+import math
+import random
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-Step = Callable[[], Any]
+Call = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
 
-SHORT = 1e-3  # seconds; a step below it finds the caches that the contender before it left: it is warmed up
+SAMPLE_SECONDS = 2e-3  # shortest sample: the resolution of clocks and events, and gaps, vanish in it
+MOST_ROUNDS = 15
+MOST_SETS = 32
+
+
+class Timed(NamedTuple):
+    """Seconds of one call, a number for each round; method is 'call', 'graph' or, on a GPU, 'eager'."""
+
+    method: str
+    seconds: list[float]
+
+
+def time_together(
+    calls: dict[Name, list[Call]], device: str, seconds: float = 3.0, least: int = 7, graphs: bool = True
+) -> dict[Name, Timed | Exception]:
+    """Times contenders in turns, for about ``seconds`` and at least ``least`` rounds.
+
+    Args:
+        calls: for each contender the same call on different inputs; a CPU takes the first only.
+        graphs: whether a GPU may capture the calls. A call that makes the host wait is never captured.
+
+    A contender that raises is handed back with its exception, so that it does not end the others.
+    """
+    found: dict[Name, Timed | Exception] = {}
+    samplers: dict[Name, Sampler] = {}
+    for name, each in calls.items():
+        try:
+            samplers[name] = sampler(each, device, graphs)
+        except Exception as error:
+            found[name] = error.with_traceback(None)  # the frames of a traceback would keep memory
+        wait(device)  # raises where the device itself failed: nothing can go on then
+    a_round = sum(one.cost for one in samplers.values())
+    rounds = int(min(MOST_ROUNDS, max(least, seconds / max(a_round, 1e-9))))
+    samples: dict[Name, list[float]] = {name: [] for name in samplers}
+    order, shuffle = list(samplers), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            samples[name].append(samplers[name].sample())
+    return found | {name: Timed(one.method, samples[name]) for name, one in samplers.items()}
 
 
 def wait(device: str) -> None:
@@ -20,58 +68,93 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(step: Step, device: str = "cpu", repeats: int = 1) -> float:
-    """Seconds of one call."""
-    wait(device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    wait(device)
-    return (time.perf_counter() - started) / repeats
+def sampler(calls: list[Call], device: str, graphs: bool = True) -> Sampler:
+    """What takes one sample of a contender, ready to do so."""
+    return GpuSampler(calls, graphs) if device == "cuda" else Sampler(calls[0])
 
 
-class Turns:
-    """Calls contenders in turn.
+class Sampler:
+    """Samples on a CPU. ``cost``: seconds that one sample takes in all."""
 
-    Args:
-        steps: by name. seconds: time for all rounds, in all. least, most: rounds.
-    """
+    method = "call"
 
-    def __init__(
-        self, steps: dict[str, Step], seconds: float, least: int = 5, most: int = 101, device: str = "cpu"
-    ) -> None:
-        self.steps, self.device = steps, device
-        once = {name: self.least_seconds(step) for name, step in steps.items()}
-        self.warm = {name: took < SHORT for name, took in once.items()}
-        a_round = sum(took * (1 + self.warm[name]) for name, took in once.items())
-        self.rounds = int(min(most, max(least, seconds / max(a_round, 1e-9))))
-        self.samples: dict[str, list[float]] = {name: [] for name in steps}
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        call()  # compiles, allocates
+        self.repeats = 1
+        once = self._seconds()
+        if once < 10 * SAMPLE_SECONDS:  # it may have paid for what another contender left
+            once = min(once, self._seconds(), self._seconds())
+        self.repeats = max(1, math.ceil(SAMPLE_SECONDS / once))
+        self.cost = once * (self.repeats + (self.repeats > 1))
 
-    def least_seconds(self, step: Step) -> float:
-        """Of a call after the first: of three if they are short, for one may free what another step left."""
-        step()
-        took = seconds_of(step, self.device)
-        return took if took > 20 * SHORT else min(took, *(seconds_of(step, self.device) for _ in range(2)))
+    def sample(self) -> float:
+        """Seconds of one call."""
+        if self.repeats > 1:
+            self.call()  # a short call would be timed with the caches that the contender before it left
+        return self._seconds()
 
-    def sample(self, name: str) -> None:
-        """One more sample of a contender."""
-        self.warm_up(name)
-        self.samples[name].append(seconds_of(self.steps[name], self.device))
-
-    def warm_up(self, name: str) -> None:
-        """The untimed call before a timed one, of a short step."""
-        if self.warm[name]:
-            self.steps[name]()
-
-    def run(self) -> dict[str, list[float]]:
-        """Seconds of each contender: sample i of all of them is from round i."""
-        for _ in range(self.rounds):
-            for name in self.steps:
-                self.sample(name)
-        return self.samples
+    def _seconds(self) -> float:
+        started = time.perf_counter()
+        for _ in range(self.repeats):
+            self.call()
+        return (time.perf_counter() - started) / self.repeats
 
 
-def interleaved_medians(steps: dict[str, Step], rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each step over ``rounds`` turns."""
-    samples = Turns(steps, 0.0, least=rounds, most=rounds).run()
-    return {name: statistics.median(values) for name, values in samples.items()}
+class GpuSampler(Sampler):
+    """Samples on a GPU: events around graph replays, or around plain calls where no graph can be captured."""
+
+    def __init__(self, calls: list[Call], graphs: bool) -> None:
+        self.calls, self.repeats = len(calls), 1
+        stream = torch.cuda.Stream()  # a capture that fails may leave its stream unusable: each has its own
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:  # compiles, loads, allocates
+                call()
+            captured = graphs and not waits_for_host(calls[0])
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                for call in calls:
+                    call()
+            self.method, self.run = "graph", graph.replay
+        else:
+            self.method, self.run = "eager", lambda: [call() for call in calls]
+        torch.cuda.synchronize()
+        self.run()
+        once = self.sample() * self.calls
+        self.repeats = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-6)))
+        self.cost = once * self.repeats
+
+    def sample(self) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(self.repeats):
+            self.run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / self.repeats / self.calls
+
+
+def waits_for_host(call: Call) -> bool:
+    """Whether ``call`` makes the host wait for the GPU; such a call cannot be captured."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def input_sets(set_bytes: int, device: str) -> int:
+    """How many input sets exceed twice the L2 cache of a GPU together: 2 to MOST_SETS; one on a CPU."""
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(MOST_SETS, 2 * cache // max(set_bytes, 1) + 1))

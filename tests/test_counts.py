@@ -6,12 +6,9 @@ and bounds where an improvement is welcome. Registers and spills are in test_com
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,14 +18,11 @@ from test_no_host_wait import as_on_a_gpu  # noqa: F401  a fixture
 from torch import Tensor
 from torch.nn import functional as F
 
-from switch_moe import Routing, SwitchMoE, native
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from benchmarks import counts, kernel_calls
 from benchmarks.baselines import expert_loop, grouped_linear
-
-op = importlib.import_module("switch_moe.ops.expert_linear")
+from switch_moe import Routing, SwitchMoE, native
+from switch_moe.cpu import expert_linear as cpu
+from switch_moe.experts import LinearExperts
 
 B, T, D = 4, 64, 128
 UNIT = 2 * B * T * D * D  # FLOPs of nn.Linear
@@ -98,7 +92,7 @@ def once_over_dense(count: Callable[[SwitchDiT], int]) -> int:
 
 
 def operators_of(model: SwitchDiT, device: str = "cpu") -> int:
-    """Of a training step."""
+    """How many operators a training step calls."""
     return len(counts.operators(train_dit(model.to(device), device)))
 
 
@@ -135,12 +129,14 @@ class TestFlops:
         layer, x, e, _ = make(3, 2)
         merged = []
 
-        def forward(*arguments: Any) -> Tensor:
-            merged.append(len(arguments[5]))
-            return original(*arguments)
+        name = "_fused_forward" if cpu.vector_width(torch.float32) else "_merged_forward"
+        original = getattr(cpu, name)
 
-        original = op._merged_forward
-        monkeypatch.setattr(op, "_merged_forward", forward)
+        def forward(x: Tensor, experts: LinearExperts, samples: list[int]) -> Tensor:
+            merged.append(len(samples))
+            return original(x, experts, samples)
+
+        monkeypatch.setattr(cpu, name, forward)
         routing = layer.route(e[:routes].repeat_interleave(B // routes, 0))
         assert counts.product_flops(lambda: layer(x, routing=routing)) == UNIT
         merged.clear()
@@ -155,7 +151,7 @@ class TestFlops:
         assert added == 3 * 2 * batch * tokens * size * size + small
 
     def test_a_layer_of_k_products_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(op, "merging_pays", lambda *_: False)
+        monkeypatch.setattr(cpu, "merging_pays", lambda *_: False)
         layer, x, e, _ = make(3, 2)
         routing = layer.route(e)
         assert counts.product_flops(lambda: layer(x, routing=routing)) >= 2 * UNIT
@@ -214,12 +210,12 @@ class TestPeakBytes:
     @pytest.mark.parametrize("fused", [False, True])
     def test_in_rounds(self, fused: bool, rounds_of: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """A large layer works on a few samples at a time; it then carries dW in float32."""
-        assert op._WORKSPACE_BYTES <= 48 << 20
-        lanes = op._lanes(torch.bfloat16) if fused else 0
-        if fused and not lanes:
+        assert cpu.WORKSPACE_BYTES <= 48 << 20
+        width = cpu.vector_width(torch.bfloat16) if fused else 0
+        if fused and not width:
             pytest.skip("this processor merges bfloat16 experts apart from the product")
-        monkeypatch.setattr(op, "_lanes", lambda dtype: lanes)
-        monkeypatch.setattr(op, "_WORKSPACE_BYTES", rounds_of * self.workspace(256, 3, torch.bfloat16, lanes))
+        monkeypatch.setattr(cpu, "vector_width", lambda dtype: width)
+        monkeypatch.setattr(cpu, "WORKSPACE_BYTES", rounds_of * self.workspace(256, 3, torch.bfloat16, width))
         arguments = 3, 2, True, torch.bfloat16, rounds_of
         assert self.peak(*arguments) <= self.bound(*arguments)
 
@@ -235,14 +231,14 @@ class TestPeakBytes:
         )
 
     @staticmethod
-    def workspace(tokens: int, experts: int, dtype: torch.dtype, lanes: int) -> int:
+    def workspace(tokens: int, experts: int, dtype: torch.dtype, width: int) -> int:
         """For each sample: x and dm in the order of the product's tiles, whose edges are padded; or where
         experts merge apart, their sum.
         """
-        if not lanes:
+        if not width:
             return D * D * dtype.itemsize
         size: int = native.cpu.require().fused_product_workspace(
-            tokens, experts, D, D, op._DTYPE_CODE[dtype], lanes
+            tokens, experts, D, D, cpu._DTYPE_CODE[dtype], width
         )
         return size
 
@@ -251,21 +247,29 @@ class TestPeakBytes:
         batch, tokens, size = 8, 256, dtype.itemsize
         x, weight = batch * tokens * D * size, D * D * size
         held = 2 * x + experts * weight  # m, dx, dW
-        held += min(batch, rounds_of) * TestPeakBytes.workspace(tokens, experts, dtype, op._lanes(dtype))
+        held += min(batch, rounds_of) * TestPeakBytes.workspace(
+            tokens, experts, dtype, cpu.vector_width(dtype)
+        )
         held += 2 * x if modulate else 0  # x (1 + m) beside m; dm
         held += 4 * batch * top_k  # gradients of the gates
         carry = experts * D * D * 4 if rounds_of < batch else 0
         # The sum of dm over tokens, in float32 from copies of a few samples; db; gates as a table [B, M].
-        copies = 4 * batch * D + min(op._SUM_BYTES, 4 * batch * tokens * D)
+        copies = 4 * batch * D + min(cpu._SUM_BYTES, 4 * batch * tokens * D)
         sums = 4 * batch * D + (copies if dtype != torch.float32 else 0)
         sums += experts * D * size + 8 * batch * experts + 12 * batch * top_k
         return held + max(carry, sums)
 
     def test_one_more_copy_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = op._contiguous
-        monkeypatch.setattr(op, "_contiguous", lambda x, *rest: original(x.clone(), *rest))
+        monkeypatch.setattr(cpu, "backward", self.with_a_copy(cpu.backward))
         arguments = 3, 2, False, torch.float32, 8
         assert self.peak(*arguments) > self.bound(*arguments)
+
+    @staticmethod
+    def with_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(grad: Tensor, x: Tensor, *rest: Any) -> Any:
+            return function(grad.clone(), x.clone(), *rest)
+
+        return call
 
     def test_what_is_freed_again_is_seen(self) -> None:
         x = torch.ones(1000)
@@ -331,7 +335,7 @@ def test_waits_are_seen() -> None:
 
 @needs_triton
 class TestLaunches:
-    """Of the Triton kernels, on sm_90 in bfloat16."""
+    """What the Triton kernels start and touch, on sm_90 in bfloat16."""
 
     @staticmethod
     def of(operation: str, *shape: Any) -> list[counts.Launch]:
@@ -366,21 +370,13 @@ class TestLaunches:
     @pytest.mark.parametrize("gated", [False, True])
     def test_expert_mlp(self, gated: bool, top_k: int) -> None:
         forward = ["dispatch", "hidden", "mixture"]
-        backward = [
-            "dispatch",
-            "hidden_grad",
-            "mixture",
-            "weight_grad",
-            "bias_grad",
-            "weight_grad",
-            "bias_grad",
-        ]
+        backward = ["dispatch", "hidden_grad", "mixture", *["weight_grad", "bias_grad"] * 2]
         assert self.names("expert_mlp", 128, 256, 384, 8, top_k, gated) == [*forward, *backward, "sum"]
 
     @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
     @pytest.mark.parametrize("experts", [4, 8])
     def test_routing_and_prior(self, experts: int, top_k: int) -> None:
-        """Of all blocks at once."""
+        """One launch serves all blocks."""
         forward, backward = ["forward"], ["grad_weight", "grad_embedding"]
         assert self.names("timestep_gate", 1128, 384, experts, top_k, False) == forward
         assert self.names("timestep_gate", 1128, 384, experts, top_k, True) == forward + backward
@@ -388,17 +384,12 @@ class TestLaunches:
 
     @pytest.mark.parametrize("experts", [3, 4, 8])
     @pytest.mark.parametrize("size", [384, 768, 1024, 1152])
-    def test_work_of_expert_linear(self, size: int, experts: int) -> None:
-        """One product each for the forward and dx, k for the weights of many experts, else one; and nothing
-        of the size of k outputs or of merged weights in memory.
-        """
+    def test_memory_of_expert_linear(self, size: int, experts: int) -> None:
+        """Nothing of the size of k outputs or of merged weights is in memory."""
         batch, tokens = 128, 256
         for top_k in range(1, min(4, experts) + 1):
             found = self.of("expert_linear", batch, tokens, size, experts, top_k, True, True)
-            _, forward, _, grad_x, grad_weight, *sums = found
-            unit = 2 * batch * tokens * size * size
-            assert forward.flops == grad_x.flops == unit
-            assert grad_weight.flops == (unit if experts <= 4 else pytest.approx(top_k * unit))
+            _, _, _, _, grad_weight, *sums = found
             token_tensors = [sum(t.numel() == batch * tokens * size for t in run.tensors) for run in found]
             assert token_tensors == [0, 3, 0, 4, 2] + [0] * len(sums)  # x, m, out; dout, x, m, dx; dout, x
             routing = 16 * batch * top_k + 8 * batch + 4 * (experts + 1)

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
-import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_close
 from switch_dit import SwitchDiT, create_model
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from benchmarks import counts, official_model, peers, result_files, steps
-from benchmarks.case import OURS
+from benchmarks import counts
+from benchmarks import test_steps as steps
+from benchmarks.case import SWITCH_MOE
 from benchmarks.official_structure import OfficialStructure
-from benchmarks.steps import DENSE, SAMPLE, STRUCTURE, TRAIN, Contender, Prepared, Setting
-from benchmarks.timing import Turns
-
-STEP_KEYS = {"images_per_second", "mfu", "moe_share", "peak_bytes", "operators", "host_waits", "launches",
-             "model", "batch", "flops", "error", "allowed"}  # fmt: skip
+from benchmarks.test_steps import DENSE, SAMPLE, STRUCTURE, TRAIN, Contender, Prepared, Setting
+from benchmarks.timing import time_together
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +48,16 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(3, 2), (3, 1), (3, 3), (5, 2)])
-def test_official_structure_is_ours(experts: int, top_k: int) -> None:
-    ours = random_model(top_k, experts).eval()
-    structure = OfficialStructure.of(ours).eval()
-    assert ours.state_dict().keys() == structure.state_dict().keys()
-    assignment = torch.randperm(len(ours.assignment), generator=torch.Generator().manual_seed(2))
+def test_official_structure_is_the_same_function(experts: int, top_k: int) -> None:
+    model = random_model(top_k, experts).eval()
+    structure = OfficialStructure.of(model).eval()
+    assert model.state_dict().keys() == structure.state_dict().keys()
+    assignment = torch.randperm(len(model.assignment), generator=torch.Generator().manual_seed(2))
     found = []
-    for model in (ours, structure):
-        model.assignment.copy_(assignment)
-        out, prior = model.forward_with_prior(*inputs(), match=False)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for one in (model, structure):
+        one.assignment.copy_(assignment)
+        out, prior = one.forward_with_prior(*inputs(), match=False)
+        trained = {name: p for name, p in one.named_parameters() if p.requires_grad}
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
         grads = torch.autograd.grad([out, prior], list(trained.values()), [grad, torch.tensor(7.0)])
         found.append({"output": out, "prior": prior} | dict(zip(trained, grads, strict=True)))
@@ -75,19 +66,19 @@ def test_official_structure_is_ours(experts: int, top_k: int) -> None:
 
 
 def test_official_structure_matches_at_the_same_cost() -> None:
-    ours = random_model()
-    structure = OfficialStructure.of(ours)
-    chosen = ours.routing_table().selected()
+    model = random_model()
+    structure = OfficialStructure.of(model)
+    chosen = model.routing_table().selected()
     assert 0 < chosen.mean(0).min() < chosen.mean(0).max() < 1, "the case is not trivial"
 
     def cost(assignment: torch.Tensor) -> float:
         assert sorted(assignment.tolist()) == list(range(chosen.shape[1]))
-        return float((chosen - ours.prior.table[:, assignment]).abs().sum())
+        return float((chosen - model.prior.table[:, assignment]).abs().sum())
 
     structure.match(chosen)
-    assert cost(structure.assignment) == cost(ours.prior.match(chosen))
+    assert cost(structure.assignment) == cost(model.prior.match(chosen))
     structure.forward_with_prior(*inputs())
-    assert cost(structure.assignment) == cost(ours.prior.match(chosen))
+    assert cost(structure.assignment) == cost(model.prior.match(chosen))
 
 
 @functools.cache
@@ -96,34 +87,32 @@ def prepared(which: str) -> Prepared:
 
 
 @pytest.mark.parametrize("which", [TRAIN, SAMPLE])
-def test_nothing_of_ours_waits(which: str) -> None:
+def test_who_waits_for_the_host(which: str) -> None:
     step = prepared(which).steps
-    assert counts.host_waits(step[OURS]) == 0
+    assert counts.host_waits(step[SWITCH_MOE]) == 0
     assert counts.host_waits(step[DENSE]) == 0
     assert counts.host_waits(step[STRUCTURE]) > 0
 
 
+def rows_of(case: Prepared) -> dict[str, dict]:
+    timed = time_together({name: [step] for name, step in case.steps.items()}, "cpu", 0.0, least=2)
+    return {row["contender"]: row for row in case.rows(timed)}
+
+
 @pytest.mark.parametrize("which", [TRAIN, SAMPLE])
 def test_rows(which: str) -> None:
-    case = prepared(which)
-    rows = {row["contender"]: row for row in case.rows(Turns(case.steps, 0.0, least=2).run())}
-    assert list(rows) == [OURS, DENSE, STRUCTURE]
-    for name, row in rows.items():
-        assert set(result_files.ROW_KEYS) | STEP_KEYS <= set(row)
+    rows = rows_of(prepared(which))
+    assert list(rows) == [SWITCH_MOE, DENSE, STRUCTURE]
+    for row in rows.values():
         assert row["failure"] is None
         assert row["error"] <= row["allowed"]
-        assert (row["group"], row["pass"], row["ours"]) == (f"{which}_step", which, name == OURS)
-        assert row["images_per_second"] == pytest.approx(4e6 / row["microseconds"])
+        assert (row["operation"], row["pass"]) == (f"{which}_step", which)
         assert len(row["samples"]) == 2
+        assert row["images_per_second"] == pytest.approx(4e6 / (sum(row["samples"]) / 2), rel=1e-3)
         assert row["mfu"] > 0
         assert row["peak_bytes"] > 0
-        assert row["launches"] is None
     json.dumps(list(rows.values()), allow_nan=False)
-    assert rows[DENSE]["moe_share"] is None
-    assert 0 < rows[OURS]["moe_share"] < 1
-    assert 0 < rows[STRUCTURE]["moe_share"] < 1
-    assert rows[DENSE]["operators"] < rows[OURS]["operators"] < rows[STRUCTURE]["operators"]
-    assert rows[DENSE]["flops"] < rows[OURS]["flops"] == rows[STRUCTURE]["flops"]
+    assert rows[DENSE]["operators"] < rows[SWITCH_MOE]["operators"] < rows[STRUCTURE]["operators"]
 
 
 class Scaled(torch.autograd.Function):
@@ -161,12 +150,11 @@ def test_a_wrong_contender_is_not_timed(spoil) -> None:
         return model
 
     right = steps.contenders()[1]
-    case = Prepared(Setting(TRAIN, "tiny/4", "cpu", 4), [Contender("wrong", create, lambda model: []), right])
+    case = Prepared(Setting(TRAIN, "tiny/4", "cpu", 4), [Contender("wrong", create), right])
     assert set(case.steps) == {DENSE, steps.PRODUCT}
-    wrong, _ = case.rows(Turns(case.steps, 0.0, least=1).run())
+    wrong = rows_of(case)["wrong"]
     assert wrong["failure"].startswith("wrong: ")
-    assert wrong["microseconds"] is None
-    assert wrong["samples"] == []
+    assert "samples" not in wrong
 
 
 def test_a_contender_that_raises_does_not_end_the_others() -> None:
@@ -175,7 +163,7 @@ def test_a_contender_that_raises_does_not_end_the_others() -> None:
 
     case = Prepared(
         Setting(SAMPLE, "tiny/4", "cpu", 2),
-        [Contender("broken", create, lambda model: []), steps.contenders()[1]],
+        [Contender("broken", create), steps.contenders()[1]],
     )
     assert case.checks["broken"]["failure"] == "OSError: no such model"
     assert case.checks[DENSE]["failure"] is None
@@ -193,125 +181,3 @@ def test_flops_of_dit_are_those_that_torch_counts(which: str) -> None:
     assert steps.useful_flops(setting, "none") == passes * counter.get_total_flops()
     merged = passes * rows * 6 * 2 * 4 * 128**2  # 6 blocks, 4 tokens, D = 128
     assert steps.useful_flops(setting, "switch") - steps.useful_flops(setting, "none") == merged
-
-
-def test_backward_of_the_mixture_is_found() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.outer, self.weight = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
-
-        def part(self, x: torch.Tensor) -> torch.Tensor:
-            out = torch.tanh(x @ self.weight)
-            out.detach().argsort()  # makes no node: its number is that of the next one, outside
-            return out
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.sigmoid(self.part(torch.relu(self.outer(x))))
-
-    model = Model()
-    with steps.marked([(model, "part")]), profile(activities=[ProfilerActivity.CPU]) as run:
-        model(torch.randn(3, 4)).sum().backward()
-    names = [event.name.split(": ")[-1] for event in steps.of_mixture(list(run.events()))]
-    assert sorted(names) == ["MmBackward0", "TanhBackward0", steps.MARK]
-    assert "part" not in vars(model)
-
-
-FAKE_DIT = """
-    import torch
-    from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
-    from switch_dit import SwitchDiT, convert_official_state_dict, convert_to_official_state_dict
-    from util.model_util import SCALE
-
-    class DiT(torch.nn.Module):
-        def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio,
-                     class_dropout_prob, num_classes, learn_sigma, router, routing_config):
-            super().__init__()
-            experts, k = routing_config.param.num_experts, routing_config.param.k
-            assert (routing_config.name, routing_config.taskcount) == ("DMoE", 1000)
-            assert router(hidden_size, **routing_config.param).made == (hidden_size, experts, k)
-            embed = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
-            assert embed.num_patches == (input_size // patch_size) ** 2 and embed.patch_size[0] == patch_size
-            mlp = Mlp(in_features=hidden_size, hidden_features=4 * hidden_size, act_layer=None, drop=0)
-            layers = {"attn": Attention(hidden_size, num_heads=num_heads, qkv_bias=True), "mlp": mlp}
-            twin = SwitchDiT(input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio,
-                             num_classes, class_dropout_prob, learn_sigma, "switch", experts, k)
-            official = convert_to_official_state_dict(twin.state_dict(), "switch", k)
-            for layer, module in layers.items():
-                assert {f"blocks.0.{layer}.{name}" for name in module.state_dict()} <= set(official)
-            assert {f"x_embedder.{name}" for name in embed.state_dict()} <= set(official)
-            self.twin = [twin]  # not a submodule: the parameters are those below
-            for name, value in official.items():
-                *path, last = name.split(".")
-                owner = self
-                for part in path:
-                    if not hasattr(owner, part):
-                        owner.add_module(part, torch.nn.Module())
-                    owner = getattr(owner, part)
-                if name == "full_time" or name.endswith("_unit_mapping"):
-                    owner.register_buffer(last, value)
-                else:
-                    owner.register_parameter(last, torch.nn.Parameter(value, name != "pos_embed"))
-
-        def forward(self, x, t, y):
-            state = convert_official_state_dict(dict(self.named_parameters()))
-            twin = self.twin[0].train(self.training)
-            out, prior = torch.func.functional_call(twin, state, (x, t, y), {"with_prior": True})
-            return (SCALE * out, prior) if self.training else SCALE * out
-"""
-
-
-def fake_clone(folder: Path, scale: float) -> Path:
-    files = {
-        "models/__init__.py": "",
-        "models/DiT/models.py": textwrap.dedent(FAKE_DIT),
-        "models/MoE.py": textwrap.dedent("""
-            from parallel_experts import ParallelExperts
-
-            class TaskMoE:
-                def __init__(self, hidden_size, num_experts, k):
-                    self.made = hidden_size, num_experts, k
-        """),
-        "models/parallel_linear/parallel_experts/__init__.py": "class ParallelExperts: pass",
-        "util/model_util.py": f"SCALE = {scale}",
-    }
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
-
-
-@pytest.mark.parametrize("scale", [1.0, 1.01])
-def test_official_model(scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers._paths, peers.OFFICIAL, fake_clone(tmp_path, scale))
-    before, path = set(sys.modules), list(sys.path)
-    setting = Setting(TRAIN, "tiny/4", "cpu", 4)
-    official = next(c for c in steps.contenders() if c.name == peers.OFFICIAL)
-    model = official.create("tiny/4", **setting.settings)
-    assert sys.path == path
-    new = {name.split(".")[0] for name in set(sys.modules) - before}
-    assert not new & {"models", "util", "parallel_experts", "timm"}
-    assert (model.note == official_model.STANDS_IN) == ("timm" not in sys.modules)
-    exact = steps.results(steps.with_random_weights("tiny/4", **setting.settings).double(), setting)
-    check = steps.compare(steps.results(model, setting, official.rename), exact)
-    assert (check["failure"] is None) == (scale == 1.0)
-
-
-def test_official_model_only_where_a_clone_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(peers._paths, peers.OFFICIAL, raising=False)
-    assert [c.name for c in steps.contenders()] == [OURS, DENSE, STRUCTURE]
-
-
-def test_command_writes_a_file_that_can_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    tiny = steps.SIZES["tiny/4"]._replace(batch={("cpu", TRAIN): 2, ("cpu", SAMPLE): 2})
-    monkeypatch.setattr(steps, "SIZES", {"tiny/4": tiny})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    steps.main(["--seconds", "0", "--output", str(tmp_path)])
-    report = result_files.read(tmp_path / "steps_cpu.json")
-    assert [row["group"] for row in report["rows"]] == 3 * ["train_step"] + 3 * ["sample_step"]
-    assert "tiny/4 B=2" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        steps.main(["--peer-path", "official=/no/such/folder"])

@@ -1,44 +1,32 @@
-"""Whole training and sampling steps of Switch-DiT, DiT, the official structure and the official model.
+"""Whole training and sampling steps of Switch-DiT, of DiT without experts, and of the official structure.
 
-    python -m benchmarks.steps --output benchmarks/results     # S/2, B/2, XL/2 on a GPU; tiny/4, S/2 on a CPU
-
-A training step is switch_dit's Trainer.step for all: forward, losses, backward, AdamW, moving average. A
-sampling step is the model's evaluation in a denoising step with guidance: two rows an image, one timestep for
-all; the scheduler's update, a few elementwise operations, is left out. Its images/s are images moved on by
-one denoising step. Data are noise. All contenders but DiT have the same random weights, and take turns;
-one whose results are not those of float64 is not timed.
-
-Host waits are operators that make the host wait for a GPU. On a CPU those without an operator do not show:
-the official loop's sizes as a list, forward and backward, and the costs that go to scipy.
+For all of them a training step is switch_dit's Trainer.step: forward, losses, backward, AdamW, moving
+average. A sampling step is the model's evaluation in a denoising step with guidance: two rows an image, one
+timestep for all. The scheduler's update, a few elementwise operations, is left out. Images per second are
+images moved on by one denoising step. Data are noise. Switch-DiT and the official structure have the same
+random weights. The contenders take turns, and one whose results are not those of float64 is not timed.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import gc
 import itertools
-import json
 import statistics
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from switch_dit import PRESETS, SwitchDiT, create_model
 from switch_dit.data import Images
 from switch_dit.train import TrainConfig, Trainer
 from torch import Tensor, nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import counts
-from benchmarks.case import OURS, describe, relative_rms
-from benchmarks.environment import describe as describe_machine
-from benchmarks.official_model import OfficialModel, switch_dit_names
+from benchmarks.case import SWITCH_MOE, describe, relative_rms
+from benchmarks.conftest import Bench, describe_time
 from benchmarks.official_structure import OfficialStructure
-from benchmarks.peers import OFFICIAL, parse_peer_path, peer_path, peer_states
-from benchmarks.timing import Step, Turns, wait
+from benchmarks.timing import Timed, wait
 
 TRAIN, SAMPLE = "train", "sample"
 DENSE, STRUCTURE = "dense DiT", "official structure"
@@ -51,7 +39,6 @@ GUIDANCE = 1.5
 WARM_UP = 6  # steps; Trainer captures its graph in the fourth
 ALLOWED = 3e-5  # relative RMS of float32 against float64, through all blocks and back
 ALLOWED_PRIOR = 1e-2  # of the prior loss: the matching breaks ties at random
-MARK = "mixture of experts"
 
 Row = dict[str, Any]
 
@@ -114,16 +101,15 @@ def settings_of(which: str, device: str, quick: bool = False) -> list[Setting]:
     ]
 
 
+Step = Callable[[], Any]
+
+
 class Contender(NamedTuple):
-    """``create``: as switch_dit's create_model. ``parts``: the methods that are its mixture of experts, with
-    their owners. ``rename``: its parameters' names to SwitchDiT's.
-    """
+    """A kind of model; ``create`` takes what switch_dit's create_model takes."""
 
     name: str
     create: Callable[..., nn.Module]
-    parts: Callable[[Any], list[tuple[Any, str]]]
     routing: str = "switch"
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 
 
 def with_random_weights(preset: str, **settings: Any) -> SwitchDiT:
@@ -140,29 +126,13 @@ def with_random_weights(preset: str, **settings: Any) -> SwitchDiT:
 
 def contenders(mode: str = EAGER) -> list[Contender]:
     """Who runs in a mode: what waits for the host is only run as it is written."""
-
-    def of_ours(model: SwitchDiT) -> list[tuple[Any, str]]:
-        layers = [(block.moe, "forward") for block in model.blocks]
-        prior = [(model.prior, "match"), (model.prior, "loss")]
-        return [(model, "route"), (model, "routing_table"), *prior, *layers]
-
-    def of_structure(model: OfficialStructure) -> list[tuple[Any, str]]:
-        return [(model, name) for name in ("embed_timesteps", "mixture", "match", "prior_loss")]
-
-    def of_official(model: OfficialModel) -> list[tuple[Any, str]]:
-        code = model.model
-        return [(part, "forward") for part in (code.t_embedder, code.prior, *code.routers)]
-
     found = [
-        Contender(OURS, with_random_weights, of_ours),
-        Contender(DENSE, with_random_weights, lambda model: [], "none"),
+        Contender(SWITCH_MOE, with_random_weights),
+        Contender(DENSE, with_random_weights, "none"),
     ]
     if mode == EAGER:
         structure = lambda *a, **k: OfficialStructure.of(with_random_weights(*a, **k))  # noqa: E731
-        found.append(Contender(STRUCTURE, structure, of_structure))
-        if peer_path(OFFICIAL):
-            official = lambda *a, **k: OfficialModel(with_random_weights(*a, **k))  # noqa: E731
-            found.append(Contender(OFFICIAL, official, of_official, rename=switch_dit_names))
+        found.append(Contender(STRUCTURE, structure))
     return found
 
 
@@ -210,9 +180,7 @@ def sample_step(setting: Setting, contender: Contender) -> tuple[nn.Module, Step
     return model, graph.replay
 
 
-def results(
-    model: nn.Module, setting: Setting, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
-) -> dict[str, Tensor]:
+def results(model: nn.Module, setting: Setting) -> dict[str, Tensor]:
     """What two images give: the output, with all gradients and the prior loss in training."""
     generator = torch.Generator().manual_seed(1)
     size, dtype = SIZES[setting.model], next(model.parameters()).dtype
@@ -229,7 +197,7 @@ def results(
     out = model(x, t, y)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(out, list(trained.values()), grad)
-    found = {"output": out.detach(), **rename(dict(zip(trained, gradients, strict=True)))}
+    found = {"output": out.detach(), **dict(zip(trained, gradients, strict=True))}
     model.train()
     with torch.no_grad():
         return found | {"prior loss": model.forward_with_prior(x, t, y)[1]}
@@ -269,7 +237,7 @@ class Prepared:
                 exact[routing] = results(right.to(setting.device).double(), setting)
             try:
                 model, step = (train_step if setting.which == TRAIN else sample_step)(setting, contender)
-                self.checks[name] = compare(results(model, setting, contender.rename), exact[routing])
+                self.checks[name] = compare(results(model, setting), exact[routing])
                 model.train(setting.which == TRAIN)
                 if self.checks[name]["failure"] is None:
                     for _ in range(1 if setting.mode == EAGER else WARM_UP):
@@ -282,47 +250,41 @@ class Prepared:
         a, b = (torch.randn(n, n, device=setting.device).to(dtype) for _ in range(2))
         self.steps[PRODUCT] = lambda: a @ b
 
-    def rows(self, samples: dict[str, list[float]]) -> list[Row]:
-        """A row for each contender, from the seconds of its turns; PRODUCT's are among them."""
-        return [self._row(contender, samples) for contender in self.contenders]
+    def rows(self, timed: dict[str, Timed | Exception]) -> list[Row]:
+        """A row for each contender, from the times of all."""
+        return [self._row(contender, timed) for contender in self.contenders]
 
-    def _row(self, contender: Contender, samples: dict[str, list[float]]) -> Row:
+    def _row(self, contender: Contender, timed: dict[str, Timed | Exception]) -> Row:
         setting, name = self.setting, contender.name
-        hidden_size, depth, _, patch = PRESETS[setting.model]
-        tokens = (SIZES[setting.model].latent // patch) ** 2
-        flops = useful_flops(setting, contender.routing)
-        times = samples.get(name, [])
-        seconds = statistics.median(times) if times else None
-        share = None
-        if times and PRODUCT in samples:
-            rate = 2 * PRODUCT_SIZE[setting.device] ** 3 / statistics.median(samples[PRODUCT])
-            share = flops / seconds / rate
-        notes = [setting.mode, getattr(self.models.get(name), "note", "")]
-        return {
-            "group": setting.group, "case": str(setting), "note": ", ".join(filter(None, notes)),
+        hidden_size, depth, _, patch_size = PRESETS[setting.model]
+        tokens = (SIZES[setting.model].latent // patch_size) ** 2
+        row: Row = {
+            "operation": setting.group, "note": "" if setting.mode == EAGER else setting.mode,
             "shape": {"B": setting.batch, "T": tokens, "D": hidden_size, "L": depth},
             "dtype": DTYPES[setting.device], "device": setting.device, "pass": setting.which,
-            "contender": name, "ours": name == OURS, "model": setting.model, "batch": setting.batch,
-            "microseconds": round(1e6 * seconds, 3) if times else None,
-            "samples": [round(1e6 * time, 3) for time in times], **self.checks[name], "flops": flops,
-            "images_per_second": setting.batch / seconds if times else None, "mfu": share,
-            **(self._counts(contender) if times else dict.fromkeys(COUNTS)),
+            "contender": name, "model": setting.model, "batch": setting.batch, **self.checks[name],
         }  # fmt: skip
+        time = timed.get(name)
+        if time is None or isinstance(time, Exception):
+            return row | ({} if time is None else describe_time(time))
+        seconds = statistics.median(time.seconds)
+        row |= {**describe_time(time), "images_per_second": setting.batch / seconds, **self._counts(name)}
+        product = timed[PRODUCT]
+        if isinstance(product, Timed):
+            rate = 2 * PRODUCT_SIZE[setting.device] ** 3 / statistics.median(product.seconds)
+            row["mfu"] = useful_flops(setting, contender.routing) / seconds / rate
+        return row
 
-    def _counts(self, contender: Contender) -> dict[str, Any]:
-        setting, step = self.setting, self.steps[contender.name]
-        found: dict[str, Any] = dict.fromkeys(COUNTS)
+    def _counts(self, name: str) -> dict[str, Any]:
+        setting, step = self.setting, self.steps[name]
+        counted: dict[str, Any] = {}
         if setting.mode != "graphed":  # a graph allocates nothing when it is replayed
-            found["peak_bytes"] = counts.peak_bytes(step, setting.device)
+            counted["peak_bytes"] = counts.peak_bytes(step, setting.device)
         if setting.device == "cuda":
-            found["launches"] = counts.launches(step)
+            counted["launches"] = counts.launches(step)
         if setting.mode == EAGER:  # a compiled or captured step does not pass through torch's dispatcher
-            found["operators"], found["host_waits"] = len(counts.operators(step)), counts.host_waits(step)
-            found["moe_share"] = moe_share(step, contender.parts(self.models[contender.name]), setting.device)
-        return found
-
-
-COUNTS = ("peak_bytes", "operators", "host_waits", "launches", "moe_share")
+            counted |= {"operators": len(counts.operators(step)), "host_waits": counts.host_waits(step)}
+        return counted
 
 
 def useful_flops(setting: Setting, routing: str) -> float:
@@ -341,103 +303,24 @@ def useful_flops(setting: Setting, routing: str) -> float:
     return forward * (3 if setting.which == TRAIN else 2)  # two rows an image
 
 
-def moe_share(step: Step, parts: list[tuple[Any, str]], device: str) -> float | None:
-    """The share of a step's time, as torch.profiler sees it, in the methods ``parts`` and in their backward.
-
-    Time is that of the CPU, or of the kernels on a GPU. It holds the profiler's own cost, which many small
-    operators pay most. The optimizer's work on the experts is not counted, nor are the products with
-    ``1 + m`` that the official structure runs outside its mixture. None without parts.
-    """
-    if not parts:
-        return None
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    with marked(parts), profile(activities=activities) as run, record_function("step"):
-        step()
-        wait(device)
-    events = [event for event in run.events() if event.device_type == DeviceType.CPU]
-    time = "device_time_total" if device == "cuda" else "cpu_time_total"
-    whole = sum(getattr(event, time) for event in events if event.cpu_parent is None)
-    return sum(getattr(event, time) for event in of_mixture(events)) / whole
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``setting``: the steps of the device."""
+    device, quick = (metafunc.config.getoption(option) for option in ("--device", "--quick"))
+    found = settings_of(TRAIN if metafunc.function is test_train_step else SAMPLE, device, quick)
+    metafunc.parametrize("setting", found, ids=[str(setting) for setting in found])
 
 
-def of_mixture(events: list[Any]) -> list[Any]:
-    """The calls of marked methods in a profile, and the nodes of their backward: those made by an operator
-    (the last one with the node's sequence number) inside such a call.
-    """
-    made: dict[int, Any] = {}  # the last operator of the forward with each sequence number
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        if event.sequence_nr >= 0 and not _inside(event, _is_backward):
-            made[event.sequence_nr] = event
-    numbers = {number for number, event in made.items() if _inside(event, _is_marked)}
-    backward = [event for event in events if _is_backward(event) and event.sequence_nr in numbers]
-    return [event for event in events if _is_marked(event)] + backward
+def test_train_step(bench, setting: Setting) -> None:
+    measure(bench, setting)
 
 
-def _is_backward(event: Any) -> bool:
-    return event.name.startswith("autograd::engine::evaluate_function")
+def test_sample_step(bench, setting: Setting) -> None:
+    measure(bench, setting)
 
 
-def _is_marked(event: Any) -> bool:
-    return event.name == MARK
-
-
-def _inside(event: Any, matches: Callable[[Any], bool]) -> bool:
-    """Whether an event or one around it matches."""
-    while event is not None and not matches(event):
-        event = event.cpu_parent
-    return event is not None
-
-
-@contextlib.contextmanager
-def marked(parts: list[tuple[Any, str]]) -> Iterator[None]:
-    """The methods ``parts`` show in a profile as MARK."""
-
-    def mark(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            with record_function(MARK):
-                return method(*args, **options)
-
-        return call
-
-    for owner, name in parts:
-        setattr(owner, name, mark(getattr(owner, name)))
-    try:
-        yield
-    finally:
-        for owner, name in parts:
-            delattr(owner, name)
-
-
-def main(argv: list[str] | None = None) -> None:
-    from benchmarks.report import ratio_tables
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=list(SIZES), help="default: all of the device")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for the turns of one model, at least 5")
-    parser.add_argument("--peer-path", action="append", default=[], metavar="official=DIR")
-    parser.add_argument("--output", type=Path, help="folder for steps_<device>.json")
-    options = parser.parse_args(argv)
-    try:
-        for text in options.peer_path:
-            parse_peer_path(text)
-    except ValueError as error:
-        parser.error(str(error))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
-    for setting in settings_of(TRAIN, device) + settings_of(SAMPLE, device):
-        if setting.model in (options.models or SIZES):
-            prepared = Prepared(setting)
-            rows += prepared.rows(Turns(prepared.steps, options.seconds, device=device).run())
-    report = {"format": 1, **describe_machine(), "quick": False, "peers": peer_states(), "rows": rows}
-    print(ratio_tables(report))
-    if options.output:
-        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / f"steps_{name.lower().replace(' ', '_')}.json"
-        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def measure(bench: Bench, setting: Setting) -> None:
+    """Checks, times in turns and records all contenders."""
+    prepared = Prepared(setting)
+    wrong = prepared.checks[SWITCH_MOE]["failure"] is not None
+    calls = {name: [step] for name, step in prepared.steps.items()}
+    bench.record(setting.group, prepared.rows({} if wrong else bench.time(calls, graphs=False)))
