@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -95,16 +96,6 @@ def arch_flags(archs: list[str]) -> list[str]:
     return flags
 
 
-def escape(path: Path | str) -> str:
-    """For a path in build.ninja."""
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def command(*words: str) -> str:
-    """For words of a shell command in build.ninja."""
-    return " ".join(shlex.quote(str(word)) for word in words).replace("$", "$$")
-
-
 class NinjaBuild(build_ext):
     """Writes one build.ninja for both modules and runs it."""
 
@@ -136,56 +127,50 @@ class NinjaBuild(build_ext):
         return output
 
     def _ninja(self, folder: Path, output: Path) -> bool:
-        return subprocess.run([*find_ninja(), "-C", str(folder), str(output)], check=False).returncode == 0
+        ninja = Path(import_ninja().BIN_DIR) / "ninja"
+        return subprocess.run([ninja, "-C", folder, output], check=False).returncode == 0
 
     def _write_ninja_file(self, nvcc: Path | None, outputs: dict[str, Path]) -> Path:
         import pybind11
 
+        escape = import_ninja().ninja_syntax.escape
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        cxx = find_compiler()
-        includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+        cxx, archs = find_compiler(), cuda_archs() if nvcc else []
         common = ["-O3", "-std=c++17"]
-        host = [*common, "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *includes]
-        undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        rules = {
-            "cpp": f"{cxx} {command(*host)} -MMD -MF $out.d -c $in -o $out",
-            "link_cpp": f"{cxx} -shared {command(*undefined)} $in -o $out -lpthread -ldl",
-        }
-        modules = [(CPU, "link_cpp")]
-        if nvcc:
-            archs = cuda_archs()
-            host.append(f'-DSWITCH_MOE_CUDA_ARCHS="{" ".join(archs)}"')
-            device = [*common, "--threads=0", *arch_flags(archs)]
-            device.append("-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
-            compiler = ["-ccbin", cxx.split()[0]]
-            rules["cpp"] = f"{cxx} {command(*host)} -MMD -MF $out.d -c $in -o $out"
-            rules["cu"] = f"{command(nvcc, *device, *compiler)} -MD -MF $out.d -c $in -o $out"
-            rules["link_cu"] = f"{command(nvcc, '-shared', '-cudart', 'static', *compiler)} $in -o $out"
-            modules.append((CUDA, "link_cu"))
-        lines = ["ninja_required_version = 1.5"]
-        for name, text in rules.items():
-            lines += [f"rule {name}", f"  command = {text}"]
-            if not name.startswith("link"):
-                lines.append("  depfile = $out.d")
-        for extension, link in modules:
-            objects = []
-            for source in map(Path, extension.sources):
-                objects.append(escape(folder / f"{source.name}.o"))
-                lines.append(f"build {objects[-1]}: {source.suffix[1:]} {escape(ROOT / source)}")
-            lines.append(f"build {escape(outputs[extension.name])}: {link} {' '.join(objects)}")
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        host = [*common, "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        host += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+        host += [f'-DSWITCH_MOE_CUDA_ARCHS="{" ".join(archs)}"'] if archs else []
+        device = [*common, "--threads=0", *arch_flags(archs)]
+        device.append("-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
+        undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+        with (folder / "build.ninja").open("w") as file:
+            # Not wrapped: the writer could break a line inside a quoted word.
+            writer = import_ninja().ninja_syntax.Writer(file, width=sys.maxsize)
+            compile_host = f"{cxx} {escape(shlex.join(host))} -MMD -MF $out.d -c $in -o $out"
+            writer.rule("cpp", compile_host, depfile="$out.d")
+            writer.rule("link_cpp", f"{cxx} -shared {undefined} $in -o $out -lpthread -ldl")
+            if nvcc:
+                program = escape(shlex.join([str(nvcc), "-ccbin", cxx.split()[0]]))
+                compile_device = f"{program} {escape(shlex.join(device))} -MD -MF $out.d -c $in -o $out"
+                writer.rule("cu", compile_device, depfile="$out.d")
+                writer.rule("link_cu", f"{program} -shared -cudart static $in -o $out")
+            for extension, link in [(CPU, "link_cpp"), *([(CUDA, "link_cu")] if nvcc else [])]:
+                objects = []
+                for source in map(Path, extension.sources):
+                    target = escape(str(folder / f"{source.name}.o"))
+                    objects += writer.build(target, source.suffix[1:], escape(str(ROOT / source)))
+                writer.build(escape(str(outputs[extension.name])), link, objects)
         return folder
 
 
-def find_ninja() -> list[str]:
+def import_ninja() -> ModuleType:
+    """The ninja package: where the program lies, and the writer of its files."""
     try:
-        import ninja
+        import ninja.ninja_syntax
     except ImportError:
-        if shutil.which("ninja"):
-            return ["ninja"]
-        raise BuildError("ninja was not found; install it with: pip install ninja") from None
-    return [str(Path(ninja.BIN_DIR) / "ninja")]
+        raise BuildError("the package ninja was not found; install it with: pip install ninja") from None
+    return ninja
 
 
 setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": NinjaBuild})

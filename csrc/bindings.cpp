@@ -1,4 +1,4 @@
-// The CPU module switch_moe._cpu. Arguments are addresses and sizes; switch_moe.ops checks them first.
+// The CPU module switch_moe._cpu. Arguments are addresses and sizes; switch_moe checks them before it calls.
 #include <pybind11/pybind11.h>
 
 #include "expert_linear.h"
@@ -10,12 +10,18 @@ using namespace switch_moe;
 
 namespace {
 
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
 template <typename T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-Routes routes_at(int64_t num_routes, int64_t top_k, uintptr_t index, uintptr_t gate) {
+Experts experts_at(uintptr_t weight, int64_t num_experts, int64_t inputs, int64_t outputs) {
+    return {num_experts, inputs, outputs, at<void>(weight)};
+}
+
+Routes routes_at(uintptr_t index, uintptr_t gate, int64_t num_routes, int64_t top_k) {
     return {num_routes, top_k, at<int32_t>(index), at<float>(gate)};
 }
 
@@ -26,87 +32,69 @@ PYBIND11_MODULE(_cpu, m) {
     m.attr("compiler") = __VERSION__;
     m.def(
         "merge_experts",
-        [](uintptr_t weight, int64_t experts, int64_t elements, uintptr_t index, uintptr_t gate,
-           int64_t routes, int64_t top_k, int dtype, int threads, uintptr_t merged) {
-            merge_experts({experts, 1, elements, at<void>(weight)}, routes_at(routes, top_k, index, gate),
-                          static_cast<DType>(dtype), threads, at<void>(merged));
+        [](uintptr_t weight, int64_t num_experts, int64_t elements, uintptr_t index, uintptr_t gate,
+           int64_t num_routes, int64_t top_k, int dtype, int threads, uintptr_t merged) {
+            merge_experts(experts_at(weight, num_experts, 1, elements),
+                          routes_at(index, gate, num_routes, top_k), static_cast<DType>(dtype), threads,
+                          at<void>(merged));
         },
-        py::arg("weight"), py::arg("experts"), py::arg("elements"), py::arg("index"), py::arg("gate"),
-        py::arg("routes"), py::arg("top_k"), py::arg("dtype"), py::arg("threads"), py::arg("merged"),
-        py::call_guard<py::gil_scoped_release>());
+        WithoutGil());
     m.def(
         "merge_experts_backward",
-        [](uintptr_t grad_merged, uintptr_t weight, int64_t experts, int64_t elements, uintptr_t index,
-           uintptr_t gate, int64_t routes, int64_t top_k, bool first, bool last, int dtype, int threads,
+        [](uintptr_t grad_merged, uintptr_t weight, int64_t num_experts, int64_t elements, uintptr_t index,
+           uintptr_t gate, int64_t num_routes, int64_t top_k, bool first, bool last, int dtype, int threads,
            uintptr_t carry, uintptr_t grad_weight, uintptr_t grad_gate) {
-            merge_experts_backward(at<void>(grad_merged), {experts, 1, elements, at<void>(weight)},
-                                   routes_at(routes, top_k, index, gate), {first, last},
+            merge_experts_backward(at<void>(grad_merged), experts_at(weight, num_experts, 1, elements),
+                                   routes_at(index, gate, num_routes, top_k), {first, last},
                                    static_cast<DType>(dtype), threads, at<float>(carry),
                                    at<void>(grad_weight), at<float>(grad_gate));
         },
-        py::arg("grad_merged"), py::arg("weight"), py::arg("experts"), py::arg("elements"), py::arg("index"),
-        py::arg("gate"), py::arg("routes"), py::arg("top_k"), py::arg("first"), py::arg("last"),
-        py::arg("dtype"), py::arg("threads"), py::arg("carry"), py::arg("grad_weight"), py::arg("grad_gate"),
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "fused_product_takes",
-        [](int dtype, int vector_width) {
-            return fused_product_takes(static_cast<DType>(dtype), vector_width);
-        },
-        py::arg("dtype"), py::arg("vector_width"));
+        WithoutGil());
+    m.def("fused_product_takes", [](int dtype, int vector_width) {
+        return fused_product_takes(static_cast<DType>(dtype), vector_width);
+    });
     m.def("fused_product_flops", fused_product_flops);
     m.def(
         "fused_product",
-        [](uintptr_t x, int64_t experts, int64_t inputs, int64_t outputs, uintptr_t weight, int64_t routes,
-           int64_t top_k, uintptr_t index, uintptr_t gate, uintptr_t starts, uintptr_t bias, bool transposed,
-           int dtype, int vector_width, int threads, uintptr_t out) {
-            fused_product(at<void>(x), {experts, inputs, outputs, at<void>(weight)},
-                          routes_at(routes, top_k, index, gate), at<int64_t>(starts), at<void>(bias),
+        [](uintptr_t x, int64_t num_experts, int64_t inputs, int64_t outputs, uintptr_t weight,
+           int64_t num_routes, int64_t top_k, uintptr_t index, uintptr_t gate, uintptr_t starts,
+           uintptr_t bias, bool transposed, int dtype, int vector_width, int threads, uintptr_t out) {
+            fused_product(at<void>(x), experts_at(weight, num_experts, inputs, outputs),
+                          routes_at(index, gate, num_routes, top_k), at<int64_t>(starts), at<void>(bias),
                           transposed, static_cast<DType>(dtype), vector_width, threads, at<void>(out));
         },
-        py::arg("x"), py::arg("experts"), py::arg("inputs"), py::arg("outputs"), py::arg("weight"),
-        py::arg("routes"), py::arg("top_k"), py::arg("index"), py::arg("gate"), py::arg("starts"),
-        py::arg("bias"), py::arg("transposed"), py::arg("dtype"), py::arg("vector_width"), py::arg("threads"),
-        py::arg("out"), py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "fused_product_workspace",
-        [](int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs, int dtype, int vector_width) {
-            return fused_product_workspace(tokens, {experts, inputs, outputs, nullptr},
-                                           static_cast<DType>(dtype), vector_width);
-        },
-        py::arg("tokens"), py::arg("experts"), py::arg("inputs"), py::arg("outputs"), py::arg("dtype"),
-        py::arg("vector_width"));
+        WithoutGil());
+    m.def("fused_product_workspace", [](int64_t tokens, int64_t num_experts, int64_t inputs, int64_t outputs,
+                                        int dtype, int vector_width) {
+        return fused_product_workspace(tokens, experts_at(0, num_experts, inputs, outputs),
+                                       static_cast<DType>(dtype), vector_width);
+    });
     m.def(
         "fused_product_backward",
-        [](uintptr_t x, uintptr_t grad, int64_t tokens, int64_t experts, int64_t inputs, int64_t outputs,
-           uintptr_t weight, int64_t routes, int64_t top_k, uintptr_t index, uintptr_t gate, int dtype,
+        [](uintptr_t x, uintptr_t grad, int64_t tokens, int64_t num_experts, int64_t inputs, int64_t outputs,
+           uintptr_t weight, int64_t num_routes, int64_t top_k, uintptr_t index, uintptr_t gate, int dtype,
            int vector_width, int threads, int64_t samples, uintptr_t workspace, uintptr_t carry,
            uintptr_t grad_weight, uintptr_t grad_gate) {
             fused_product_backward(
-                at<void>(x), at<void>(grad), tokens, {experts, inputs, outputs, at<void>(weight)},
-                routes_at(routes, top_k, index, gate), static_cast<DType>(dtype), vector_width, threads,
+                at<void>(x), at<void>(grad), tokens, experts_at(weight, num_experts, inputs, outputs),
+                routes_at(index, gate, num_routes, top_k), static_cast<DType>(dtype), vector_width, threads,
                 samples, at<void>(workspace), at<float>(carry), at<void>(grad_weight), at<float>(grad_gate));
         },
-        py::arg("x"), py::arg("grad"), py::arg("tokens"), py::arg("experts"), py::arg("inputs"),
-        py::arg("outputs"), py::arg("weight"), py::arg("routes"), py::arg("top_k"), py::arg("index"),
-        py::arg("gate"), py::arg("dtype"), py::arg("vector_width"), py::arg("threads"), py::arg("samples"),
-        py::arg("workspace"), py::arg("carry"), py::arg("grad_weight"), py::arg("grad_gate"),
-        py::call_guard<py::gil_scoped_release>());
+        WithoutGil());
     m.def(
         "linear_assignment",
         [](uintptr_t cost, bool integer, int64_t n, uintptr_t prices, uintptr_t column) {
             return integer ? linear_assignment(at<int64_t>(cost), n, at<int64_t>(prices), at<int64_t>(column))
                            : linear_assignment(at<double>(cost), n, at<double>(prices), at<int64_t>(column));
         },
-        py::arg("cost"), py::arg("integer"), py::arg("n"), py::arg("prices"), py::arg("column"),
-        py::call_guard<py::gil_scoped_release>());
+        WithoutGil());
     m.def(
         "match_columns",
-        [](int64_t timesteps, int64_t slots, uintptr_t selected, uintptr_t table, uintptr_t rows,
+        [](int64_t timesteps, int64_t num_columns, uintptr_t selected, uintptr_t table, uintptr_t rows,
            uintptr_t columns, uintptr_t prices, uintptr_t match) {
-            return match_columns(timesteps, slots, at<float>(selected), at<float>(table), at<int64_t>(rows),
-                                 at<int64_t>(columns), at<int64_t>(prices), at<int64_t>(match));
+            return match_columns(timesteps, num_columns, at<float>(selected), at<float>(table),
+                                 at<int64_t>(rows), at<int64_t>(columns), at<int64_t>(prices),
+                                 at<int64_t>(match));
         },
-        py::arg("timesteps"), py::arg("slots"), py::arg("selected"), py::arg("table"), py::arg("rows"),
-        py::arg("columns"), py::arg("prices"), py::arg("match"), py::call_guard<py::gil_scoped_release>());
+        WithoutGil());
 }

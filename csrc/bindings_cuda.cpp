@@ -1,4 +1,5 @@
-// The CUDA module switch_moe._cuda. Arguments are addresses and sizes; switch_moe.ops checks them first.
+// The CUDA module switch_moe._cuda. Arguments are addresses and sizes; switch_moe checks them before it
+// calls.
 #include <pybind11/pybind11.h>
 
 #include "linear_assignment_cuda.h"

@@ -1,13 +1,13 @@
-// What all CPU code shares: the types of elements, and functions that the compiler makes for several
-// processors.
+// What all CPU kernels share: the types of the elements they take, and functions compiled for several
+// instruction sets.
 #pragma once
 
-#include <cstdint>  // also defines __GLIBC__
+#include <cstdint>
 #include <cstring>
 
-// SWITCH_MOE_VECTORISED lets one binary serve every x86-64 machine: the compiler makes a version of the
-// function, and of what is inlined into it, for each instruction set, and the loader picks one. Templates
-// cannot have it.
+// SWITCH_MOE_VECTORISED marks a function so that one binary serves every x86-64 machine: the compiler makes a
+// version of the function, and of what is inlined into it, per instruction set, and the loader picks one. A
+// template cannot carry it. (<cstdint> defines __GLIBC__.)
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define SWITCH_MOE_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -51,15 +51,18 @@ const Kernels* kernels(DType dtype, int vector_width) {
 const Kernels* kernels(DType, int) { return nullptr; }
 #endif
 
-// A block has so many columns: up to `tiles` tiles, or fewer where that keeps all threads busy.
+// The columns of a block: up to `tiles` tiles, and fewer where all threads need work.
 int64_t block_columns(int64_t width, int64_t tile, int64_t tiles, int64_t others, int threads) {
     while (tiles > 1 && ceil_div(width, tiles * tile) * others < 2 * threads) tiles /= 2;
     return tiles * tile;
 }
 
-// A block has so many rows of an expert's gradient. Small experts must make enough blocks for the threads,
-// whose number must not decide how sums are cut.
-int64_t gradient_rows(const Experts& experts) { return experts.elements() <= 1 << 17 ? 32 : 128; }
+// The rows of an expert's gradient that a block has. Small experts need small blocks, so that there are
+// enough of them for the threads. The number of threads must not decide how sums are cut, so it has no say
+// here.
+int64_t gradient_rows(const Experts& experts) {
+    return experts.inputs * experts.outputs <= 1 << 17 ? 32 : 128;
+}
 
 }  // namespace
 
@@ -98,15 +101,15 @@ void fused_product_backward(const void* x, const void* grad, int64_t tokens, con
                             const Routes& routes, DType dtype, int vector_width, int threads, int64_t samples,
                             void* workspace, float* carry, void* grad_weight, float* grad_gate) {
     const Kernels& use = *kernels(dtype, vector_width);
-    const int64_t choices = routes.choices();
-    std::vector<char> fresh(choices), used(experts.num_experts);
-    for (int64_t choice = 0; choice < choices; ++choice) {
+    const int64_t num_choices = routes.num_routes * routes.top_k;
+    std::vector<char> fresh(num_choices), used(experts.num_experts);
+    for (int64_t choice = 0; choice < num_choices; ++choice) {
         fresh[choice] = !used[routes.index[choice]];
         used[routes.index[choice]] = 1;
     }
     const int64_t height = gradient_rows(experts), down = ceil_div(experts.inputs, height),
                   across = ceil_div(experts.outputs, use.shape.width);
-    std::vector<float> partial(down * across * choices);
+    std::vector<float> partial(down * across * num_choices);
     const PackedSample packed(tokens, experts, use.shape);
     const int64_t step = block_columns(experts.outputs, use.shape.width, kSlivers, down, threads);
     for (int64_t begin = 0; begin < routes.num_routes; begin += samples) {
@@ -133,10 +136,10 @@ void fused_product_backward(const void* x, const void* grad, int64_t tokens, con
                             std::memory_order_relaxed);
         });
     }
-    std::vector<double> total(choices);
+    std::vector<double> total(num_choices);
     for (int64_t granule = 0; granule < down * across; ++granule) {
-        for (int64_t choice = 0; choice < choices; ++choice)
-            total[choice] += partial[granule * choices + choice];
+        for (int64_t choice = 0; choice < num_choices; ++choice)
+            total[choice] += partial[granule * num_choices + choice];
     }
     std::copy(total.begin(), total.end(), grad_gate);
 }

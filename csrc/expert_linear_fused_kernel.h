@@ -1,18 +1,32 @@
-// The blocks of the fused products, for a type of elements and a set of vector instructions.
+// The kernels of the fused path (expert_linear.h) for one type of elements and one set of vector
+// instructions.
 //
-// A thread computes one block of out at a time. Packing is where the experts merge:
+// The product is cut as in K. Goto, R. A. van de Geijn, "Anatomy of high-performance matrix multiplication",
+// ACM TOMS 34, 2008, with one difference: packing the right operand merges the experts of the route.
 //
-//      W_1   W_2                      slivers, kWidth columns each
-//      +---+ +---+   g_1 W_1 + g_2 W_2   +---+---+---+
-//      |   | |   |  ------------------>  |   |   |   |  packed panel of V_r   (second-level cache)
-//      +---+ +---+                       +---+---+---+
-//                                          v
-//      x  [rows, Din]  --pack-->  kRows x depth words  (first-level cache)
-//                                          v
-//                              tile [kRows, kWidth] of out, in registers
+//      experts in memory           panel in the L2 cache              out
+//      W_a  [Din, Dout]         sliver  sliver  sliver
+//      +-----+--------+        +-------+-------+-------+      +-------+-------+-------+
+//      |     |########|  g_a   |       |       |       |      |       |       |       |
+//      |     |########| -----+ |   k   |       |       |      +-------+-------+-------+
+//      +-----+--------+      | |   |   |       |       |      |       | tile  |       | kRows
+//      W_b                   +>|   v   |       |       |      +-------+-------+-------+
+//      +-----+--------+      | |       |       |       |      |       |       |       |
+//      |     |########| -----+ +-------+-------+-------+      +-------+-------+-------+
+//      |     |########|  g_b     kWidth                         kWidth
+//      +-----+--------+                                             ^
+//             merging happens here, while packing                   |
+//      x: kRows rows, packed as one sliver in the L1 cache ---------+  tile = x's sliver * panel's sliver
 //
-// A word is 32 bits: a float, or two bfloat16 that follow one another in a sum. The structure is that of K.
-// Goto and R. A. van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34, 2008.
+// A tile is the part of a result that is summed in registers: kRows rows of kWidth = 3 vectors. A sliver
+// holds what a tile reads of one operand, in the order in which the tile reads it. A panel is the slivers of
+// V_r that lie side by side, and it is used for up to kMostRows rows of x before the next one is packed. A
+// word is 32 bits of an operand: one float, or two bfloat16 that follow one another in the sum. A sliver of x
+// takes 12 KB, for bfloat16 up to 24 KB.
+//
+// In the backward pass x^T and grad of some samples are packed first, into the workspace. Then every tile of
+// P_b = x_b^T grad_b is summed in registers, and from there it is added to the gradients of the experts of
+// sample b.
 #pragma once
 
 #include <algorithm>
@@ -29,16 +43,19 @@
 
 namespace switch_moe {
 
-// A panel has up to kSlivers slivers of kPanel / kSlivers rows of words, or fewer slivers of more rows, so
-// that it stays in the second-level cache (590 KB with AVX-512). A packed sliver of x stays in the first (12
-// KB of float32, up to 24 KB of bfloat16).
+// The most slivers of a panel.
 constexpr int64_t kSlivers = 8;
+// The most rows of all slivers of a panel together: 8 slivers of 384 rows of words, or 4 of 768. With AVX-512
+// they take 590 KB.
 constexpr int64_t kPanel = kSlivers * 384;
-constexpr int64_t kMostRows = 512;   // so many rows of x share one packing of a panel
-constexpr int64_t kPackRows = 128;   // a block packs so many rows of x^T
-constexpr int64_t kGradWords = 384;  // so many words of tokens are summed at a time
+// The most rows of x that share one packing of a panel.
+constexpr int64_t kMostRows = 512;
+// The backward pass packs x^T in pieces of this many rows.
+constexpr int64_t kPackRows = 128;
+// The backward pass sums this many words of tokens at a time. They are a chunk.
+constexpr int64_t kGradWords = 384;
 
-// Returns 64-byte aligned room, which the thread keeps.
+// Returns 64-byte aligned room that the thread keeps for its next call.
 inline char* scratch(int64_t bytes) {
     static thread_local std::vector<char> kept;
     if (static_cast<int64_t>(kept.size()) < bytes + 64) kept.resize(bytes + 64);
@@ -46,12 +63,13 @@ inline char* scratch(int64_t bytes) {
     return reinterpret_cast<char*>((address + 63) / 64 * 64);
 }
 
-// What a task computes: a part of the rows of a route, or of an expert's gradient.
-// `route` names a sample in the gradients, where each sample is a route of its own.
+// The part of a result that one task computes: of the rows of a route, or of the gradient of every expert. In
+// the backward pass every sample is a route of its own.
 struct Block {
     int64_t route, row, rows, column, columns;
 };
 
+// The arguments of a fused product (see expert_linear.h).
 struct Product {
     const void* x;
     const Experts& experts;
@@ -59,14 +77,14 @@ struct Product {
     const void* bias;
     bool transposed;
     void* out;
-    int64_t depth, width;  // terms of a sum; columns of out
+    int64_t depth, width;  // terms of a sum, columns of out
 };
 
-// What is fixed for a type of elements and a set of instructions.
+// What is fixed for the kernels of one type and one set of instructions.
 struct Shape {
-    int64_t rows, width;  // size of a tile
-    int64_t pair;         // elements of a word
-    int64_t depth;        // most words of a sum at a time
+    int64_t rows, width;  // of a tile
+    int64_t pair;         // elements in a word
+    int64_t depth;        // the most words that a sliver has along the sum
 
     int64_t words(int64_t elements) const { return ceil_div(elements, pair); }
     int64_t slivers(int64_t elements) const {
@@ -74,7 +92,8 @@ struct Shape {
     }
 };
 
-// Where the packed x and grad of a sample lie: chunk after chunk of its tokens, each the slivers of both.
+// Where the packed x and grad of a sample lie. Its tokens are cut into chunks; a chunk has the slivers of x
+// and then those of grad.
 struct PackedSample {
     int64_t tokens, chunk_tokens, x_size, grad_size;
 
@@ -91,23 +110,24 @@ struct PackedSample {
     int64_t grad_at(int64_t chunk) const { return x_at(chunk) + x_size; }
 };
 
+// The arguments of a round of the backward pass, which covers the samples [begin, end).
 struct Gradient {
     const void *x, *grad;
     const PackedSample& packed;
-    void* workspace;  // holds the samples [begin, end)
+    void* workspace;  // the packed samples [begin, end)
     int64_t begin, end;
     const Experts& experts;
     const Routes& routes;
     const char* fresh;       // [B, k] whether the choice is the first with its expert
     const char* used;        // [M] whether any choice has the expert
-    int64_t rows, granules;  // rows of an expert's gradient in a block; blocks down the gradient
-    float* carry;  // [M, Din, Dout] of bfloat16 experts from round to round; null where there is one
+    int64_t rows, granules;  // rows of a gradient that a block has; number of blocks that cover all rows
+    float* carry;  // [M, Din, Dout] sums of bfloat16 experts between rounds; null where there is one round
     void* grad_weight;
-    float* partial;  // [granules across, granules down, B * k]
+    float* partial;  // [slivers across, granules down, B * k] parts of the gates' gradients
 };
 
 #ifdef SWITCH_MOE_AVX512_BF16
-// Kernel::multiply for pairs of bfloat16. It is not inlined, because there GCC 12 kept the tile in memory, at
+// Kernel::multiply for pairs of bfloat16. It is not inlined, because GCC 12 then kept the tile in memory, at
 // half the speed.
 template <int kTileRows>
 __attribute__((target("avx512f,avx512bf16"), noinline)) void multiply_pairs(const uint32_t* a,
@@ -134,7 +154,7 @@ template <int kTileRows>
 void multiply_pairs(const uint32_t* a, const uint32_t* b, int64_t depth, float* out);
 #endif
 
-// kVectorWidth floats a vector, three of them a row of a tile, kRows rows.
+// The kernels with vectors of kVectorWidth floats and tiles of kRows rows of three vectors.
 template <typename Element, int kVectorWidth, int kRows>
 struct Kernel : Packing<Element, kVectorWidth> {
     using Pack = Packing<Element, kVectorWidth>;
@@ -146,7 +166,7 @@ struct Kernel : Packing<Element, kVectorWidth> {
 
     static constexpr Shape kShape{kRows, kWidth, kPair, kPairs ? 768 : 384};
 
-    // tile[i] = sum_k a[k][i] b[k]: a [depth, rows], b [depth, kWidth], both packed.
+    // Computes tile[i] = sum_k a[k][i] b[k] from packed slivers a [depth, kTileRows] and b [depth, kWidth].
     template <int kTileRows>
     static SWITCH_MOE_INLINE void multiply(const Word* a, const Word* b, int64_t depth,
                                            Vector (&tile)[kTileRows][3]) {
@@ -172,7 +192,8 @@ struct Kernel : Packing<Element, kVectorWidth> {
         }
     }
 
-    // The rows from `first` on of the panel that `block` needs.
+    // Packs the panel that `block` needs for the `depth` terms of the sum from `first` on. This merges
+    // experts.
     template <int kExperts>
     static SWITCH_MOE_INLINE void pack_experts(const Product& p, const Block& block, int64_t first,
                                                int64_t depth, Word* panel) {
@@ -195,8 +216,8 @@ struct Kernel : Packing<Element, kVectorWidth> {
         pack_experts<0>(p, block, first, depth, panel);
     }
 
-    // Calls visit.vector(part, i, j, v) for the full vectors of a tile's valid [rows, columns], v one of
-    // three, and visit.element(value, i, j) for what is left.
+    // Calls visit.vector(part, i, j, v) for the whole vectors of the tile's first [rows, columns], where v <
+    // 3 numbers the vectors of a row, and visit.element(value, i, j) for the elements that are left.
     template <int kTileRows, typename Visit>
     static SWITCH_MOE_INLINE void visit_tile(const Vector (&tile)[kTileRows][3], int64_t rows,
                                              int64_t columns, Visit& visit) {
@@ -225,14 +246,14 @@ struct Kernel : Packing<Element, kVectorWidth> {
         }
     }
 
-    // A sum of more terms than a panel has rows goes on from memory.
+    // A sum with more terms than a panel has rows waits in memory while the next panel is packed.
     struct Sums {
         float* at;
         int64_t stride;
         bool first, last;
     };
 
-    // Stores a tile of out, or of the sums where they are to be continued.
+    // Stores a tile in out, or in the sums where more terms follow.
     struct Store {
         const Element* bias;
         const Sums& sums;
@@ -264,6 +285,7 @@ struct Kernel : Packing<Element, kVectorWidth> {
         }
     };
 
+    // Computes the tiles of kTileRows rows with all slivers of a panel.
     template <int kTileRows>
     static SWITCH_MOE_INLINE void product_rows(const Product& p, const Element* x, int64_t rows,
                                                const Word* panel, int64_t depth, int64_t columns,
@@ -279,6 +301,7 @@ struct Kernel : Packing<Element, kVectorWidth> {
         }
     }
 
+    // Computes a block of out, panel after panel.
     static SWITCH_MOE_INLINE void product_block(const Product& p, const Block& block) {
         const int64_t most = kShape.depth * kPair, columns = ceil_div(block.columns, kWidth) * kWidth;
         const int64_t panel_size =
@@ -310,7 +333,7 @@ struct Kernel : Packing<Element, kVectorWidth> {
         }
     }
 
-    // Packs the rows or the columns, whichever `block` has, of sample `block.route`.
+    // Packs a part of sample `block.route`: columns of x if `block` has rows, else columns of grad.
     static SWITCH_MOE_INLINE void pack_block(const Gradient& g, const Block& block) {
         const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs;
         Word* sample = static_cast<Word*>(g.workspace) + (block.route - g.begin) * g.packed.size();
@@ -330,7 +353,7 @@ struct Kernel : Packing<Element, kVectorWidth> {
         }
     }
 
-    // sums = or += gate * tile and dots += tile * weight.
+    // Stores gate * tile in the sums, or adds it to them where kAdd, and adds tile * weight to the dots.
     template <bool kAdd>
     struct Add {
         const Element* weight;
@@ -367,14 +390,14 @@ struct Kernel : Packing<Element, kVectorWidth> {
         dot += visit.dots[0] + visit.dots[1] + visit.dots[2];
     }
 
-    // The sums of the experts' gradients, in float32: grad_weight itself where it is that.
+    // Where the experts' gradients are summed in float32. For float32 experts that is grad_weight itself.
     struct Totals {
-        float* at;  // address of the block's first element
-        int64_t expert, stride;
+        float* at;               // the sum of the block's first element
+        int64_t expert, stride;  // from an expert to the next, from a row to the next
     };
 
-    // What a chunk of sample b adds to a tile, `row` and `column` from the block's corner; `dots` has an
-    // entry for each of its experts.
+    // Adds what a chunk of sample b contributes to the tile at [row, column] of the block, for each expert of
+    // the sample. `dots` has an entry for each of them.
     static SWITCH_MOE_INLINE void gradient_tiles(const Gradient& g, const Block& block, const Totals& totals,
                                                  int64_t b, bool first, const Word* x, const Word* grad,
                                                  int64_t words, int64_t row, int64_t column, Vector* dots) {
@@ -398,8 +421,8 @@ struct Kernel : Packing<Element, kVectorWidth> {
         }
     }
 
-    // Writes what the tiles did not: zeros for experts that nobody chose and, in the last round of bfloat16,
-    // the rounded sums of all other experts.
+    // Runs after the last round. It clears the gradients of the experts that no route chose, and rounds those
+    // of bfloat16 experts to grad_weight.
     static SWITCH_MOE_INLINE void finish(const Gradient& g, const Block& block, const Totals& totals) {
         const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs;
         if (g.end < g.routes.num_routes) return;
@@ -424,6 +447,7 @@ struct Kernel : Packing<Element, kVectorWidth> {
         }
     }
 
+    // Adds what the samples of a round contribute to a block of every expert's gradient, and to the gates'.
     static SWITCH_MOE_INLINE void gradient_block(const Gradient& g, const Block& block) {
         const int64_t inputs = g.experts.inputs, outputs = g.experts.outputs, top_k = g.routes.top_k;
         const int64_t dots_size = kSlivers * top_k * kVectorWidth,
@@ -431,7 +455,7 @@ struct Kernel : Packing<Element, kVectorWidth> {
         Totals totals{nullptr, inputs * outputs, outputs};
         const bool apart = kPairs && g.carry == nullptr;
         if (apart) totals.stride = block.columns, totals.expert = block.rows * block.columns;
-        // dots [slivers, k]
+        // The dots are [slivers, k].
         Vector* dots = reinterpret_cast<Vector*>(
             scratch(4 * (dots_size + (apart ? g.experts.num_experts * totals.expert : 0))));
         if (apart) {
@@ -457,11 +481,11 @@ struct Kernel : Packing<Element, kVectorWidth> {
                     }
                 }
             }
-            for (int64_t j = 0; j < block.columns; j += kWidth) {
-                const int64_t granule = (block.column + j) / kWidth * g.granules + block.row / g.rows;
+            for (int64_t column = 0; column < block.columns; column += kWidth) {
+                const int64_t granule = (block.column + column) / kWidth * g.granules + block.row / g.rows;
                 float* to = g.partial + (granule * g.routes.num_routes + b) * top_k;
-                for (int64_t choice = 0; choice < top_k; ++choice) {
-                    for (int i = 0; i < kVectorWidth; ++i) to[choice] += dots[j / kWidth * top_k + choice][i];
+                for (int64_t j = 0; j < top_k; ++j) {
+                    for (int i = 0; i < kVectorWidth; ++i) to[j] += dots[column / kWidth * top_k + j][i];
                 }
             }
         }

@@ -1,5 +1,6 @@
-// Packing of what the fused products read, for a type of elements and a width of vectors. Words of 32 bits
-// are packed: a float, or two bfloat16 that follow one another in a sum.
+// Packing for the fused path, for one type of elements and one width of vectors. The drawing at the head of
+// expert_linear_fused_kernel.h shows slivers and panels. What is packed are words of 32 bits: one float, or
+// two bfloat16 that follow one another in a sum.
 #pragma once
 
 #include <type_traits>
@@ -10,28 +11,28 @@
 
 namespace switch_moe {
 
-// Slivers lie so many words apart, a cache line more than they hold: at multiples of 4 KiB they would
-// fight for the same few lines of the first-level cache.
+// The words from one sliver to the next. That is one cache line more than a sliver holds, because slivers at
+// multiples of 4 KiB would fight for the same few lines of the first-level cache.
 constexpr int64_t sliver_stride(int64_t depth, int64_t width) { return depth * width + 16; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The experts of a route, each from the element `corner` on. kExperts is their number; 0 stands for any
-// number.
+// The experts of one route and their gates. Each weight pointer starts at the element `corner` of its expert.
+// There are kExperts experts, or, where that is 0, a number known only at run time.
 template <typename Element, int kExperts>
 struct Mixture {
     static constexpr bool kAny = kExperts == 0;
 
-    int64_t stride;  // from row to row
-    int64_t count;
+    int64_t stride;  // from a row of an expert to the next
+    int64_t top_k;
     std::conditional_t<kAny, std::vector<const Element*>, const Element * [kAny ? 1 : kExperts]> weight;
     std::conditional_t<kAny, std::vector<float>, float[kAny ? 1 : kExperts]> gate;
 
     Mixture(const Experts& experts, const Routes& routes, int64_t route, int64_t corner)
-        : stride(experts.outputs), count(routes.top_k) {
+        : stride(experts.outputs), top_k(routes.top_k) {
         if constexpr (kAny) {
-            weight.resize(count);
-            gate.resize(count);
+            weight.resize(top_k);
+            gate.resize(top_k);
         }
         for (int64_t e = 0; e < size(); ++e) {
             const int64_t choice = route * routes.top_k + e;
@@ -41,7 +42,7 @@ struct Mixture {
         }
     }
 
-    SWITCH_MOE_INLINE int64_t size() const { return kAny ? count : kExperts; }
+    SWITCH_MOE_INLINE int64_t size() const { return kAny ? top_k : kExperts; }
 
     float at(int64_t offset) const {
         float sum = 0;
@@ -50,7 +51,7 @@ struct Mixture {
     }
 };
 
-// Slivers are kWidth = 3 kVectorWidth wide, or as wide as a tile has rows.
+// A sliver of V_r or of grad is kWidth = 3 kVectorWidth words wide, a sliver of x as wide as a tile has rows.
 template <typename Element, int kVectorWidth>
 struct Packing {
     static constexpr bool kPairs = sizeof(Element) == 2;
@@ -80,8 +81,9 @@ struct Packing {
         return mix.at(offset);
     }
 
-    // Writes `count` words one by one, zeros from `valid` on. Word i holds the element at `offset` + i *
-    // `step`. A word of two also holds the element `next` further, or zero where `next` is 0.
+    // Writes `count` words, one element at a time, for the edges that no whole vector covers. Word i holds
+    // the element at offset + i * step. The second element of a pair lies `next` after the first; where next
+    // is 0, the sum has no such element and it is zero. The words from `valid` on are zero too.
     template <typename Source>
     static void edge(const Source& source, int64_t offset, int64_t step, int64_t next, int64_t valid,
                      int64_t count, Word* to) {
@@ -91,6 +93,7 @@ struct Packing {
         }
     }
 
+    // Merges a vector of elements.
     template <typename Mix>
     static SWITCH_MOE_INLINE void merge(const Mix& mix, int64_t offset, Vector& sum) {
         Vector part;
@@ -102,7 +105,7 @@ struct Packing {
         }
     }
 
-    // Merges words of a row; a word of two holds an element of this row and the one below it.
+    // Merges a vector of words down the rows: a pair holds an element and the one below it.
     template <typename Mix>
     static SWITCH_MOE_INLINE void merge_down(const Mix& mix, int64_t offset, WordVector& to) {
         if constexpr (kPairs) {
@@ -115,7 +118,7 @@ struct Packing {
         }
     }
 
-    // Merges words of a row; a word of two holds an element and its right neighbour.
+    // Merges a vector of words along a row: a pair holds an element and the one after it.
     template <typename Mix>
     static SWITCH_MOE_INLINE void merge_along(const Mix& mix, int64_t offset, WordVector& to) {
         if constexpr (kPairs) {
@@ -133,8 +136,8 @@ struct Packing {
         }
     }
 
-    // Packs panel[sliver][k][kWidth] = V[k][...] for [depth, columns] of V. It goes row by row: going sliver
-    // by sliver took 1.5 times as long.
+    // Packs [depth, columns] of the merged weight: panel[sliver][k][kWidth] = V[k][...]. It goes row by row;
+    // going sliver by sliver took 1.5 times as long.
     template <typename Mix>
     static SWITCH_MOE_INLINE void pack_merged(const Mix& mix, int64_t depth, int64_t columns, Word* panel) {
         const int64_t words = Packing::words(depth);
@@ -159,7 +162,7 @@ struct Packing {
         }
     }
 
-    // Packs panel[sliver][k][kWidth] = V[...][k].
+    // Packs the transpose of the merged weight: panel[sliver][k][kWidth] = V[...][k].
     template <typename Mix>
     static SWITCH_MOE_INLINE void pack_merged_transposed(const Mix& mix, int64_t depth, int64_t columns,
                                                          Word* panel) {
@@ -185,7 +188,7 @@ struct Packing {
         }
     }
 
-    // Packs packed[k][kTileRows] = x[i][k], with zeros where i >= rows.
+    // Packs rows of x into one sliver: packed[k][i] = x[i][k] for i < kTileRows, zero where i >= rows.
     template <int kTileRows>
     static SWITCH_MOE_INLINE void pack_rows(const Element* x, int64_t stride, int64_t rows, int64_t depth,
                                             Word* packed) {
@@ -208,7 +211,7 @@ struct Packing {
         }
     }
 
-    // Packs packed[sliver][k][kSliver] = x[k][...] for `columns` columns.
+    // Packs `columns` columns of x, or of grad: packed[sliver][k][kSliver] = x[k][...].
     template <int kSliver>
     static SWITCH_MOE_INLINE void pack_columns(const Element* x, int64_t stride, int64_t depth,
                                                int64_t columns, Word* packed) {

@@ -12,7 +12,7 @@ namespace {
 struct OneLane {
     static constexpr int lanes = 1, batch = 1;
     using PackedCosts = PackedMatrix<0>;
-    template <typename Value>  // vectorised loops want one width
+    template <typename Value>  // as wide as the values, which lets the compiler vectorise loops over both
     using IndexFor = std::conditional_t<sizeof(Value) == 4, int32_t, int64_t>;
 
     static constexpr int lane() { return 0; }
@@ -24,7 +24,7 @@ struct OneLane {
     static constexpr void sync() {}
 };
 
-// The widest state, 64-bit values and indices, serves every solve.
+// Allocates the widest state, with 64-bit values and indices, which serves every solve.
 std::unique_ptr<char[]> state_for(int64_t columns) {
     return std::unique_ptr<char[]>(new char[AssignmentState<int64_t, int64_t>::kBytes * columns]);
 }

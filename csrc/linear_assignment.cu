@@ -39,7 +39,7 @@ struct Warp {
     __device__ __forceinline__ double least(double x) const {
         return __longlong_as_double(ordered(least(ordered(__double_as_longlong(x)))));
     }
-    // Bits of doubles to integers in the same order, and back.
+    // Maps the bits of doubles to integers in the same order, and back.
     static __device__ __forceinline__ int64_t ordered(int64_t bits) {
         return bits ^ (bits >> 63 & 0x7fffffffffffffff);
     }

@@ -10,17 +10,17 @@
 
 namespace switch_moe {
 
-// Writes to column[i] the column of row i at the least total cost. `prices` may be null; else they are a
-// start, all zero for none, and become the final prices of the columns: the next, similar problem solves
-// faster. Returns an AssignmentStatus; unless it is kSolved (0), `column` and `prices` stay as they were.
-// Costs may be +infinity.
+// Writes to column[i] the column of row i at the least total cost. Costs may be +infinity. `prices` may be
+// null. If they are not, the solve starts from them, where all zero means from nothing, and they become the
+// final prices of the columns: from these the next, similar problem solves faster. Returns an
+// AssignmentStatus; unless it is kSolved (0), `column` and `prices` stay as they were.
 int linear_assignment(const double* cost,  // [n, n]
                       int64_t n,
                       double* prices,  // [n] or null
                       int64_t* column  // [n]
 );
 
-// The same in exact integer arithmetic.
+// Does the same in exact integer arithmetic.
 int linear_assignment(const int64_t* cost,  // [n, n]
                       int64_t n,
                       int64_t* prices,  // [n] or null

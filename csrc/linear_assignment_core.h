@@ -2,16 +2,19 @@
 //
 // Every column j has a price v[j], and a row prefers the columns where c[i][j] - v[j] is least. An assignment
 // that gives every row a column it prefers is optimal, whatever the prices are, so any prices may start it:
-// 1. Bids. A row takes the column it prefers and lowers its price until its second choice is as good. A row
+// 1. Rows bid. A row takes the column it prefers and lowers its price until its second choice is as good. A
+// row
 //    that loses its column bids next. Most rows find their column here.
-// 2. For each row left, Dijkstra's search over c[i][j] - v[j] less the same of the row's own column: the
-//    cheapest path to a free column. Prices move so that the pairs along it are preferred; it is flipped.
+// 2. For each row that is left, Dijkstra's search finds the cheapest path to a free column. A step from a row
+// to
+//    column j costs c[i][j] - v[j] less the same for the column that the row has. Then prices move so that
+//    rows prefer the columns along the path, and every row on it takes the next column.
 //
-// Lane l owns columns l, l + lanes, ... Ties go to a free column, then to the lowest, so the result does not
-// depend on the number of lanes. A group has
-//     lanes            their number
+// A group of lanes solves a problem together. Lane l owns columns l, l + lanes, ... Ties go to a free column,
+// then to the lowest, so the result does not depend on the number of lanes. A group type has
+//     lanes            the number of its lanes
 //     batch            loads that a lane starts together
-//     lane()           the index of this one
+//     lane()           the index of this lane
 //     least(x)         the least x of all lanes
 //     all(condition)   whether it holds in all lanes
 //     sync()           a barrier that orders memory
@@ -25,11 +28,11 @@
 
 #ifdef __CUDACC__
 #define SWITCH_MOE_CORE __device__ __forceinline__
-#define SWITCH_MOE_UNROLL_ON_DEVICE _Pragma("unroll")
+#define SWITCH_MOE_UNROLL_ON_GPU _Pragma("unroll")
 #define SWITCH_MOE_SIMD(reduction)
 #else
 #define SWITCH_MOE_CORE inline __attribute__((always_inline))
-#define SWITCH_MOE_UNROLL_ON_DEVICE
+#define SWITCH_MOE_UNROLL_ON_GPU
 #define SWITCH_MOE_PRAGMA(text) _Pragma(#text)
 #define SWITCH_MOE_SIMD(reduction) SWITCH_MOE_PRAGMA(omp simd reduction)
 #endif
@@ -69,9 +72,10 @@ struct GivenMatrix {
     SWITCH_MOE_CORE const Cost* row(int64_t i) const { return cost + i * n; }
 };
 
-// A copy of small integers in 31 bits. They are shifted left: the low bits are room for the column's rank in
-// ties, so that one minimum finds the least value and its column. `kColumns` columns, or, where that is 0,
-// the next multiple of 16: whole vectors. Nothing reaches the columns that are added.
+// A copy of small integer costs in 31 bits. They are shifted left, and their low bits are room for the
+// column's rank in ties, so that one minimum finds the least value and its column. A row has kColumns
+// columns, or, where that is 0, as many as fill whole vectors of 16. The columns added are so dear (kFar)
+// that no row takes them.
 template <int kColumns>
 struct PackedMatrix {
     using Value = int32_t;
@@ -87,7 +91,8 @@ struct PackedMatrix {
         while ((1 << bits) < 2 * n) ++bits;
         return bits;
     }
-    // Sums reach 32 times the largest cost, and twice that is to fit (see assign).
+    // The largest cost that may be packed. Sums reach 32 times that, and twice such a sum has to fit (see
+    // assign).
     static SWITCH_MOE_CORE int64_t largest(int n) {
         return n > 1 << 20 ? -1 : ((1 << 25) >> bits_for(n)) - 1;
     }
@@ -115,12 +120,12 @@ struct PackedMatrix {
             SWITCH_MOE_SIMD()
             for (int j = group.lane(); j < n; j += Group::lanes) {
                 Value batch[Group::batch];
-                SWITCH_MOE_UNROLL_ON_DEVICE
+                SWITCH_MOE_UNROLL_ON_GPU
                 for (int b = 0; b < Group::batch; ++b) {
                     const int64_t i = first + b < n ? first + b : n - 1;
                     batch[b] = pack(from[i * n + j]);
                 }
-                SWITCH_MOE_UNROLL_ON_DEVICE
+                SWITCH_MOE_UNROLL_ON_GPU
                 for (int b = 0; b < Group::batch; ++b) row(first + b < n ? first + b : n - 1)[j] = batch[b];
             }
         }
@@ -130,18 +135,18 @@ struct PackedMatrix {
     }
 };
 
-// Memory of a solve; as many of each as there are columns.
+// The memory that a solve needs. Every array has as many entries as there are columns.
 template <typename Value, typename Index>
 struct AssignmentState {
     static constexpr int64_t kBytes = 2 * sizeof(Value) + 5 * sizeof(Index);
 
-    Value* price;         // of columns
-    Value* distance;      // of columns, from the row that a search starts at
-    Index* row_of;        // of columns, -1: free
-    Index* previous_row;  // of columns, on the path from that row
-    Index* seen;          // of columns, 1: the distance is final
-    Index* column_of;     // of rows
-    Index* waiting;       // rows without a column
+    Value* price;         // by column
+    Value* distance;      // by column: from the row at which a search starts
+    Index* row_of;        // by column: the row that has it, -1 if it is free
+    Index* previous_row;  // by column: the row before it on the path from that start
+    Index* seen;          // by column: 1 if the distance is final
+    Index* column_of;     // by row
+    Index* waiting;       // the rows without a column
 
     SWITCH_MOE_CORE AssignmentState(char* memory, int columns)
         : price(reinterpret_cast<Value*>(memory)),
@@ -162,8 +167,8 @@ class Assignment {
     SWITCH_MOE_CORE Assignment(Group group, Matrix costs, char* memory)
         : group_(group), costs_(costs), n_(costs.n), s_(memory, costs.columns()) {}
 
-    // `prices` may be null: [n], the final ones go there, the largest of them 0. `warm`: they are a start
-    // too.
+    // Writes the final prices to `prices` [n], unless it is null, shifted so that the largest is 0. Where
+    // `warm`, the solve starts from what `prices` holds.
     template <typename Cost>
     SWITCH_MOE_CORE int solve(Cost* prices, bool warm, int64_t* column) {
         for (Index k = 0; k < owned(); ++k) {
@@ -197,17 +202,18 @@ class Assignment {
         bool free;
     };
 
-    // Columns of this lane: how many, and the k-th.
+    // How many columns this lane owns, and which is the k-th of them.
     SWITCH_MOE_CORE Index owned() const { return costs_.template owned<Group>(group_.lane()); }
     SWITCH_MOE_CORE Index own(Index k) const { return group_.lane() + k * Group::lanes; }
 
+    // Orders columns at the same value: free ones are first.
     SWITCH_MOE_CORE Index rank(Index j) const { return s_.row_of[j] < 0 ? j : j + n_; }
 
     SWITCH_MOE_CORE Nearest at_rank(Value value, Index rank) const {
         return {value, rank < n_ ? rank : rank - n_, rank < n_};
     }
 
-    // Of the columns that are at the least value, the one of the lowest rank.
+    // Returns the column of the lowest rank among those at the least value.
     template <typename IsLeast>
     SWITCH_MOE_CORE Nearest first_of(Value least, IsLeast is_least) const {
         Index found = 2 * n_;
@@ -220,7 +226,7 @@ class Assignment {
         return at_rank(least, group_.least(found));
     }
 
-    // Prices: the least cost of each column. False where one has no finite cost.
+    // Prices every column at its least cost. Returns false where a column has no finite cost.
     SWITCH_MOE_CORE bool take_lowest_costs() {
         SWITCH_MOE_SIMD()
         for (Index j = group_.lane(); j < n_; j += Group::lanes) s_.price[j] = costs_.row(0)[j];
@@ -228,7 +234,7 @@ class Assignment {
             SWITCH_MOE_SIMD()
             for (Index j = group_.lane(); j < n_; j += Group::lanes) {
                 Value low = s_.price[j];
-                SWITCH_MOE_UNROLL_ON_DEVICE
+                SWITCH_MOE_UNROLL_ON_GPU
                 for (int b = 0; b < Group::batch; ++b) {
                     const Value c = costs_.row(first + b < n_ ? first + b : n_ - 1)[j];
                     low = c < low ? c : low;
@@ -275,9 +281,10 @@ class Assignment {
         return group_.least(least);
     }
 
-    // How many rows it leaves in state.waiting; -1 where a row has no finite cost. Of n bids the loser bids
-    // at once, later ones wait for the second pass, where they bid once: more bids cost more than the
-    // searches they save. Warm prices are lowered only to win a column, for they are near the end already.
+    // Returns how many rows it leaves in state.waiting, or -1 where a row has no finite cost. A row that
+    // loses its column to one of the first n bids bids again at once. Later losers wait for the second pass,
+    // where they bid once: more bids cost more than the searches they save. Warm prices are lowered only to
+    // win a column, for they are near their final values already.
     SWITCH_MOE_CORE Index bid(bool warm) {
         Index waiting = n_, bids = 0;
         for (int pass = 0; pass < 2; ++pass) {
@@ -312,8 +319,8 @@ class Assignment {
         return waiting;
     }
 
-    // One step of the search: distances by way of `row`, whose own column is at `shortest`; then the nearest
-    // column that is not seen.
+    // Takes one step of the search: it shortens distances by way of `row`, whose own column is at distance
+    // `shortest`, and returns the nearest column whose distance is not final.
     SWITCH_MOE_CORE Nearest relax(Index row, Value shortest, Value shift) {
         const Value* c = costs_.row(row);
         Value least = kUnreached;
@@ -321,7 +328,7 @@ class Assignment {
         for (Index k = 0; k < owned(); k += kTogether) {
             Value nearest[kTogether];
             Index previous[kTogether];
-            SWITCH_MOE_UNROLL_ON_DEVICE
+            SWITCH_MOE_UNROLL_ON_GPU
             for (int t = 0; t < kTogether; ++t) {
                 const Index j = own(k + t);
                 const bool open = s_.seen[j] == 0;
@@ -336,7 +343,7 @@ class Assignment {
                 ranked = open ? ranked : kUnreached;
                 least = ranked < least ? ranked : least;
             }
-            SWITCH_MOE_UNROLL_ON_DEVICE
+            SWITCH_MOE_UNROLL_ON_GPU
             for (int t = 0; t < kTogether; ++t) {
                 s_.distance[own(k + t)] = nearest[t];
                 s_.previous_row[own(k + t)] = previous[t];
@@ -347,7 +354,7 @@ class Assignment {
         return first_of(least, [&](Index j) { return s_.distance[j] == least && s_.seen[j] == 0; });
     }
 
-    // Gives `start` a column by the cheapest path to a free one; false where none is within reach.
+    // Gives the row `start` a column by the cheapest path to a free one. Returns false where it reaches none.
     SWITCH_MOE_CORE bool augment(Index start) {
         const Value* c = costs_.row(start);
         SWITCH_MOE_SIMD()
@@ -403,9 +410,10 @@ class Assignment {
     AssignmentState<Value, Index> s_;
 };
 
-// Writes the column of each row to column[n] and the final prices to prices[n], if any, unless it returns why
-// not. `prices` is a start too, unless all are zero or one is NaN or too far from the costs to be of use.
-// `packed`, for n rows of Group::PackedCosts, may be null.
+// Writes the column of each row to column[n] and the final prices to prices[n], if there are any. On failure
+// it returns the reason and writes nothing. The solve starts from `prices`, unless all are zero, or one is
+// NaN or too far from the costs to be of use. `packed` is room for n rows of Group::PackedCosts and may be
+// null.
 //
 // Nothing overflows: with C = max |cost| and V = max |price| at the start, no value is beyond 8 C + 6 V.
 // While a column is free its price stays, so |v| <= 2 C + V and no distance is beyond 5 C + 3 V; the last
@@ -421,12 +429,12 @@ SWITCH_MOE_CORE int assign(Group group, const Cost* cost, int n, char* memory, i
     SWITCH_MOE_SIMD(reduction(min : low, negated) reduction(& : numbers))
     for (int64_t first = group.lane(); first < size; first += Group::lanes * Group::batch) {
         Cost batch[Group::batch];
-        SWITCH_MOE_UNROLL_ON_DEVICE
+        SWITCH_MOE_UNROLL_ON_GPU
         for (int b = 0; b < Group::batch; ++b) {
             const int64_t i = first + b * Group::lanes;
             batch[b] = cost[i < size ? i : size - 1];
         }
-        SWITCH_MOE_UNROLL_ON_DEVICE
+        SWITCH_MOE_UNROLL_ON_GPU
         for (int b = 0; b < Group::batch; ++b) {
             const Cost c = batch[b];
             low = c < low ? c : low;

@@ -1,5 +1,6 @@
-// Vectors of a given number of elements. Functions of a kernel that is compiled for an instruction set
-// (attribute target) inline what works on them; nothing passes them by value, which would depend on the set.
+// Vectors of a given number of elements, for functions that are compiled for one instruction set (attribute
+// target). Whatever works on vectors is inlined into those functions. Nothing passes a vector by value,
+// because how that is done depends on the instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +11,16 @@
 #define SWITCH_MOE_INLINE inline __attribute__((always_inline))
 #define SWITCH_MOE_UNROLL _Pragma("GCC unroll 16")
 
-// Kernels of bfloat16 are compiled only where the compiler knows AVX512-BF16.
+// The kernels for bfloat16 are compiled only where the compiler knows AVX512-BF16.
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define SWITCH_MOE_AVX512_BF16
 #endif
 
 namespace switch_moe {
 
-// A vector of kSize elements of type T. A Loose one may lie anywhere in memory. There is a specialisation for
-// every size because GCC 12 takes no size that depends on a template's argument.
+// VectorOf<T, kSize>::Vector has kSize elements of type T. A Loose one is the same vector at any address,
+// without alignment. Each size is spelled out, because GCC 12 takes none that depends on a template's
+// argument.
 template <typename T, int kSize>
 struct VectorOf;
 #define SWITCH_MOE_VECTOR(T, size)                                                             \
@@ -27,13 +29,13 @@ struct VectorOf;
         typedef T Vector __attribute__((vector_size(sizeof(T) * size)));                       \
         typedef T Loose __attribute__((vector_size(sizeof(T) * size), aligned(1), may_alias)); \
     };
-#define SWITCH_MOE_VECTORS_OF(T) \
+#define SWITCH_MOE_VECTOR_OF(T) \
     SWITCH_MOE_VECTOR(T, 2) SWITCH_MOE_VECTOR(T, 4) SWITCH_MOE_VECTOR(T, 8) SWITCH_MOE_VECTOR(T, 16)
-SWITCH_MOE_VECTORS_OF(float)
-SWITCH_MOE_VECTORS_OF(uint32_t)
-SWITCH_MOE_VECTORS_OF(uint16_t)
+SWITCH_MOE_VECTOR_OF(float)
+SWITCH_MOE_VECTOR_OF(uint32_t)
+SWITCH_MOE_VECTOR_OF(uint16_t)
 SWITCH_MOE_VECTOR(uint16_t, 32)
-#undef SWITCH_MOE_VECTORS_OF
+#undef SWITCH_MOE_VECTOR_OF
 #undef SWITCH_MOE_VECTOR
 
 template <int kSize>
@@ -60,7 +62,7 @@ SWITCH_MOE_INLINE void shuffle(const Vector& a, const Vector& b, Vector& to) {
 #endif
 }
 
-// Takes elements of a and b in turns; `low` gets those of the lower halves, `high` those of the upper ones.
+// Takes the elements of a and b in turns. `low` gets what comes of their lower halves, `high` of their upper.
 template <typename Vector, int... i>
 SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer_sequence<int, i...>,
                                   Vector& low, Vector& high) {
@@ -69,7 +71,7 @@ SWITCH_MOE_INLINE void interleave(const Vector& a, const Vector& b, std::integer
     shuffle<(i / 2 + i % 2 * kSize + kSize / 2)...>(a, b, high);
 }
 
-// Transposes in log2(kSize) rounds, each of which interleaves row i with row i + kSize / 2.
+// Transposes a square in log2(kSize) rounds. Each of them interleaves row i with row i + kSize / 2.
 template <typename Vector, int kSize>
 SWITCH_MOE_INLINE void transpose(Vector (&rows)[kSize]) {
     SWITCH_MOE_UNROLL
@@ -85,7 +87,7 @@ SWITCH_MOE_INLINE void transpose(Vector (&rows)[kSize]) {
     }
 }
 
-// Loads bfloat16, each into the lower half of a word.
+// Loads bfloat16 into words. Each is the lower half of its word.
 template <int kSize>
 SWITCH_MOE_INLINE void load_words(const BFloat16* from, Words<kSize>& to);
 
@@ -106,7 +108,8 @@ SWITCH_MOE_INLINE void load(const BFloat16* from, Floats<kSize>& to) {
     to = reinterpret_cast<Floats<kSize>>(words << 16);
 }
 
-// Rounds to nearest, ties to even. The instructions of AVX512-BF16 take denormal numbers for zero.
+// Rounds to nearest, ties to even, with the instructions of AVX512-BF16, which take denormal numbers for
+// zero.
 template <int kSize>
 SWITCH_MOE_INLINE void save(const Floats<kSize>& from, BFloat16* to) {
     typename VectorOf<uint16_t, kSize>::Vector halves;
@@ -123,7 +126,7 @@ SWITCH_MOE_INLINE void join(const Floats<16>& first, const Floats<16>& second,
     to = reinterpret_cast<Words<16>>(halves);
 }
 
-// Makes words of two bfloat16, `lower` in the lower half and `upper` in the upper one.
+// Rounds to bfloat16 and joins two of them in each word, a lower and an upper half.
 SWITCH_MOE_INLINE void join(const Floats<16>& lower, const Floats<16>& upper, Words<16>& to) {
     join(lower, upper, std::make_integer_sequence<int, 32>(), to);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -83,9 +84,27 @@ def test_wrong_architectures(build: ModuleType, monkeypatch: pytest.MonkeyPatch)
         build.cuda_archs()
 
 
-def test_words_with_spaces_and_dollars_survive_the_shell(build: ModuleType) -> None:
-    assert build.command("a b", "$HOME", 'D="80 90a"') == """'a b' '$$HOME' 'D="80 90a"'"""
-    assert build.escape("/my code/c:d$") == "/my$ code/c$:d$$"
+def test_names_with_spaces_and_dollars_survive_ninja_and_the_shell(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ninja")
+    pytest.importorskip("pybind11")
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\n: > "$last"\n')  # makes an empty output
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    command = build.NinjaBuild(setuptools.Distribution())
+    command.build_temp = str(tmp_path / "my code $x:y")
+    output = tmp_path / "my code $x:y" / "out"
+    folder = command._write_ninja_file(None, {build.CPU.name: output})
+    assert command._ninja(folder, folder / "bindings.cpp.o")
+    assert (folder / "bindings.cpp.o").is_file()
+
+
+def test_no_ninja(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ninja.ninja_syntax", None)
+    with pytest.raises(SystemExit, match="ninja was not found; install it with: pip install ninja"):
+        build.import_ninja()
 
 
 def test_no_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
