@@ -9,18 +9,22 @@ import triton
 import triton.language as tl
 
 from switch_moe.kernels._launch import launch
+from switch_moe.kernels._tile import Tile
 
 
 @triton.jit
-def product(a_ptr, b_ptr, out_ptr, depth, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
-    """``out = a b`` of one tile [BLOCK, BLOCK], DEPTH at a time."""
-    i, k = tl.arange(0, BLOCK), tl.arange(0, DEPTH)
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for k0 in range(0, depth, DEPTH):
-        a = tl.load(a_ptr + i[:, None] * depth + k0 + k[None, :])
-        b = tl.load(b_ptr + (k0 + k)[:, None] * BLOCK + i[None, :])
+def product(
+    a_ptr, b_ptr, out_ptr, depth, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``out = a b``, one tile [BLOCK_M, BLOCK_N], BLOCK_K at a time."""
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, depth, BLOCK_K):
+        a = tl.load(a_ptr + m[:, None] * depth + k0 + k[None, :])
+        b = tl.load(b_ptr + (k0 + k)[:, None] * BLOCK_N + n[None, :])
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    tl.store(out_ptr + i[:, None] * BLOCK + i[None, :], total.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + m[:, None] * BLOCK_N + n[None, :], total.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -32,8 +36,8 @@ def refused(a_ptr, BLOCK: tl.constexpr):
 def call_product(dtype: torch.dtype, block: int, depth: int, precision: str, warps: int, stages: int) -> None:
     a = torch.empty(block, 256, dtype=dtype, device="meta")
     out = torch.empty(block, block, dtype=dtype, device="meta")
-    tile = {"BLOCK": block, "DEPTH": depth, "num_warps": warps, "num_stages": stages}
-    launch(product, 1, a, a.t(), out, 256, PRECISION=precision, **tile)
+    tile = Tile(block, block, depth, warps, stages)
+    launch(product, 1, a, a.t(), out, 256, PRECISION=precision, **tile._asdict())
 
 
 def calls(everything: bool) -> Iterator[Callable[[], None]]:

@@ -31,7 +31,6 @@ SHAPES = [
     (3, 20, 16, 24, 7, 6),
     (6, 16, 16, 16, 5, 1),
 ]
-SMALL = {"num_warps": 4, "num_stages": 2}
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -39,11 +38,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def use_small_tiles(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in little data, and programs that take several samples."""
-    product = {"BLOCK_T": 16, "BLOCK_N": 16, "BLOCK_K": 16, **SMALL}
-    weight = {"BLOCK_I": 16, "BLOCK_N": 16, "BLOCK_T": 16, **SMALL}
-    monkeypatch.setattr(kernels, "product_tile", lambda *_, **__: product)
-    monkeypatch.setattr(kernels, "weight_tile", lambda *_: weight)
-    monkeypatch.setattr(kernels, "_splits", lambda *_: 2)
+    small = kernels.Tile(16, 16, 16, 4, 2)
+    monkeypatch.setattr(kernels, "product_tile", lambda *_, **__: small)
+    monkeypatch.setattr(kernels, "weight_tile", lambda *_: small)
+    monkeypatch.setattr(kernels, "_sample_splits", lambda *_: 2)
 
 
 @pytest.fixture
@@ -84,7 +82,7 @@ def test_shipped_tiles(shape: tuple[int, ...], dtype: torch.dtype, device: str) 
 
 @pytest.mark.parametrize("num_experts", [3, 6])
 def test_samples_split_between_programs(num_experts: int, device: str, small_tiles, monkeypatch) -> None:
-    monkeypatch.setattr(small_tiles, "_splits", lambda *_: 3)
+    monkeypatch.setattr(small_tiles, "_sample_splits", lambda *_: 3)
     check(*make_inputs((7, 18, 24, 24, num_experts, 2), torch.float32), True, device)
     check(
         *make_inputs((2, 18, 24, 24, num_experts, 2), torch.float32), True, device
@@ -92,7 +90,7 @@ def test_samples_split_between_programs(num_experts: int, device: str, small_til
 
 
 def test_many_partial_sums(device: str) -> None:
-    from switch_moe.kernels.expert_linear import sum_first
+    from switch_moe.kernels._tile import sum_first
 
     partial = torch.randn(77, 3, 45, device=device)
     assert_close("sum", sum_first(partial, torch.float32), partial.double().sum(0), 1e-6)
@@ -281,14 +279,14 @@ MUTATIONS = {
     "drops the bias": ("if BIAS:\n            m +=", "if False:\n            m +="),
     "modulates without the identity": ("m = x_out + x_out * m", "m = x_out * m"),
     "forgets dr in dx": ("dx += grad + grad *", "dx += grad *"),
-    "forgets to start P anew": ("            p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)\n", ""),
+    "forgets to start P anew": ("            p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)\n", ""),
     "swaps the experts' gradients": (
         "gate = _gate_of(index_ptr, gate_ptr, sample, 1, TOP_K)",
         "gate = _gate_of(index_ptr, gate_ptr, sample, 2, TOP_K)",
     ),
     "leaves the bias out of dgate": ("grad_gate += tl.sum(s * b.to(tl.float32))", "pass"),
-    "does not transpose": ("tl.trans(merged.to(dm.dtype))", "merged.to(dm.dtype)"),
-    "skips the last tokens": ("steps = tl.cdiv(tokens, BLOCK_T)", "steps = tokens // BLOCK_T"),
+    "does not transpose": ("D_OUT, D_IN, 1, D_OUT, M", "D_OUT, D_IN, D_IN, 1, M"),
+    "skips the last tokens": ("steps = tl.cdiv(tokens, BLOCK_K)", "steps = tokens // BLOCK_K"),
 }  # fmt: skip
 
 

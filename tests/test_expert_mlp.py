@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def use_small_tiles(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in little data, and pairs of an expert split between two programs."""
     monkeypatch.setattr(kernels, "_tiles", lambda *_: kernels.Tile(16, 16, 16, 4, 2))
-    monkeypatch.setattr(kernels, "_splits", lambda *_: 2)
+    monkeypatch.setattr(kernels, "_pair_splits", lambda *_: 2)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_shipped_tiles(shape: tuple[int, ...], gated: bool, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_pairs_split_between_programs(splits: int, device: str, small_tiles, monkeypatch) -> None:
-    monkeypatch.setattr(small_tiles, "_splits", lambda *_: splits)
+    monkeypatch.setattr(small_tiles, "_pair_splits", lambda *_: splits)
     for batch in (1, 4):  # fewer pairs than programs, and more
         check(*make_inputs((batch, 18, 8, 8, 3, 2), False, torch.float32, device), False)
 
@@ -347,8 +347,8 @@ MUTATIONS = {
     "does not scale db2": ("SCALE=gate is not None", "SCALE=False"),
     "swaps the halves": ("return value, slope_a, slope_b", "return value, slope_b, slope_a"),
     "forgets the cubic term": ("0.21406443847661511", "0.07135481282553837"),
-    "skips the last tokens": ("steps = tl.cdiv(tokens, INNER)", "steps = tokens // INNER"),
-    "multiplies past the hidden units": ("if K % INNER != 0:", "if False:"),
+    "skips the last tokens": ("steps = tl.cdiv(tokens, BLOCK_K)", "steps = tokens // BLOCK_K"),
+    "multiplies past the hidden units": ("if K % BLOCK_K != 0:", "if False:"),
     "reads the wrong sample": ("(pair // RIGHT_PER)", "pair"),
     "forgets a split": ("begin + split * length, end)", "begin, end)"),
 }  # fmt: skip
@@ -359,7 +359,7 @@ def test_a_broken_kernel_fails(mutation: str, tmp_path: Path, device: str, monke
     broken = break_kernels("expert_mlp", *MUTATIONS[mutation], tmp_path, monkeypatch)
     use_small_tiles(broken, monkeypatch)
     if mutation != "forgets a split":
-        monkeypatch.setattr(broken, "_splits", lambda *_: 1)
+        monkeypatch.setattr(broken, "_pair_splits", lambda *_: 1)
     gated = mutation == "swaps the halves"
     with pytest.raises(AssertionError, match="relative RMS"):
         check(*make_inputs((2, 5, 16, 20, 2, 2), gated, torch.float32, device), gated)

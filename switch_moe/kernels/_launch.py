@@ -9,20 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
-class Tile(NamedTuple):
-    """A program computes ``rows x columns`` numbers, ``depth`` deep at a time; how Triton schedules it."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-    def meta(self, rows: str, columns: str, depth: str) -> dict[str, int]:
-        """As arguments of a launch, whose kernel has these names for the sizes."""
-        names = (rows, columns, depth, "num_warps", "num_stages")
-        return dict(zip(names, self, strict=True))
+from ..torch_compat import tf32_allowed
 
 
 class Launch(NamedTuple):
@@ -88,8 +75,7 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
 
 def dot_precision(tensor: Tensor) -> str:
     """How ``tl.dot`` multiplies: float32 as true float32, unless the user allows TF32 for matrix products."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tensor.dtype == torch.float32 and allowed else "ieee"
+    return "tf32" if tensor.dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def cdiv(a: int, b: int) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_moe.kernels._launch import launch
+from ._launch import launch
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_moe.kernels._launch import cdiv, launch
+from ._launch import cdiv, launch
 
 _BLOCK = 64
 

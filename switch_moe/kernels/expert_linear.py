@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_moe.kernels._launch import Tile, architecture, cdiv, dot_precision, launch
-from switch_moe.kernels.dispatch import dispatch
-
 from ..experts import LinearExperts
+from ._launch import architecture, cdiv, dot_precision, launch
+from ._tile import Tile, chosen, quarters, sum_first
+from .dispatch import dispatch
 
 MAX_ACCUMULATORS = 4  # experts whose weight gradients fit the registers of one program, beside P
 _UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded side by side, not in a loop
@@ -63,8 +63,8 @@ def _kind(x: Tensor) -> tuple[str, int]:
     return kind, 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
 
 
-def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> dict[str, int]:
-    """Tile of the forward (or of dx) for ``x [B, T, D]``: BLOCK_T tokens by BLOCK_N columns, BLOCK_K deep."""
+def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> Tile:
+    """The tile of the forward (or of dx) for ``x [B, T, D]``: its rows are tokens."""
     kind, arch = _kind(x)
     tile = _IEEE_PRODUCT
     if kind == "ieee" and gradient and top_k > _UNROLLED.value:  # 8 bytes of spills with 8 warps
@@ -72,19 +72,18 @@ def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> dict[st
     if kind != "ieee":
         large, middle, small = _PRODUCTS[kind, arch, gradient]
         batch, tokens = x.shape[:2]
-        filled = batch * cdiv(tokens, large.rows) * cdiv(columns, large.columns) >= _MULTIPROCESSORS
+        filled = batch * cdiv(tokens, large.BLOCK_M) * cdiv(columns, large.BLOCK_N) >= _MULTIPROCESSORS
         tile = large if tokens > 128 and filled else middle if tokens > 64 else small
     if 2 < top_k <= _UNROLLED.value:  # more weight tiles in flight: shared memory
-        tile = tile._replace(depth=min(tile.depth, 32), num_stages=2 if arch == 80 else tile.num_stages)
-    return tile.meta("BLOCK_T", "BLOCK_N", "BLOCK_K")
+        tile = tile._replace(BLOCK_K=min(tile.BLOCK_K, 32), num_stages=2 if arch == 80 else tile.num_stages)
+    return tile
 
 
-def weight_tile(x: Tensor, num_experts: int) -> dict[str, int]:
-    """Tile of dW: BLOCK_I by BLOCK_N of the experts, BLOCK_T tokens at a time."""
+def weight_tile(x: Tensor, num_experts: int) -> Tile:
+    """The tile of dW: rows and columns are those of the experts, the inner dimension is tokens."""
     kind, arch = _kind(x)
     three, four, each = _WEIGHTS[("ieee",) if kind == "ieee" else (kind, arch)]
-    tile = three if num_experts <= 3 else four if num_experts <= MAX_ACCUMULATORS else each
-    return tile.meta("BLOCK_I", "BLOCK_N", "BLOCK_T")
+    return three if num_experts <= 3 else four if num_experts <= MAX_ACCUMULATORS else each
 
 
 def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -98,10 +97,10 @@ def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tu
     order, _, _ = dispatch(index, num_experts)
     tile = product_tile(x, d_out, index.shape[1], gradient=False)
     launch(
-        _forward_kernel, batch * cdiv(tokens, tile["BLOCK_T"]) * cdiv(d_out, tile["BLOCK_N"]),
+        _forward_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_out, tile.BLOCK_N),
         x, weight, weight if bias is None else bias, index, gate, order, out, mixture, tokens,
         D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], BIAS=bias is not None, MODULATE=modulate,
-        KEEP=keep, PRECISION=dot_precision(x), **tile,
+        KEEP=keep, PRECISION=dot_precision(x), **tile._asdict(),
     )  # fmt: skip
     return out, mixture
 
@@ -138,12 +137,12 @@ def _grad_x(
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
     grad_x = torch.empty_like(x)
     tile = product_tile(x, d_in, index.shape[1], gradient=True)
-    programs = batch * cdiv(tokens, tile["BLOCK_T"]) * cdiv(d_in, tile["BLOCK_N"])
+    programs = batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_in, tile.BLOCK_N)
     launch(
         _grad_x_kernel, programs,
         grad, x, x if mixture is None else mixture, weight, index, gate, order, grad_x, tokens,
         D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], MODULATE=modulate,
-        PRECISION=dot_precision(x), **tile,
+        PRECISION=dot_precision(x), **tile._asdict(),
     )  # fmt: skip
     return grad_x
 
@@ -155,17 +154,17 @@ def _grad_weight(
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
     each = num_experts > MAX_ACCUMULATORS
     tile = weight_tile(x, num_experts)
-    tiles = cdiv(d_in, tile["BLOCK_I"]) * cdiv(d_out, tile["BLOCK_N"])
+    tiles = cdiv(d_in, tile.BLOCK_M) * cdiv(d_out, tile.BLOCK_N)
     samples = cdiv(batch * index.shape[1], num_experts) if each else batch  # of one program, about
-    flops = 2.0 * samples * tokens * tile["BLOCK_I"] * tile["BLOCK_N"]
-    splits = _splits(tiles * (num_experts if each else 1), samples, flops, weight.numel())
+    flops = 2.0 * samples * tokens * tile.BLOCK_M * tile.BLOCK_N
+    splits = _sample_splits(tiles * (num_experts if each else 1), samples, flops, weight.numel())
     partial = torch.float32 if splits > 1 else weight.dtype
     weights = weight.new_empty(splits, *weight.shape, dtype=partial)
     biases = weight.new_empty(splits, num_experts if bias is not None else 0, d_out, dtype=partial)
     gates = gate.new_empty(tiles, *gate.shape)
     shared = {
         "D_IN": d_in, "D_OUT": d_out, "M": num_experts, "TOP_K": index.shape[1], "BIAS": bias is not None,
-        "MODULATE": modulate, "PRECISION": dot_precision(x), **tile,
+        "MODULATE": modulate, "PRECISION": dot_precision(x), **tile._asdict(),
     }  # fmt: skip
     tensors = (grad, x, weight, weight if bias is None else bias, index, gate)
     if each:
@@ -185,7 +184,7 @@ def _grad_weight(
     )
 
 
-def _splits(programs: int, samples: int, flops: float, size: int) -> int:
+def _sample_splits(programs: int, samples: int, flops: float, size: int) -> int:
     """Into how many parts the samples are split, by shapes alone: a fixed order of sums.
 
     Of ``programs`` tiles each takes ``flops`` over all its ``samples``. Parts fill the last wave of programs
@@ -200,29 +199,6 @@ def _splits(programs: int, samples: int, flops: float, size: int) -> int:
     return min(range(1, max(1, min(16, samples)) + 1), key=seconds)
 
 
-def sum_first(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[S, ...]`` summed over S in a fixed order, as ``dtype``; as it is where S is 1 and the type fits."""
-    if partial.shape[0] == 1 and partial.dtype == dtype:
-        return partial[0]
-    out = partial.new_empty(partial.shape[1:], dtype=dtype)
-    rows = min(32, triton.next_power_of_2(partial.shape[0]))
-    block = 2048 // rows
-    launch(
-        _sum_kernel, cdiv(out.numel(), block), partial, out, partial.shape[0], out.numel(),
-        ROWS=rows, BLOCK=block, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _chosen(index_ptr, gate_ptr, slot, M: tl.constexpr):
-    """Expert and gate of one slot. An index out of range becomes a NaN gate: seen, and no stray read."""
-    expert = tl.load(index_ptr + slot)
-    inside = (expert >= 0) & (expert < M)
-    gate = tl.where(inside, tl.load(gate_ptr + slot), float("nan"))
-    return tl.where(inside, expert, 0).to(tl.int64), gate
-
-
 @triton.jit
 def _all_chosen(index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexpr):
     """Experts and gates of a sample as tuples, empty where k is large."""
@@ -230,7 +206,7 @@ def _all_chosen(index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexp
     gates = ()
     if TOP_K <= _UNROLLED:
         for j in tl.static_range(TOP_K):
-            expert, gate = _chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
+            expert, gate = chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
             experts = experts + (expert,)  # type: ignore[assignment]  # noqa: RUF005  no unpacking in Triton
             gates = gates + (gate,)  # type: ignore[assignment]  # noqa: RUF005
     return experts, gates
@@ -249,19 +225,62 @@ def _merge(
             merged += gates[j] * tile.to(tl.float32)
     else:
         for j in range(TOP_K):
-            expert, gate = _chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
+            expert, gate = chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
             tile = tl.load(ptr + expert * STRIDE + offset, mask=mask, other=0.0)
             merged += gate * tile.to(tl.float32)
     return merged
 
 
 @triton.jit
-def _tile_of(pid, order_ptr, tokens, BLOCKS_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Sample, first token and first column of a program: neighbours share x, then the experts."""
+def _sample_tile(order_ptr, tokens, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sample, first token and first of N columns of a program: neighbours share x, then the experts."""
+    pid = tl.program_id(0)
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     rest = pid // BLOCKS_N
-    blocks_t = tl.cdiv(tokens, BLOCK_T)
+    blocks_t = tl.cdiv(tokens, BLOCK_M)
     sample = tl.load(order_ptr + rest // blocks_t).to(tl.int64)
-    return sample, (rest % blocks_t) * BLOCK_T, (pid % BLOCKS_N) * BLOCK_N
+    return sample, (rest % blocks_t) * BLOCK_M, (pid % BLOCKS_N) * BLOCK_N
+
+
+@triton.jit
+def _grad_mixture(grad_ptr, x_ptr, place, mask, MODULATE: tl.constexpr):
+    """``dm = dr * x`` formed on load; dm is the gradient itself where the output was m."""
+    grad = tl.load(grad_ptr + place, mask=mask, other=0.0)
+    if MODULATE:
+        grad = grad * tl.load(x_ptr + place, mask=mask, other=0.0)
+    return grad
+
+
+@triton.jit
+def _merged_product(
+    a_ptr, x_ptr, row, rows, weight_ptr, n0, experts, gates, index_ptr, gate_ptr, sample,
+    K: tl.constexpr, N: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, M: tl.constexpr,
+    TOP_K: tl.constexpr, MODULATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``a V_b``, a tile [BLOCK_M, BLOCK_N] of it in float32; with MODULATE ``(a x) V_b``.
+
+    a [.., K] has ``rows`` rows from ``row`` on. V_b [K, N] is merged from weights whose numbers are STRIDE_K
+    and STRIDE_N apart along its axes, so that dx reads them transposed.
+    """
+    t, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    row_mask = (t < rows)[:, None]
+    column_mask = (n0 + n < N)[None, :]
+    a_tile = row * K + t[:, None] * K + k[None, :]
+    weight_tile = k[:, None] * STRIDE_K + (n0 + n)[None, :] * STRIDE_N
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        a_mask, weight_mask = row_mask, column_mask
+        if K % BLOCK_K != 0:
+            a_mask = row_mask & (k < K - k0)[None, :]
+            weight_mask = column_mask & (k < K - k0)[:, None]
+        a = _grad_mixture(a_ptr, x_ptr, a_tile + k0, a_mask, MODULATE)
+        merged = _merge(
+            weight_ptr, experts, gates, index_ptr, gate_ptr, sample, weight_tile + k0 * STRIDE_K, weight_mask,
+            K * N, M, TOP_K,
+        )  # fmt: skip
+        total = tl.dot(a, merged.to(a.dtype), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -269,36 +288,23 @@ def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, order_ptr, out_ptr, mixture_ptr, tokens,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
     MODULATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``m = x_b V_b + v_b``, and ``x (1 + m)`` with MODULATE; m is written too with KEEP.
 
-    A program owns [BLOCK_T, BLOCK_N] of a sample's output; it reads k weight tiles for each x tile.
+    A program owns [BLOCK_M, BLOCK_N] of a sample's output; it reads k weight tiles for each x tile.
     """
-    sample, t0, n0 = _tile_of(
-        tl.program_id(0), order_ptr, tokens, (D_OUT + BLOCK_N - 1) // BLOCK_N, BLOCK_T, BLOCK_N
-    )
+    sample, t0, n0 = _sample_tile(order_ptr, tokens, D_OUT, BLOCK_M, BLOCK_N)
     experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K)
-    t, n, i = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     row = sample * tokens + t0
+    mixture = _merged_product(
+        x_ptr, x_ptr, row, tokens - t0, weight_ptr, n0, experts, gates, index_ptr, gate_ptr, sample,
+        D_IN, D_OUT, D_OUT, 1, M, TOP_K, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    t = tl.arange(0, BLOCK_M)
     token_mask = (t < tokens - t0)[:, None]
-    column_mask = (n0 + n < D_OUT)[None, :]
-    x_tile = x_ptr + row * D_IN + t[:, None] * D_IN + i[None, :]
-    weight_tile = n0 + i[:, None] * D_OUT + n[None, :]
-    mixture = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for i0 in range(0, D_IN, BLOCK_K):
-        x_mask, weight_mask = token_mask, column_mask
-        if D_IN % BLOCK_K != 0:
-            x_mask = token_mask & (i < D_IN - i0)[None, :]
-            weight_mask = column_mask & (i < D_IN - i0)[:, None]
-        x = tl.load(x_tile + i0, mask=x_mask, other=0.0)
-        merged = _merge(
-            weight_ptr, experts, gates, index_ptr, gate_ptr, sample, weight_tile + i0 * D_OUT, weight_mask,
-            D_IN * D_OUT, M, TOP_K,
-        )  # fmt: skip
-        mixture = tl.dot(x, merged.to(x.dtype), mixture, input_precision=PRECISION)
     PART: tl.constexpr = BLOCK_N // 4
-    parts = _quarters(mixture, BLOCK_T, BLOCK_N)
+    parts = quarters(mixture, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):  # one at a time: the epilogue of a whole tile spills at 256 x 128
         m = parts[part]
         column = n0 + part * PART + tl.arange(0, PART)
@@ -317,63 +323,26 @@ def _forward_kernel(
 
 
 @triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile."""
-    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
-
-
-@triton.jit
-def _quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The columns of a tile in four parts, from left to right."""
-    left, right = _halves(tile, ROWS, COLUMNS)
-    first, second = _halves(left, ROWS, COLUMNS // 2)
-    third, fourth = _halves(right, ROWS, COLUMNS // 2)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _grad_mixture(grad_ptr, x_ptr, place, mask, MODULATE: tl.constexpr):
-    """``dm = dr * x`` formed on load; dm is the gradient itself where the output was m."""
-    grad = tl.load(grad_ptr + place, mask=mask, other=0.0)
-    if MODULATE:
-        grad = grad * tl.load(x_ptr + place, mask=mask, other=0.0)
-    return grad
-
-
-@triton.jit
 def _grad_x_kernel(
     grad_ptr, x_ptr, mixture_ptr, weight_ptr, index_ptr, gate_ptr, order_ptr, grad_x_ptr, tokens,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, MODULATE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``dx_b = dm_b V_b^T``, and with MODULATE ``dm = dr x``, ``dx += dr (1 + m)``.
 
-    A program owns [BLOCK_T, BLOCK_N] of a sample's gradient.
+    A program owns [BLOCK_M, BLOCK_N] of a sample's gradient.
     """
-    sample, t0, n0 = _tile_of(
-        tl.program_id(0), order_ptr, tokens, (D_IN + BLOCK_N - 1) // BLOCK_N, BLOCK_T, BLOCK_N
-    )
+    sample, t0, n0 = _sample_tile(order_ptr, tokens, D_IN, BLOCK_M, BLOCK_N)
     experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K)
-    t, n, o = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     row = sample * tokens + t0
+    total = _merged_product(
+        grad_ptr, x_ptr, row, tokens - t0, weight_ptr, n0, experts, gates, index_ptr, gate_ptr, sample,
+        D_OUT, D_IN, 1, D_OUT, M, TOP_K, MODULATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    t = tl.arange(0, BLOCK_M)
     token_mask = (t < tokens - t0)[:, None]
-    row_mask = (n0 + n < D_IN)[:, None]
-    grad_tile = row * D_OUT + t[:, None] * D_OUT + o[None, :]
-    weight_tile = (n0 + n)[:, None] * D_OUT + o[None, :]
-    total = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    for o0 in range(0, D_OUT, BLOCK_K):
-        grad_mask, weight_mask = token_mask, row_mask
-        if D_OUT % BLOCK_K != 0:
-            grad_mask = token_mask & (o < D_OUT - o0)[None, :]
-            weight_mask = row_mask & (o < D_OUT - o0)[None, :]
-        dm = _grad_mixture(grad_ptr, x_ptr, grad_tile + o0, grad_mask, MODULATE)
-        merged = _merge(
-            weight_ptr, experts, gates, index_ptr, gate_ptr, sample, weight_tile + o0, weight_mask,
-            D_IN * D_OUT, M, TOP_K,
-        )  # fmt: skip
-        total = tl.dot(dm, tl.trans(merged.to(dm.dtype)), total, input_precision=PRECISION)
     PART: tl.constexpr = BLOCK_N // 4
-    parts = _quarters(total, BLOCK_T, BLOCK_N)
+    parts = quarters(total, BLOCK_M, BLOCK_N)
     for part in tl.static_range(4):
         dx = parts[part]
         column = n0 + part * PART + tl.arange(0, PART)
@@ -389,10 +358,10 @@ def _grad_x_kernel(
 def _add_tokens(
     p, s, grad_ptr, x_ptr, row, count, i0, n0, owns_bias,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, MODULATE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """P and s with up to BLOCK_T tokens more, ``count`` of which, from ``row`` on, are the sample's."""
-    t, i, n = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    """P and s with up to BLOCK_K tokens more, ``count`` of which, from ``row`` on, are the sample's."""
+    t, i, n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     token_mask = (t < count)[:, None]
     x_tile = row * D_IN + i0 + t[:, None] * D_IN + i[None, :]
     x = tl.load(x_ptr + x_tile, mask=token_mask & (i0 + i < D_IN)[None, :], other=0.0)
@@ -420,40 +389,40 @@ def _grad_weights_kernel(
     batch, tokens, splits,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
     MODULATE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``P_b = x_b^T dm_b``, ``s_b = sum_t dm_bt``: ``dW_e = sum_b g_be P_b``, ``db_e = sum_b g_be s_b``,
     ``dg_be = <P_b, W_e> + <s_b, b_e>``; for M <= 4.
 
-    A program owns [BLOCK_I, BLOCK_N] of every expert, in M accumulators, over every splits-th sample; those
+    A program owns [BLOCK_M, BLOCK_N] of every expert, in M accumulators, over every splits-th sample; those
     of the first rows own db too. It writes the share of its tile in each dg. Steps over tokens run on from
     sample to sample, so that loads are under way while a sample is finished.
     """
     BLOCKS_N: tl.constexpr = (D_OUT + BLOCK_N - 1) // BLOCK_N
-    TILES: tl.constexpr = BLOCKS_N * ((D_IN + BLOCK_I - 1) // BLOCK_I)
+    TILES: tl.constexpr = BLOCKS_N * ((D_IN + BLOCK_M - 1) // BLOCK_M)
     tile, split = tl.program_id(0) % TILES, tl.program_id(0) // TILES
-    n0, i0 = (tile % BLOCKS_N) * BLOCK_N, (tile // BLOCKS_N) * BLOCK_I
-    i, n = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    n0, i0 = (tile % BLOCKS_N) * BLOCK_N, (tile // BLOCKS_N) * BLOCK_M
+    i, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row_mask, column_mask = i0 + i < D_IN, n0 + n < D_OUT
     place = (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     owns_bias = (i0 == 0) & BIAS
-    weight_0 = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    weight_0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     weight_1, weight_2, weight_3 = weight_0, weight_0, weight_0
     bias_0 = tl.zeros([BLOCK_N], tl.float32)
     bias_1, bias_2, bias_3 = bias_0, bias_0, bias_0
-    p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
-    steps = tl.cdiv(tokens, BLOCK_T)
+    steps = tl.cdiv(tokens, BLOCK_K)
     for step in range(tl.cdiv(batch - split, splits) * steps):
         sample = split + (step // steps) * splits
-        t0 = (step % steps) * BLOCK_T
+        t0 = (step % steps) * BLOCK_K
         row = sample.to(tl.int64) * tokens + t0
         p, s = _add_tokens(
             p, s, grad_ptr, x_ptr, row, tokens - t0, i0, n0, owns_bias,
-            D_IN, D_OUT, MODULATE, PRECISION, BLOCK_I, BLOCK_N, BLOCK_T,
+            D_IN, D_OUT, MODULATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if t0 + BLOCK_T >= tokens:
+        if t0 + BLOCK_K >= tokens:
             for j in tl.static_range(TOP_K):
                 expert = tl.load(index_ptr + sample * TOP_K + j).to(tl.int64)
                 expert = tl.minimum(tl.maximum(expert, 0), M - 1)
@@ -478,7 +447,7 @@ def _grad_weights_kernel(
                 gate = _gate_of(index_ptr, gate_ptr, sample, 3, TOP_K)
                 weight_3 += gate * p
                 bias_3 += gate * s
-            p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+            p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = tl.zeros([BLOCK_N], tl.float32)
     dtype = grad_weight_ptr.dtype.element_ty
     grad_weight_ptr += split.to(tl.int64) * (M * D_IN * D_OUT)
@@ -506,40 +475,40 @@ def _grad_each_weight_kernel(
     grad_weight_ptr, grad_bias_ptr, grad_gate_ptr, batch, tokens, splits,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
     MODULATE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same sums for any M: a program owns [BLOCK_I, BLOCK_N] of one expert, over every splits-th of its
+    """The same sums for any M: a program owns [BLOCK_M, BLOCK_N] of one expert, over every splits-th of its
     pairs.
 
     P is formed for each pair, so products cost k units in place of one; accumulators do not grow with M.
     """
     BLOCKS_N: tl.constexpr = (D_OUT + BLOCK_N - 1) // BLOCK_N
-    TILES: tl.constexpr = BLOCKS_N * ((D_IN + BLOCK_I - 1) // BLOCK_I)
+    TILES: tl.constexpr = BLOCKS_N * ((D_IN + BLOCK_M - 1) // BLOCK_M)
     tile = tl.program_id(0) % TILES
     expert = (tl.program_id(0) // TILES) % M
     split = tl.program_id(0) // (TILES * M)
-    n0, i0 = (tile % BLOCKS_N) * BLOCK_N, (tile // BLOCKS_N) * BLOCK_I
-    i, n = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_N)
+    n0, i0 = (tile % BLOCKS_N) * BLOCK_N, (tile // BLOCKS_N) * BLOCK_M
+    i, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     row_mask, column_mask = i0 + i < D_IN, n0 + n < D_OUT
     place = expert.to(tl.int64) * (D_IN * D_OUT) + (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     owns_bias = (i0 == 0) & BIAS
-    grad_weight = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    grad_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     grad_bias = tl.zeros([BLOCK_N], tl.float32)
-    p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+    p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
     first = tl.load(offsets_ptr + expert) + split
     count = tl.cdiv(tl.maximum(tl.load(offsets_ptr + expert + 1) - first, 0), splits)
-    steps = tl.cdiv(tokens, BLOCK_T)
+    steps = tl.cdiv(tokens, BLOCK_K)
     for step in range(count * steps):
         pair = tl.load(pairs_ptr + first + (step // steps) * splits)
-        t0 = (step % steps) * BLOCK_T
+        t0 = (step % steps) * BLOCK_K
         row = (pair // TOP_K).to(tl.int64) * tokens + t0
         p, s = _add_tokens(
             p, s, grad_ptr, x_ptr, row, tokens - t0, i0, n0, owns_bias,
-            D_IN, D_OUT, MODULATE, PRECISION, BLOCK_I, BLOCK_N, BLOCK_T,
+            D_IN, D_OUT, MODULATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if t0 + BLOCK_T >= tokens:
+        if t0 + BLOCK_K >= tokens:
             gate = tl.load(gate_ptr + pair)
             w = tl.load(weight_ptr + place, mask=mask, other=0.0)
             grad_gate = tl.sum(p * w.to(tl.float32))
@@ -549,7 +518,7 @@ def _grad_each_weight_kernel(
             tl.store(grad_gate_ptr + tile.to(tl.int64) * batch * TOP_K + pair, grad_gate)
             grad_weight += gate * p
             grad_bias += gate * s
-            p = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
+            p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = tl.zeros([BLOCK_N], tl.float32)
     dtype = grad_weight_ptr.dtype.element_ty
     grad_weight_ptr += split.to(tl.int64) * (M * D_IN * D_OUT)
@@ -557,16 +526,3 @@ def _grad_each_weight_kernel(
     if owns_bias:
         bias_row = (split * M + expert) * D_OUT
         tl.store(grad_bias_ptr + bias_row + n0 + n, grad_bias.to(dtype), mask=column_mask)
-
-
-@triton.jit
-def _sum_kernel(partial_ptr, out_ptr, count, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[i] = sum_s partial[s, i]``, ROWS of them at a time in a fixed order; a program owns BLOCK i."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.arange(0, ROWS)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, count, ROWS):
-        s = (start + row)[:, None]
-        mask = (s < count) & (i < size)[None, :]
-        total += tl.sum(tl.load(partial_ptr + s.to(tl.int64) * size + i[None, :], mask=mask, other=0.0), 0)
-    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)

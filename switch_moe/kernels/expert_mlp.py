@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_moe.kernels._launch import Tile, architecture, cdiv, dot_precision, launch
-from switch_moe.kernels.dispatch import dispatch
-from switch_moe.kernels.expert_linear import sum_first
-
 from ..experts import MLPExperts
+from ._launch import architecture, cdiv, dot_precision, launch
+from ._tile import Tile, chosen, halves, sum_first
+from .dispatch import dispatch
 
 
 def _tiles(kernel: str, x: Tensor, tokens: int, gated: bool = False) -> Tile:
@@ -34,13 +33,13 @@ def _tiles(kernel: str, x: Tensor, tokens: int, gated: bool = False) -> Tile:
     else:
         tile = Tile(128, 128, 64, 8, 3)
     if kernel == "weight_grad":
-        return tile._replace(depth=min(tile.depth, max(16, triton.next_power_of_2(tokens))))
-    if tile.rows > 64 >= tokens:
-        return tile._replace(rows=64, columns=64 if large_epilogue else 128, num_warps=4)
+        return tile._replace(BLOCK_K=min(tile.BLOCK_K, max(16, triton.next_power_of_2(tokens))))
+    if tile.BLOCK_M > 64 >= tokens:
+        return tile._replace(BLOCK_M=64, BLOCK_N=64 if large_epilogue else 128, num_warps=4)
     return tile
 
 
-def _splits(tiles: int, pairs: int) -> int:
+def _pair_splits(tiles: int, pairs: int) -> int:
     """Into how many parts the pairs of an expert are split: enough programs for a GPU, by shapes alone."""
     return max(1, min(16, pairs, 512 // tiles))
 
@@ -60,10 +59,10 @@ def forward(x: Tensor, experts: MLPExperts, gated: bool, keep: bool) -> tuple[Te
     units = x.new_empty(batch, top_k, tokens, hidden)
     tile = _tiles("hidden", x, tokens, gated)
     launch(
-        _hidden_kernel, batch * top_k * cdiv(tokens, tile.rows) * cdiv(hidden, tile.columns),
+        _hidden_kernel, batch * top_k * cdiv(tokens, tile.BLOCK_M) * cdiv(hidden, tile.BLOCK_N),
         x, weight_in, weight_in if bias_in is None else bias_in, index, gate, pairs, pre, units, tokens,
         batch * top_k, D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_in is not None,
-        KEEP=keep, PRECISION=dot_precision(x), **tile.meta("ROWS", "COLS", "INNER"),
+        KEEP=keep, PRECISION=dot_precision(x), **tile._asdict(),
     )  # fmt: skip
     return _mixture(units, weight_out, bias_out, index, gate, order, transposed=False), pre
 
@@ -89,7 +88,7 @@ def backward(
         return grads[0], grads[1], grads[2], grads[3], grads[4], grad_gate
     order, pairs, offsets = dispatch(index, num_experts)
     tile = _tiles("hidden_grad", x, tokens, gated)
-    blocks_t, blocks_n = cdiv(tokens, tile.rows), cdiv(hidden, tile.columns)
+    blocks_t, blocks_n = cdiv(tokens, tile.BLOCK_M), cdiv(hidden, tile.BLOCK_N)
     grad_pre = x.new_empty((batch, top_k, tokens, width) if want_x or want_in else 0)
     units = x.new_empty((batch, top_k, tokens, hidden) if want_out else 0)
     gates = gate.new_empty((blocks_t * blocks_n, batch, top_k) if want_gate else 0)
@@ -101,7 +100,7 @@ def backward(
         units, gates, sums_pre, sums_out, tokens, batch * top_k,
         D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_out is not None and want_gate,
         GRAD_PRE=want_x or want_in, UNITS=want_out, GRAD_GATE=want_gate, SUMS_PRE=want_bias_in,
-        SUMS_OUT=want_bias_out, PRECISION=dot_precision(x), **tile.meta("ROWS", "COLS", "INNER"),
+        SUMS_OUT=want_bias_out, PRECISION=dot_precision(x), **tile._asdict(),
     )  # fmt: skip
     grads = [x.new_empty(0) for _ in range(5)]
     if want_x:
@@ -133,10 +132,10 @@ def _mixture(
     out = a.new_empty(batch, tokens, size)
     tile = _tiles("mixture", a, tokens)
     launch(
-        _mixture_kernel, batch * cdiv(tokens, tile.rows) * cdiv(size, tile.columns),
+        _mixture_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(size, tile.BLOCK_N),
         a, weight, weight if bias is None else bias, index, gate, order, out, tokens, batch,
         N=size, K=inner, M=weight.shape[0], TOP_K=top_k, TRANSPOSED=transposed, BIAS=bias is not None,
-        PRECISION=dot_precision(a), **tile.meta("ROWS", "COLS", "INNER"),
+        PRECISION=dot_precision(a), **tile._asdict(),
     )  # fmt: skip
     return out
 
@@ -148,13 +147,13 @@ def _weight_grad(
     num_experts, rows, cols = weight.shape
     tokens = left.shape[-2]
     tile = _tiles("weight_grad", weight, tokens)
-    tiles = num_experts * cdiv(rows, tile.rows) * cdiv(cols, tile.columns)
-    splits = _splits(tiles, pairs.shape[0])
+    tiles = num_experts * cdiv(rows, tile.BLOCK_M) * cdiv(cols, tile.BLOCK_N)
+    splits = _pair_splits(tiles, pairs.shape[0])
     out = weight.new_empty(splits, *weight.shape, dtype=torch.float32 if splits > 1 else weight.dtype)
     launch(
         _weight_grad_kernel, tiles * splits, left, right, pairs, offsets, out, tokens, splits,
         D_LEFT=rows, D_RIGHT=cols, M=num_experts, LEFT_PER=left_per, RIGHT_PER=right_per,
-        PRECISION=dot_precision(weight), **tile.meta("ROWS", "COLS", "INNER"),
+        PRECISION=dot_precision(weight), **tile._asdict(),
     )  # fmt: skip
     return sum_first(out, weight.dtype)
 
@@ -166,28 +165,19 @@ def _bias_grad(sums: Tensor, pairs: Tensor, offsets: Tensor, gate: Tensor | None
     launch(
         _bias_grad_kernel, weight.shape[0] * cdiv(cols, 32),
         sums, pairs, offsets, sums if gate is None else gate, out, blocks_t,
-        N=cols, PER=pairs.shape[0] // count, SCALE=gate is not None, ROWS=32, COLS=32, num_warps=4,
+        N=cols, PER=pairs.shape[0] // count, SCALE=gate is not None, BLOCK_N=32, BLOCK_K=32, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _tile_of(pid, row_tiles, COL_TILES: tl.constexpr):
+def _grouped_tile(pid, row_tiles, COL_TILES: tl.constexpr):
     """Row and column tile of a program: groups of 8 row tiles pass over the columns, so that weights and rows
     that are read at the same time fit the L2 cache."""
     group = pid // (8 * COL_TILES)
     rows = tl.minimum(8, row_tiles - group * 8)
     inside = pid - group * (8 * COL_TILES)
     return group * 8 + inside % rows, inside // rows
-
-
-@triton.jit
-def _expert_of(index_ptr, gate_ptr, pair, M: tl.constexpr):
-    """Expert and gate of a pair. An index out of range becomes a NaN gate: seen, and no stray read."""
-    expert = tl.load(index_ptr + pair)
-    gate = tl.load(gate_ptr + pair)
-    inside = (expert >= 0) & (expert < M)
-    return tl.where(inside, expert, 0).to(tl.int64), tl.where(inside, gate, float("nan"))
 
 
 @triton.jit
@@ -200,28 +190,28 @@ def _product(
     a_ptr, a_rows, a_slot, weight_ptr, columns, column_mask, index_ptr,
     K: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
     M: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``sum_j a_j W_e(j)`` over the slots, a tile [ROWS, COLS] of it in float32; with HALF > 0 also for the
-    columns HALF further on.
+    """``sum_j a_j W_e(j)`` over the slots, a tile [BLOCK_M, BLOCK_N] of it in float32; with HALF > 0 also
+    for the columns HALF further on.
 
     a_j [.., K] begins ``j * a_slot`` after a_ptr. e(j) is at index_ptr + j; its weight has SIZE numbers,
     STRIDE_K and STRIDE_N apart along the inner and the column axis. Slots follow one another in a single
     loop, and each step loads the expert of the next: loaded in its own step, it would cost the tiles a stage.
     """
-    STEPS: tl.constexpr = (K + INNER - 1) // INNER
-    r, i = tl.arange(0, ROWS), tl.arange(0, INNER)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    r, i = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     row_mask = (r < a_rows)[:, None]
     a_tile = r[:, None] * K + i[None, :]
     weight_tile = i[:, None] * STRIDE_K + columns[None, :] * STRIDE_N
-    first = tl.zeros([ROWS, COLS], tl.float32)
+    first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     second = first
     expert = _expert_at(index_ptr, M)
     for step in range(SLOTS * STEPS):
         slot = step // STEPS
-        k0 = (step % STEPS) * INNER
+        k0 = (step % STEPS) * BLOCK_K
         a_mask, weight_mask = row_mask, column_mask[None, :]
-        if K % INNER != 0:
+        if K % BLOCK_K != 0:
             a_mask = row_mask & (i < K - k0)[None, :]
             weight_mask = weight_mask & (i < K - k0)[:, None]
         a = tl.load(a_ptr + slot * a_slot + k0 + a_tile, mask=a_mask, other=0.0)
@@ -233,12 +223,6 @@ def _product(
         if SLOTS > 1:
             expert = _expert_at(index_ptr + tl.minimum((step + 1) // STEPS, SLOTS - 1), M)
     return first, second
-
-
-@triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The left and the right half of the columns: an epilogue for each in turn holds fewer registers."""
-    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, COLS // 2]), [0, 2, 1]))
 
 
 @triton.jit
@@ -263,29 +247,29 @@ def _hidden_kernel(
     x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, pre_ptr, units_ptr, tokens, num_pairs,
     D: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``pre_p = x_b W1_e + c1_e`` and ``units_p = g_p act(pre_p)``; pre is written with KEEP.
 
-    A program owns ROWS tokens by COLS hidden units of a pair; neighbours share the expert.
+    A program owns BLOCK_M tokens by BLOCK_N hidden units of a pair; neighbours share the expert.
     """
     W: tl.constexpr = 2 * H if GATED else H
-    blocks_t = tl.cdiv(tokens, ROWS)
-    row_tile, col_tile = _tile_of(tl.program_id(0), num_pairs * blocks_t, (H + COLS - 1) // COLS)
+    blocks_t = tl.cdiv(tokens, BLOCK_M)
+    row_tile, col_tile = _grouped_tile(tl.program_id(0), num_pairs * blocks_t, (H + BLOCK_N - 1) // BLOCK_N)
     pair = tl.load(pairs_ptr + row_tile // blocks_t).to(tl.int64)
-    t0 = (row_tile % blocks_t) * ROWS
-    expert, gate = _expert_of(index_ptr, gate_ptr, pair, M)
-    n = col_tile * COLS + tl.arange(0, COLS)
+    t0 = (row_tile % blocks_t) * BLOCK_M
+    expert, gate = chosen(index_ptr, gate_ptr, pair, M)
+    n = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     a, b = _product(
         x_ptr + ((pair // TOP_K) * tokens + t0) * D, tokens - t0, 0, weight_ptr, n, n < H, index_ptr + pair,
-        D, W, 1, D * W, H if GATED else 0, M, 1, PRECISION, ROWS, COLS, INNER,
+        D, W, 1, D * W, H if GATED else 0, M, 1, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     row = pair * tokens + t0
-    halves_a, halves_b = _halves(a, ROWS, COLS), _halves(b, ROWS, COLS)
-    t = tl.arange(0, ROWS)
+    halves_a, halves_b = halves(a, BLOCK_M, BLOCK_N), halves(b, BLOCK_M, BLOCK_N)
+    t = tl.arange(0, BLOCK_M)
     for half in tl.static_range(2):
         a, b = halves_a[half], halves_b[half]
-        n = col_tile * COLS + half * (COLS // 2) + tl.arange(0, COLS // 2)
+        n = col_tile * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         mask = (t < tokens - t0)[:, None] & (n < H)[None, :]
         pre = pre_ptr + row * W + t[:, None] * W + n[None, :]
         if BIAS:
@@ -305,26 +289,27 @@ def _hidden_kernel(
 def _mixture_kernel(
     a_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, order_ptr, out_ptr, tokens, batch,
     N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out_b = sum_j a_bj W_e (+ g_bj c_e)``, weights [M, K, N], or [M, N, K] with TRANSPOSED.
 
-    The output from hidden units, and dx from the gradients before the activation. A program owns ROWS tokens
-    by COLS outputs of a sample; its one accumulator takes the k experts one after another.
+    This is the output from hidden units, and dx from the gradients before the activation. A program owns
+    BLOCK_M tokens by BLOCK_N outputs of a sample; its one accumulator takes the k experts in turn.
     """
-    blocks_t = tl.cdiv(tokens, ROWS)
-    row_tile, col_tile = _tile_of(tl.program_id(0), batch * blocks_t, (N + COLS - 1) // COLS)
+    blocks_t = tl.cdiv(tokens, BLOCK_M)
+    row_tile, col_tile = _grouped_tile(tl.program_id(0), batch * blocks_t, (N + BLOCK_N - 1) // BLOCK_N)
     sample = tl.load(order_ptr + row_tile // blocks_t).to(tl.int64)
-    t0 = (row_tile % blocks_t) * ROWS
-    t, n = tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
+    t0 = (row_tile % blocks_t) * BLOCK_M
+    t, n = tl.arange(0, BLOCK_M), col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     out, _ = _product(
         a_ptr + (sample * TOP_K * tokens + t0) * K, tokens - t0, tl.cast(tokens, tl.int64) * K, weight_ptr, n,
         n < N, index_ptr + sample * TOP_K, K, 1 if TRANSPOSED else N, K if TRANSPOSED else 1, K * N, 0, M,
-        TOP_K, PRECISION, ROWS, COLS, INNER,
+        TOP_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if BIAS:
         for j in range(TOP_K):
-            expert, gate = _expert_of(index_ptr, gate_ptr, sample * TOP_K + j, M)
+            expert, gate = chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
             out += gate * tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     place = out_ptr + (sample * tokens + t0) * N + t[:, None] * N + n[None, :]
     mask = (t < tokens - t0)[:, None] & (n < N)[None, :]
@@ -338,36 +323,36 @@ def _hidden_grad_kernel(
     D: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, GRAD_PRE: tl.constexpr, UNITS: tl.constexpr, GRAD_GATE: tl.constexpr,
     SUMS_PRE: tl.constexpr, SUMS_OUT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``dh = dy_b W2_e^T``; ``dpre = g dh act'(pre)``, ``dg = <act(pre), dh> + <sum_t dy_bt, c2_e>``.
 
-    A program owns ROWS tokens by COLS hidden units of a pair. It writes, where asked for, dpre, the units
-    again (for dW2), its share of dg, and sums over its tokens of dpre and dy (for the biases). The programs
-    of the same tokens share out the columns of dy for those sums.
+    A program owns BLOCK_M tokens by BLOCK_N hidden units of a pair. It writes, where asked for, dpre, the
+    units again (for dW2), its share of dg, and sums over its tokens of dpre and dy (for the biases). The
+    programs of the same tokens share out the columns of dy for those sums.
     """
     W: tl.constexpr = 2 * H if GATED else H
-    BLOCKS_N: tl.constexpr = (H + COLS - 1) // COLS
-    blocks_t = tl.cdiv(tokens, ROWS)
-    row_tile, col_tile = _tile_of(tl.program_id(0), num_pairs * blocks_t, BLOCKS_N)
+    BLOCKS_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    blocks_t = tl.cdiv(tokens, BLOCK_M)
+    row_tile, col_tile = _grouped_tile(tl.program_id(0), num_pairs * blocks_t, BLOCKS_N)
     pair = tl.load(pairs_ptr + row_tile // blocks_t).to(tl.int64)
     token_tile = row_tile % blocks_t
-    t0 = token_tile * ROWS
-    expert, gate = _expert_of(index_ptr, gate_ptr, pair, M)
+    t0 = token_tile * BLOCK_M
+    expert, gate = chosen(index_ptr, gate_ptr, pair, M)
     sample = pair // TOP_K
     grad_ptr += (sample * tokens + t0) * D
-    n = col_tile * COLS + tl.arange(0, COLS)
+    n = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     dh, _ = _product(
         grad_ptr, tokens - t0, 0, weight_ptr, n, n < H, index_ptr + pair,
-        D, 1, D, H * D, 0, M, 1, PRECISION, ROWS, COLS, INNER,
+        D, 1, D, H * D, 0, M, 1, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    t = tl.arange(0, ROWS)
+    t = tl.arange(0, BLOCK_M)
     row = pair * tokens + t0
     grad_gate = 0.0
-    halves = _halves(dh, ROWS, COLS)
+    parts = halves(dh, BLOCK_M, BLOCK_N)
     for half in tl.static_range(2):
-        dh = halves[half]
-        n = col_tile * COLS + half * (COLS // 2) + tl.arange(0, COLS // 2)
+        dh = parts[half]
+        n = col_tile * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         mask = (t < tokens - t0)[:, None] & (n < H)[None, :]
         pre = row * W + t[:, None] * W + n[None, :]
         a = tl.load(pre_ptr + pre, mask=mask, other=0.0).to(tl.float32)
@@ -391,8 +376,8 @@ def _hidden_grad_kernel(
             if GATED:
                 tl.store(sums + H, tl.sum(dh * slope_b, 0), mask=n < H)
     if BIAS or SUMS_OUT:
-        for d0 in range(col_tile * INNER, D, BLOCKS_N * INNER):
-            d = d0 + tl.arange(0, INNER)
+        for d0 in range(col_tile * BLOCK_K, D, BLOCKS_N * BLOCK_K):
+            d = d0 + tl.arange(0, BLOCK_K)
             dy_mask = (t < tokens - t0)[:, None] & (d < D)[None, :]
             dy = tl.load(grad_ptr + t[:, None] * D + d[None, :], mask=dy_mask, other=0.0)
             total = tl.sum(dy.to(tl.float32), 0)
@@ -412,32 +397,32 @@ def _weight_grad_kernel(
     left_ptr, right_ptr, pairs_ptr, offsets_ptr, out_ptr, tokens, splits,
     D_LEFT: tl.constexpr, D_RIGHT: tl.constexpr, M: tl.constexpr, LEFT_PER: tl.constexpr,
     RIGHT_PER: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out_e = sum_p left_l^T right_r`` over the pairs p of expert e, l = p // LEFT_PER, r = p // RIGHT_PER.
 
     left [.., T, D_LEFT] and right [.., T, D_RIGHT] belong to a pair (PER = 1) or to its sample (PER = k). A
-    program owns [ROWS, COLS] of one expert, over one of splits parts of its pairs. Tokens run through from
-    pair to pair in a single loop, and each step loads the pair of the next, as in _product.
+    program owns [BLOCK_M, BLOCK_N] of one expert, over one of ``splits`` parts of its pairs. Tokens run
+    through from pair to pair in a single loop, and each step loads the pair of the next, as in _product.
     """
-    BLOCKS_I: tl.constexpr = (D_LEFT + ROWS - 1) // ROWS
-    BLOCKS_O: tl.constexpr = (D_RIGHT + COLS - 1) // COLS
+    BLOCKS_I: tl.constexpr = (D_LEFT + BLOCK_M - 1) // BLOCK_M
+    BLOCKS_O: tl.constexpr = (D_RIGHT + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = BLOCKS_I * BLOCKS_O
     part = tl.program_id(0) // TILES
-    row_tile, col_tile = _tile_of(tl.program_id(0) % TILES, BLOCKS_I, BLOCKS_O)
+    row_tile, col_tile = _grouped_tile(tl.program_id(0) % TILES, BLOCKS_I, BLOCKS_O)
     expert, split = part % M, part // M
-    i, o = row_tile * ROWS + tl.arange(0, ROWS), col_tile * COLS + tl.arange(0, COLS)
-    t = tl.arange(0, INNER)
+    i, o = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_K)
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
     length = tl.cdiv(end - begin, splits)
     begin = tl.minimum(begin + split * length, end)
     count = tl.minimum(begin + length, end) - begin
     pair = tl.load(pairs_ptr + begin, mask=count > 0, other=0)
-    steps = tl.cdiv(tokens, INNER)
-    total = tl.zeros([ROWS, COLS], tl.float32)
+    steps = tl.cdiv(tokens, BLOCK_K)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(count * steps):
-        t0 = (step % steps) * INNER
+        t0 = (step % steps) * BLOCK_K
         left_row = (pair // LEFT_PER).to(tl.int64) * tokens + t0
         right_row = (pair // RIGHT_PER).to(tl.int64) * tokens + t0
         left_mask = (t < tokens - t0)[None, :] & (i < D_LEFT)[:, None]
@@ -455,20 +440,20 @@ def _weight_grad_kernel(
 @triton.jit
 def _bias_grad_kernel(
     sums_ptr, pairs_ptr, offsets_ptr, gate_ptr, out_ptr, blocks_t,
-    N: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    N: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out_e = sum_p sum_u s_p sums[p // PER, u]`` over pairs p of e and token tiles u; s_p the gate, or 1.
 
-    A program owns COLS columns of one expert and takes ROWS of its sums at a time.
+    A program owns BLOCK_N columns of one expert and takes BLOCK_K of its sums at a time.
     """
-    BLOCKS_N: tl.constexpr = (N + COLS - 1) // COLS
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // BLOCKS_N
-    n = (tl.program_id(0) % BLOCKS_N) * COLS + tl.arange(0, COLS)
+    n = (tl.program_id(0) % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.load(offsets_ptr + expert)
     count = (tl.load(offsets_ptr + expert + 1) - begin) * blocks_t
-    total = tl.zeros([COLS], tl.float32)
-    for start in range(0, count, ROWS):
-        r = start + tl.arange(0, ROWS)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, count, BLOCK_K):
+        r = start + tl.arange(0, BLOCK_K)
         pair = tl.load(pairs_ptr + begin + r // blocks_t, mask=r < count, other=0)
         row = (pair // PER).to(tl.int64) * blocks_t + r % blocks_t
         mask = (r < count)[:, None] & (n < N)[None, :]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from switch_moe.kernels._launch import cdiv, launch
+from ._launch import cdiv, launch
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _silu(x):
 
 
 @triton.jit
-def _quarters(x, A: tl.constexpr, B: tl.constexpr):
+def _every_fourth(x, A: tl.constexpr, B: tl.constexpr):
     """[A, B, 128] as four [A, B, 32]; a thread that loaded 4 neighbours gets one of each: nothing moves."""
     even, odd = tl.split(tl.reshape(x, [A, B, 32, 2, 2]))
     x0, x2 = tl.split(even)
@@ -70,8 +70,8 @@ def _forward_kernel(
             w_mask = w_mask & (rd < D - d0)
         e = tl.load(e_tile + d0, mask=e_mask, other=0.0).to(tl.float32)
         w = tl.load(w_tile + d0, mask=w_mask, other=0.0)
-        h0, h1, h2, h3 = _quarters(_silu(e), BLOCK_N, 1)
-        w0, w1, w2, w3 = _quarters(w, 1, C)
+        h0, h1, h2, h3 = _every_fourth(_silu(e), BLOCK_N, 1)
+        w0, w1, w2, w3 = _every_fourth(w, 1, C)
         acc += h0 * w0
         acc += h1 * w1
         acc += h2 * w2
