@@ -82,7 +82,9 @@ def compare_files(old: Report, new: Report) -> Iterator[Change]:
 
 
 def label(line: Line) -> str:
-    return f"{line.first['operation']} {line.case} {line.first['dtype']} {line.first['pass']}"
+    row = line.first
+    axis = f" along {row['note']}" if row["operation"] == "growth" else ""
+    return f"{row['operation']} {line.case}{axis} {row['dtype']} {row['pass']}"
 
 
 def log_ratios(line: Line, base: str) -> list[float]:
