@@ -29,11 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.case import LINEAR, SWITCH_MOE
+from benchmarks.case import SWITCH_MOE
 from benchmarks.environment import DEVICE, ROOT
-from benchmarks.report import DENSE, LOOP, STRUCTURE, Line, Report, lines, load
+from benchmarks.report import Line, Report, lines, load
 
-BASES = (LINEAR, DENSE, LOOP, STRUCTURE, "reference", "official matching", "scipy")  # the first in both files
 SAME_MACHINE = ("device", "gpu", "cpu", "cpu_family", "cores", "threads", "isa")
 WIDTH = 3.0  # standard errors on each side
 CALLS = Path(__file__).parent / "compare_calls.py"
@@ -75,7 +74,7 @@ def compare_files(old: Report, new: Report) -> Iterator[Change]:
     before = {label(line): line for line in lines(old)}
     for line in lines(new):
         pair = [found for found in (line, before.get(label(line))) if found]
-        for base in BASES:
+        for base in (name for name in line.contenders if not name.startswith(SWITCH_MOE)):
             ratios = [log_ratios(found, base) for found in pair]
             if len(pair) == 2 and all(ratios):
                 yield change(f"{label(line)}, beside {base}", *ratios)
@@ -83,7 +82,9 @@ def compare_files(old: Report, new: Report) -> Iterator[Change]:
 
 
 def label(line: Line) -> str:
-    return f"{line.first['operation']} {line.case} {line.first['dtype']} {line.first['pass']}"
+    row = line.first
+    axis = f" along {row['note']}" if row["operation"] == "growth" else ""
+    return f"{row['operation']} {line.case}{axis} {row['dtype']} {row['pass']}"
 
 
 def log_ratios(line: Line, base: str) -> list[float]:

@@ -6,9 +6,11 @@ python -m benchmarks.environment     # the name of this machine's result file
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,28 +22,18 @@ ISA = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")  # from the best
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def git(*arguments: str) -> str | None:
-    """What git prints, or None where it fails or is missing."""
-    try:
-        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def git(*arguments: str) -> str:
+    """What git prints; nothing where it fails or is missing."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def describe(device: str = DEVICE) -> dict[str, Any]:
     """The machine as the result files hold it; ``cores`` are those that this process may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     return {
@@ -54,7 +46,7 @@ def describe(device: str = DEVICE) -> dict[str, Any]:
         "isa": next((name for name in ISA if name in flags), "unknown"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": version("triton"),
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "python": platform.python_version(),
         "commit": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),

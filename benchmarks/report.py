@@ -22,6 +22,8 @@ from benchmarks.peers import OFFICIAL
 
 BLOCK = re.compile(r"(<!-- benchmarks: .*? -->\n).*?(<!-- end of benchmarks -->)", re.DOTALL)
 LOOP, GROUPED, DENSE, STRUCTURE = "expert loop", "grouped_mm", "dense DiT", "official structure"
+SMALL = ("timestep_gate", "matching", "matching + prior loss", "linear_assignment")
+TEMPLATE = Path(__file__).parent / "page.md"
 README_ROWS = 8
 MARGIN = 1.02  # what is slower by less is not called slower
 Row = dict[str, Any]
@@ -135,32 +137,23 @@ def times_table(reports: list[Report], *operations: str, passes: tuple[str, ...]
     """A line for each case: the time of switch_moe, and other contenders' as multiples of it."""
     found = [line for which in passes for report in reports for line in lines(report, *operations)
              if line.first["pass"] == which]  # fmt: skip
+    found.sort(key=lambda line: operations.index(line.first["operation"]))
     names = list(dict.fromkeys(name for line in found for name in line.contenders if name != SWITCH_MOE))
     body = []
     for line in found:
         over = dict(line.rivals())
         cells = [multiple(line, name, over.get(name, line.ratio(name))) for name in names]
+        operation = f"{line.first['operation']}, " if len(operations) > 1 else ""
         mine = clock(line.contenders.get(SWITCH_MOE))
-        body.append([line.machine, line.case, line.first["dtype"], line.first["pass"], mine, *cells])
+        body.append(
+            [line.machine, operation + line.case, line.first["dtype"], line.first["pass"], mine, *cells]
+        )
     return table(["machine", "case", "type", "pass", SWITCH_MOE, *names], body)
-
-
-def small_table(reports: list[Report]) -> str:
-    """Routing, matching and prior, whose rivals differ."""
-    body = []
-    for report in reports:
-        for line in lines(report, "timestep_gate", "matching", "matching + prior loss", "linear_assignment"):
-            others = [f"{name} {multiple(line, name, over)}" for name, over in line.rivals()]
-            mine = clock(line.contenders.get(SWITCH_MOE))
-            operation, which = line.first["operation"], line.first["pass"]
-            body.append([line.machine, operation, line.case, which, mine, ", ".join(others)])
-    return table(["machine", "operation", "case", "pass", SWITCH_MOE, "others"], body)
 
 
 def memory_table(reports: list[Report]) -> str:
     """Saved and peak memory of expert_linear's forward + backward."""
-    found = [line for report in reports for line in lines(report, "expert_linear")
-             if line.first["pass"] == BOTH]  # fmt: skip
+    found = [one for report in reports for one in lines(report, "expert_linear") if one.first["pass"] == BOTH]
     names = list(dict.fromkeys(name for line in found for name in line.contenders))
 
     def cell(row: Row | None) -> str:
@@ -259,78 +252,6 @@ def step_sentence(report: Report, operation: str, word: str) -> str:
     return f"A {word} step of Switch-DiT on {report.name} takes: {'; '.join(parts)}." if parts else ""
 
 
-PAGE = """# Benchmarks
-
-![time against the number of chosen experts](results/hero.png)
-
-The k experts of a sample merge into one weight before the product, so switch_moe does one product whatever k
-is; a loop over the experts does k. At the right: times the dense layer. (One layer `x (1 + m(x))`, all in the
-same rounds, {hero}.)
-
-Measured: {machines}. This page is written by `make bench-report` from the files in `results/`.
-
-The tables give the time of switch_moe, and that of every other contender as a multiple of it. Bold: the other
-is faster. `-`: not measured. \\*: without a CUDA graph, since it makes the host wait.
-
-## expert_linear
-
-`F.linear` is one dense layer without experts: a mixture does its work and more. `expert loop` has the
-structure of the official code, `grouped_mm` is torch's grouped product between a gather and a combine.
-
-{expert_linear}
-## The layer, with its routing
-
-From the time embedding on. The official layer routes all 1,000 timesteps, as its prior loss needs; its number
-is relative to `switch_moe + table`, which does so too.
-
-{layer}
-## expert_mlp
-
-{expert_mlp}
-## Routing, matching and prior
-
-{small}
-## Steps of whole models
-
-A training step has losses, AdamW and the moving average; a sampling step is one evaluation with guidance.
-`dense DiT` is the same model without experts.
-
-{steps}
-## Memory
-
-MiB of `expert_linear`, forward + backward: what autograd keeps for the backward, without parameters / the
-most held at once beyond the inputs.
-
-{memory}
-## Where switch_moe is slower
-
-By more than 2%:
-
-{slower}
-
-![time along every axis](results/growth.png)
-
-## Run it
-
-```
-pytest benchmarks --quick                              # a look, in a minute
-make bench                                             # everything, into results/, and this page
-make bench ARGS="--peer-path official=../Switch-DiT"   # with a clone of the official code
-make gpu                                               # on a GPU: build, test, measure, write this page
-python -m benchmarks.compare --base main               # builds another revision and times both in turns
-python -m benchmarks.compare OLD.json NEW.json         # two result files of one machine
-```
-
-## How it is measured
-
-Every contender is first compared with the reference in float64, outputs and all gradients; a wrong one is not
-timed. Contenders then take turns in one process, in a new order every round, so that a drift of the machine
-hits all alike, and ratios are taken within a round. On a CPU a sample is one call, or the mean of many short
-ones. On a GPU it is the replay of a CUDA graph over input sets that together exceed the L2 cache twice. A
-result file is pytest-benchmark's JSON, with all samples under `extra_info`.
-"""
-
-
 def write(root: Path) -> list[Path]:
     """Writes page, pictures and README block under ``root``; ``ValueError`` where that cannot be done."""
     folder, readme = root / "benchmarks" / "results", root / "README.md"
@@ -347,13 +268,13 @@ def write(root: Path) -> list[Path]:
     pictures = plots.draw(shown, folder) if shown else []
     page = root / "benchmarks" / "README.md"
     page.write_text(
-        PAGE.format(
+        TEMPLATE.read_text().format(
             hero=shown.name if shown else "not measured yet",
             machines="; ".join(map(described, reports)),
             expert_linear=times_table(reports, "expert_linear"),
             layer=times_table(reports, "layer"),
             expert_mlp=times_table(reports, "expert_mlp"),
-            small=small_table(reports),
+            small=times_table(reports, *SMALL),
             steps=times_table(reports, "train_step", "sample_step", passes=("train", "sample")),
             memory=memory_table(reports),
             slower="\n".join(slower(reports)) or "Nowhere.",
