@@ -106,7 +106,7 @@ def test_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             words += ["--model", "tiny/4", "--batch-size", "8", "--steps", "4", "--warmup", "1"]
             words += ["--generated", "0"]
         else:
-            words += ["--steps", "2", "--count", "2"]
+            words += ["--steps", "2"]
         monkeypatch.setattr(sys, "argv", words)
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
