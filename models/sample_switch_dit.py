@@ -1,7 +1,7 @@
 """Makes a grid of samples from the checkpoint of a run.
 
-    python models/sample_switch_dit.py --run runs/digits
-    python models/sample_switch_dit.py --run runs/digits --labels 3 5 --scheduler dpm-solver++ --steps 20
+python models/sample_switch_dit.py --run runs/digits
+python models/sample_switch_dit.py --run runs/digits --labels 3 5 --scheduler dpm-solver++ --steps 20
 """
 
 from __future__ import annotations
