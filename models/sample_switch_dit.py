@@ -1,15 +1,92 @@
 """Makes a grid of samples from the checkpoint of a run.
 
-Usage:
-
-    python models/sample_switch_dit.py --run runs/digits
-    python models/sample_switch_dit.py --run runs/digits --labels 3 5 --scheduler dpm-solver++ --steps 20
+python models/sample_switch_dit.py --run runs/digits
+python models/sample_switch_dit.py --run runs/digits --labels 3 5 --scheduler dpm-solver++ --steps 20
 """
 
-import sys
+from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
 import tyro
-from switch_dit.sample_cli import SampleConfig, run
+from switch_dit.checkpoint import load_checkpoint
+from switch_dit.devices import resolve_device
+from switch_dit.plots import plot_samples
+from switch_dit.sampling import sample
+
+
+@dataclass
+class SampleConfig:
+    """Draw samples of a trained model."""
+
+    run: Path
+    """Folder of the run, as the training command prints it."""
+    labels: tuple[int, ...] = ()
+    """Classes to draw, a row of the grid each; empty: all."""
+    count: int = 10
+    """Samples of each class."""
+    steps: int = 50
+    """Model evaluations."""
+    scheduler: Literal["ddim", "ddpm", "dpm-solver++"] = "ddim"
+    """ddpm uses the learned variance and wants more steps."""
+    guidance: float = 1.5
+    """Classifier-free guidance; 1 is none."""
+    seed: int = 0
+    """The same seed on the same machine gives the same images."""
+    weights: Literal["ema", "model"] = "ema"
+    """The moving average of the weights, or the last ones."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    output: Path | None = None
+    """Picture to write; it must not exist. Empty: in the run's folder, with a number if taken."""
+
+
+def run(config: SampleConfig) -> Path:
+    """Samples, writes the grid, prints and returns its path. Wrong settings raise first."""
+    for name in ("count", "steps", "guidance"):
+        value = getattr(config, name)
+        if not value > 0:
+            raise ValueError(f"{name} is {value!r}; it must be positive")
+    device = resolve_device(config.device)
+    model, diffusion = load_checkpoint(config.run / "checkpoint", config.weights)
+    model.to(device)
+    path = _free_path(config)
+    if model.num_classes:
+        classes = list(config.labels) or list(range(model.num_classes))
+        labels = torch.tensor(classes).repeat_interleave(config.count)
+    elif config.labels:
+        raise ValueError(f"labels is {config.labels}; the model was trained without classes")
+    else:
+        labels = None
+    images = sample(
+        model,
+        diffusion,
+        None if labels is None else labels.to(device),
+        count=config.count,
+        steps=config.steps,
+        scheduler=config.scheduler,
+        guidance=config.guidance,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    title = f"{config.run.name}: {config.scheduler}, {config.steps} steps, guidance {config.guidance:g}"
+    plot_samples(path, images.cpu(), None if labels is None else labels.tolist(), config.count, title)
+    print(f"{len(images)} samples in {path}")
+    return path
+
+
+def _free_path(config: SampleConfig) -> Path:
+    if config.output is not None:
+        if config.output.exists():
+            raise FileExistsError(f"output is {config.output}; it exists, choose another")
+        if not config.output.parent.is_dir():
+            raise FileNotFoundError(f"output is {config.output}; its folder does not exist")
+        return config.output
+    taken = (config.run / f"samples-{number}.png" for number in range(1, 10_000))
+    return next(path for path in taken if not path.exists())
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import random_model
 from switch_dit import GaussianDiffusion, SwitchDiT
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -32,15 +33,8 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=30)  # a rank whose partner died fails, i
 
 
 def build_model(seed: int = 0) -> SwitchDiT:
-    """A small Switch-DiT whose weights are all random: zeros would make gradients vanish."""
-    torch.manual_seed(seed)
-    model = SwitchDiT(
-        input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5,
-        class_dropout_prob=0.0, num_experts=6, top_k=2,
-    )  # fmt: skip
-    for parameter in trained(model).values():
-        nn.init.normal_(parameter, std=0.1)
-    return model
+    """The same small Switch-DiT in every process."""
+    return random_model(seed, hidden_size=32, num_heads=2, class_dropout_prob=0.0, num_experts=6)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

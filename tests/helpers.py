@@ -9,11 +9,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from switch_dit import SwitchDiT
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -94,3 +98,16 @@ def check_streams_and_graph(run: Callable[[], list[Tensor]], expected: list[Tens
         captured = run()
     graph.replay()
     check(captured)
+
+
+def random_model(seed: int = 0, **settings: Any) -> SwitchDiT:
+    """A small Switch-DiT whose trained weights are all random: those of a fresh one are the identity."""
+    from switch_dit import SwitchDiT
+
+    small = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 3}
+    torch.manual_seed(seed)
+    model = SwitchDiT(**{**small, "num_classes": 5, **settings})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model

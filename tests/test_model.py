@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, random_model
 from switch_dit import PRESETS, SwitchDiT, create_model
 
 TINY = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
-
-
-def randomised(**settings) -> SwitchDiT:
-    torch.manual_seed(0)
-    model = SwitchDiT(**{**TINY, **settings})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +42,7 @@ def test_presets() -> None:
 @pytest.mark.parametrize("routing", ["switch", "dtr"])
 def test_the_cancelled_skip(routing: str) -> None:
     """out = block(r) + (x - r), as the papers write it, evaluated without the cancellation."""
-    model = randomised(routing=routing).double()
+    model = random_model(routing=routing).eval().double()
     block, x, c = model.blocks[0], torch.randn(3, 16, 24).double(), torch.randn(3, 24).double()
     t = torch.tensor([0, 500, 999])
     routed = model.route(model.t_embedder.float()(t)).block(0) if routing == "switch" else None
@@ -64,14 +55,14 @@ def test_the_cancelled_skip(routing: str) -> None:
     one = block.adaLN_modulation(c).chunk(6, dim=1)
     h = r + one[2][:, None] * block.attn(block.norm1(r) * (1 + one[1][:, None]) + one[0][:, None])
     h = h + one[5][:, None] * block.mlp(block.norm2(h) * (1 + one[4][:, None]) + one[3][:, None])
-    assert_close("block", block(x, c, routed, mask), h + skip, 1e-6)
+    assert_close("block", block(x, c, routed if mask is None else mask), h + skip, 1e-6)
 
 
 @pytest.mark.parametrize("routing", ["switch", "dtr", "none"])
 @pytest.mark.parametrize("learn_sigma", [False, True])
 @pytest.mark.parametrize("num_classes", [0, 5])
 def test_shapes(routing: str, learn_sigma: bool, num_classes: int) -> None:
-    model = randomised(routing=routing, learn_sigma=learn_sigma, num_classes=num_classes)
+    model = random_model(routing=routing, learn_sigma=learn_sigma, num_classes=num_classes).eval()
     x, t = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 500, 999])
     y = torch.tensor([0, 4, 4, 2]) if num_classes else None
     out = model(x, t, y)
@@ -84,7 +75,7 @@ def test_shapes(routing: str, learn_sigma: bool, num_classes: int) -> None:
 
 def test_patches_are_in_their_places() -> None:
     """A token carries the part of the picture where its patch was: a local change stays local."""
-    model = randomised(depth=1, routing="none")
+    model = random_model(depth=1, routing="none").eval()
     torch.nn.init.zeros_(model.blocks[0].adaLN_modulation[1].weight)
     torch.nn.init.zeros_(
         model.blocks[0].adaLN_modulation[1].bias
@@ -105,7 +96,7 @@ def test_fresh_model_predicts_zero_noise() -> None:
 
 
 def test_label_dropout() -> None:
-    always, never = randomised(class_dropout_prob=1.0).train(), randomised(class_dropout_prob=0.0).train()
+    always, never = random_model(class_dropout_prob=1.0), random_model(class_dropout_prob=0.0)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     a, b = torch.tensor([0, 1]), torch.tensor([2, 3])
     assert torch.equal(always(x, t, a), always(x, t, b))
@@ -115,7 +106,7 @@ def test_label_dropout() -> None:
 
 
 def test_labels_do_not_route() -> None:
-    model = randomised()
+    model = random_model().eval()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     routings = []
     model.router.register_forward_hook(lambda _, inputs, routing: routings.append(routing.probs))
@@ -125,7 +116,7 @@ def test_labels_do_not_route() -> None:
 
 
 def test_guidance_of_one_is_none_and_covers_all_channels() -> None:
-    model = randomised()
+    model = random_model().eval()
     x, t = torch.randn(4, 3, 8, 8), torch.tensor([3, 700, 3, 700])
     y = torch.tensor([0, 1, 5, 5])
     both = torch.cat([x[:2], x[:2]])
@@ -140,7 +131,7 @@ def test_guidance_of_one_is_none_and_covers_all_channels() -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compile_fullgraph(autocast: bool, backend: str) -> None:
-    model = randomised(class_dropout_prob=0.0)
+    model = random_model(class_dropout_prob=0.0).eval()
     x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 4, 4, 2])
 
     def loss(forward) -> torch.Tensor:

@@ -8,16 +8,12 @@ need a torch that is built with CUDA: others have no device guard for them.)
 from __future__ import annotations
 
 import importlib
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from switch_dit import GaussianDiffusion, SwitchDiT
 from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.counts import WAITS
 

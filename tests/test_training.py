@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,24 +12,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, random_model
 from PIL import Image
 from safetensors.torch import load_file
+from sample_switch_dit import SampleConfig
+from sample_switch_dit import run as run_sampling
+from switch_dit import checkpoint
 from switch_dit import model as model_module
-from switch_dit import sample_cli, train
 from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.data import batches, load_images
+from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.metrics import Classifier, evaluate, frechet_distance
+from switch_dit.trainer import TrainConfig, Trainer, learning_rate
+from train_switch_dit import run as run_training
+
+from switch_moe.torch_compat import cpu_has
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model_module.PRESETS, "tiny/4", (24, 2, 3, 4))
+    monkeypatch.setitem(model_module.PRESETS, "tiny/4", model_module.Preset(24, 2, 3, 4))
 
 
-def config(output: Path, **settings) -> train.TrainConfig:
+def config(output: Path, **settings) -> TrainConfig:
     defaults = {
         "model": "tiny/4",
         "steps": 12,
@@ -37,7 +45,7 @@ def config(output: Path, **settings) -> train.TrainConfig:
         "generated": 100,
         "sample_steps": 2,
     }
-    return train.TrainConfig(**{**defaults, "output": output, **settings})
+    return TrainConfig(**{**defaults, "output": output, **settings})
 
 
 def losses(run: Path) -> list[float]:
@@ -45,7 +53,7 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = train.run(config(tmp_path))
+    summary = run_training(config(tmp_path))
     run = tmp_path / "digits"
     assert {path.name for path in run.iterdir()} == {
         "config.json", "stats.jsonl", "samples.png", "loss.png", "routing.png", "checkpoint", "summary.json",
@@ -69,16 +77,16 @@ def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(load_file(run / "checkpoint" / "ema.safetensors")) == set(
         load_file(run / "checkpoint" / "model.safetensors")
     )
-    path = sample_cli.run(sample_cli.SampleConfig(run=run, labels=(3, 5), count=4, steps=2, seed=1))
-    again = sample_cli.run(sample_cli.SampleConfig(run=run, labels=(3, 5), count=4, steps=2, seed=1))
+    path = run_sampling(SampleConfig(run=run, labels=(3, 5), count=4, steps=2, seed=1))
+    again = run_sampling(SampleConfig(run=run, labels=(3, 5), count=4, steps=2, seed=1))
     assert path != again
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
 
 
 def test_the_same_seed_gives_bitwise_the_same_losses(tmp_path: Path) -> None:
     for _ in range(2):
-        train.run(config(tmp_path, generated=0))
-    train.run(config(tmp_path, generated=0, seed=1, name="other"))
+        run_training(config(tmp_path, generated=0))
+    run_training(config(tmp_path, generated=0, seed=1, name="other"))
     assert losses(tmp_path / "digits") == losses(tmp_path / "digits-2")
     assert losses(tmp_path / "digits") != losses(tmp_path / "other")
 
@@ -87,24 +95,24 @@ def test_the_same_seed_gives_bitwise_the_same_losses(tmp_path: Path) -> None:
                                       {"conditional": False, "guidance": 1.0}, {"precision": "bfloat16"},
                                       {"weighting": "min_snr_5", "schedule": "cosine"}])  # fmt: skip
 def test_variants(tmp_path: Path, settings: dict) -> None:
-    train.run(config(tmp_path, **settings))
+    run_training(config(tmp_path, **settings))
     assert all(np.isfinite(losses(tmp_path / "digits")))
     assert (tmp_path / "digits" / "samples.png").exists()
     assert (tmp_path / "digits" / "routing.png").exists() == (settings.get("routing") not in ("dtr", "none"))
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    train.run(config(tmp_path, steps=150, batch_size=64, lr=5e-3, log_every=10, generated=0))
+    run_training(config(tmp_path, steps=150, batch_size=64, lr=5e-3, log_every=10, generated=0))
     found = losses(tmp_path / "digits")
     assert found[-1] < 0.5 * found[0]
 
 
 def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(model_module.PRESETS, "tiny/4", (24, 1, 3, 4))
+    monkeypatch.setitem(model_module.PRESETS, "tiny/4", model_module.Preset(24, 1, 3, 4))
     images = load_images("digits")
     terms = []
     for compiled in (False, True):
-        trainer = train.Trainer(config(tmp_path, compile=compiled, label_dropout=0.0, guidance=1.0), images)
+        trainer = Trainer(config(tmp_path, compile=compiled, label_dropout=0.0, guidance=1.0), images)
         for number in range(2):
             torch.manual_seed(number)
             out = trainer.step(number, torch.arange(16) + number)
@@ -114,7 +122,7 @@ def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pyt
 
 def test_moving_average_follows_its_recurrence(tmp_path: Path) -> None:
     """The first weights replace the average, then its decay rises to ema_decay."""
-    trainer = train.Trainer(config(tmp_path, ema_decay=0.15), load_images("digits"))
+    trainer = Trainer(config(tmp_path, ema_decay=0.15), load_images("digits"))
     expected = None
     for number, chosen in zip(range(4), batches(1437, 16, 0), strict=False):
         trainer.step(number, chosen)
@@ -128,7 +136,7 @@ def test_moving_average_follows_its_recurrence(tmp_path: Path) -> None:
 
 
 def test_prior_every_refreshes_the_matching_every_so_many_steps(tmp_path: Path) -> None:
-    trainer = train.Trainer(config(tmp_path, prior_every=3), load_images("digits"))
+    trainer = Trainer(config(tmp_path, prior_every=3), load_images("digits"))
     calls = []
     match = trainer.model.prior.match
     trainer.model.prior.match = lambda selected: calls.append(number) or match(selected)
@@ -144,7 +152,7 @@ def test_a_graphed_step_is_the_eager_step(tmp_path: Path) -> None:
         run = config(
             tmp_path, name=f"{graphed}", generated=0, cuda_graph=graphed, prior_every=2, device="cuda"
         )
-        train.run(run)
+        run_training(run)
         rows[graphed] = torch.tensor(losses(tmp_path / f"{graphed}"))
     assert_close("losses", rows[True], rows[False], 1e-2 if torch.cuda.is_bf16_supported() else 1e-5)
 
@@ -187,27 +195,27 @@ def test_wrong_settings_fail_before_anything_is_written(tmp_path: Path, settings
         np.savez(own, images=np.zeros((40, 4, 4), np.uint8), labels=np.arange(40) % 2)
         settings = {**settings, "data": str(own)}
     with pytest.raises(ValueError, match=message):
-        train.run(config(**{"output": runs, **settings}))
+        run_training(config(**{"output": runs, **settings}))
     assert [path.name for path in runs.iterdir()] == ["taken"]
 
 
 def test_a_diverging_loss_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step .*; a smaller lr may help"):
-        train.run(config(tmp_path, lr=1e30))
+        run_training(config(tmp_path, lr=1e30))
     assert "NaN" not in (tmp_path / "digits" / "stats.jsonl").read_text()
 
 
 def test_an_interrupted_run_keeps_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = train.Trainer.step
+    original = Trainer.step
 
     def interrupt_at_three(self, number, chosen):
         if number == 3:
             raise KeyboardInterrupt
         return original(self, number, chosen)
 
-    monkeypatch.setattr(train.Trainer, "step", interrupt_at_three)
+    monkeypatch.setattr(Trainer, "step", interrupt_at_three)
     with pytest.raises(SystemExit, match=r"interrupted; the weights so far are in .*checkpoint"):
-        train.run(config(tmp_path))
+        run_training(config(tmp_path))
     assert load_checkpoint(tmp_path / "digits" / "checkpoint", "model")[0].routing == "switch"
 
 
@@ -228,28 +236,65 @@ def test_commands(tmp_path: Path) -> None:
     assert "nowhere/checkpoint is no checkpoint: config.json is missing" in failed.stderr
 
 
-def test_checkpoint_replaces_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {
-        "input_size": 8,
-        "in_channels": 1,
-        "hidden_size": 24,
-        "depth": 1,
-        "num_heads": 3,
-        "num_classes": 4,
-    }
-    model = model_module.SwitchDiT(**settings)
-    both = {"model": settings, "diffusion": {"schedule": "cosine"}}
-    save_checkpoint(tmp_path / "checkpoint", model, model, both, {"step": 1})
-    before = load_checkpoint(tmp_path / "checkpoint")[0].state_dict()
-    torch.nn.init.ones_(model.blocks[0].moe.weight)
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path / "checkpoint", model, model, both, {"step": 2})
-    after, diffusion = load_checkpoint(tmp_path / "checkpoint")
-    for name, value in after.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    assert diffusion.num_timesteps == 1000
-    assert not after.training
+class Interrupted(Exception):
+    """The process was killed, as far as the files can tell."""
+
+
+def interrupt_file_system(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Lets ``after`` steps of save_checkpoint on the file system through and stops the next one."""
+    left = [after]
+
+    def interruptible(step):
+        def take(*args, **keywords):
+            if left[0] == 0:
+                raise Interrupted
+            left[0] -= 1
+            return step(*args, **keywords)
+
+        return take
+
+    for place, name in (
+        (checkpoint, "save_file"), (shutil, "rmtree"),
+        (Path, "mkdir"), (Path, "rename"), (Path, "write_text"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, interruptible(getattr(place, name)))
+
+
+@pytest.mark.parametrize("interrupted_before", [False, True])
+def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path: Path, interrupted_before: bool) -> None:
+    """Also where an earlier call was killed between its two renames, so that only ``.old`` is there."""
+    model = random_model(depth=1)
+    settings = {"model": model.settings, "diffusion": {"schedule": "cosine"}}
+    found = []
+    for after in range(20):
+        place = tmp_path / str(after) / "checkpoint"
+        torch.nn.init.zeros_(model.blocks[0].moe.weight)
+        save_checkpoint(place, model, model, settings)
+        if interrupted_before:
+            place.rename(place.with_name("checkpoint.old"))
+        torch.nn.init.ones_(model.blocks[0].moe.weight)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            interrupt_file_system(monkeypatch, after)
+            try:
+                save_checkpoint(place, model, model, settings)
+                complete = True
+            except Interrupted:
+                complete = False
+        for weights in ("ema", "model"):
+            loaded, diffusion = load_checkpoint(place, weights)
+            weight = loaded.blocks[0].moe.weight
+            assert torch.equal(weight, weight.flatten()[0].expand_as(weight))
+            assert diffusion.num_timesteps == 1000
+            assert not loaded.training
+        found.append(float(weight.flatten()[0]))
+        save_checkpoint(place, model, model, settings)
+        assert [path.name for path in place.parent.iterdir()] == ["checkpoint"]
+        if complete:
+            break
+    assert complete
+    assert found == sorted(found)  # the old one up to some step, then the new one
+    assert found[0] == 0
+    assert found[-1] == 1
 
 
 def test_batches_follow_the_seed() -> None:
@@ -277,7 +322,7 @@ def test_own_images(tmp_path: Path) -> None:
     np.savez(path, images=rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8), labels=labels)
     images = load_images(str(path))
     assert images.train.shape == (32, 3, 4, 4)
-    train.run(config(tmp_path / "runs", data=str(path), generated=20))
+    run_training(config(tmp_path / "runs", data=str(path), generated=20))
     assert (tmp_path / "runs" / "own" / "samples.png").exists()
 
 
@@ -330,15 +375,15 @@ def test_classifier_repeats() -> None:
 
 
 def test_learning_rate() -> None:
-    settings = train.TrainConfig(steps=100, warmup=10, lr=1.0)
-    assert train.learning_rate(settings, 0) == pytest.approx(0.1, rel=1e-3)
-    assert train.learning_rate(settings, 99) < 1e-3
-    assert train.learning_rate(replace(settings, lr_decay=False), 99) == 1.0
+    settings = TrainConfig(steps=100, warmup=10, lr=1.0)
+    assert learning_rate(settings, 0) == pytest.approx(0.1, rel=1e-3)
+    assert learning_rate(settings, 99) < 1e-3
+    assert learning_rate(replace(settings, lr_decay=False), 99) == 1.0
 
 
 def test_precision_and_device() -> None:
     cpu = torch.device("cpu")
-    has_amx = torch.cpu._is_amx_tile_supported()
-    assert train.resolve_precision("auto", cpu) == (torch.bfloat16 if has_amx else torch.float32)
-    assert train.resolve_precision("bfloat16", cpu) == torch.bfloat16
-    assert train.resolve_device("cpu") == cpu
+    has_amx = cpu_has("amx_tile")
+    assert resolve_precision("auto", cpu) == (torch.bfloat16 if has_amx else torch.float32)
+    assert resolve_precision("bfloat16", cpu) == torch.bfloat16
+    assert resolve_device("cpu") == cpu

@@ -6,8 +6,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import assert_close
-from switch_dit import SwitchDiT
+from helpers import assert_close, random_model
 
 OPERATIONS = ("timestep_gate", "expert_linear", "diffusion_prior")
 
@@ -17,13 +16,7 @@ def train(backend: str, steps: int, device: str, monkeypatch: pytest.MonkeyPatch
     for name in OPERATIONS:
         module = importlib.import_module(f"switch_moe.ops.{name}")
         monkeypatch.setattr(module, "choose", lambda *_, **__: backend)
-    torch.manual_seed(0)
-    settings = {"input_size": 8, "in_channels": 1, "hidden_size": 24, "depth": 2, "num_heads": 2}
-    model = SwitchDiT(**settings, num_classes=3, num_timesteps=20)
-    with torch.no_grad():  # a fresh model is the identity: experts and adaLN are zero
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(device)
+    model = random_model(in_channels=1, num_heads=2, num_classes=3, num_timesteps=20).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(1)
     losses = []

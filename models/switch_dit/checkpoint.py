@@ -1,7 +1,8 @@
-"""Checkpoints: a folder with the weights as safetensors and the rest beside them.
+"""Checkpoints: a folder with the weights as safetensors and the settings beside them.
 
-model.safetensors  the trained weights           training.pt  optimizer state, step and random state
-ema.safetensors    their moving average          config.json  the model's settings and the diffusion process
+model.safetensors  the trained weights
+ema.safetensors    their moving average
+config.json        the settings of the model and of the diffusion process
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,38 +19,43 @@ from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import SwitchDiT
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, ema: nn.Module, settings: dict[str, Any], training_state: dict[str, Any]
-) -> None:
-    """Writes the whole folder beside its place, then swaps: a failure while writing leaves the old one."""
-    draft = folder.with_name(folder.name + ".new")
+def save_checkpoint(folder: Path, model: nn.Module, ema: nn.Module, settings: dict[str, Any]) -> None:
+    """Replaces the checkpoint in ``folder`` as a whole.
+
+    Wherever this is interrupted, :func:`load_checkpoint` finds a complete checkpoint, the one before or the
+    new one: the draft is complete before it takes the place, and what it replaces stays in ``<name>.old``
+    until then.
+    """
+    draft, previous = _beside(folder, "new"), _beside(folder, "old")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     for name, module in (("model", model), ("ema", ema)):
-        save_file(
-            {key: value.contiguous() for key, value in module.state_dict().items()},
-            draft / f"{name}.safetensors",
-        )
-    torch.save(training_state, draft / "training.pt")
+        state = {key: value.contiguous() for key, value in module.state_dict().items()}
+        save_file(state, draft / f"{name}.safetensors")
     (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    previous = folder.with_name(folder.name + ".old")
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # else an interrupted call may have left the only checkpoint in previous
+        shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     draft.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, weights: str = "ema") -> tuple[SwitchDiT, GaussianDiffusion]:
-    """The model in evaluation mode, with its moving average (``ema``) or trained (``model``) weights, and its
-    process.
+    """The model in evaluation mode and its diffusion process.
 
-    Raises ``FileNotFoundError`` where the folder or a file in it is missing.
+    ``weights`` are the moving average (``ema``) or the trained ones (``model``). Raises
+    ``FileNotFoundError`` where the folder or a file in it is missing.
     """
+    previous = _beside(folder, "old")
+    found = previous if previous.is_dir() and not folder.exists() else folder
     for name in ("config.json", f"{weights}.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no checkpoint: {name} is missing")
-    settings = json.loads((folder / "config.json").read_text())
+        if not (found / name).is_file():
+            raise FileNotFoundError(f"{found} is no checkpoint: {name} is missing")
+    settings = json.loads((found / "config.json").read_text())
     model = SwitchDiT(**settings["model"])
-    model.load_state_dict(load_file(folder / f"{weights}.safetensors"))
+    model.load_state_dict(load_file(found / f"{weights}.safetensors"))
     return model.eval(), GaussianDiffusion(**settings["diffusion"])
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")

@@ -27,8 +27,10 @@ class Images:
 
 
 def load_images(data: str) -> Images:
-    """``digits``: 1,797 real 8x8 grey digits, 10 classes. A path ending in .npz: arrays ``images``, uint8
-    [n, H, W] or [n, H, W, C] with H = W, and ``labels``, integers [n] from 0.
+    """The images that ``data`` names.
+
+    ``digits`` are 1,797 real 8x8 grey digits of 10 classes. A path ending in .npz is a file with the arrays
+    ``images``, uint8 [n, H, W] or [n, H, W, C] with H = W, and ``labels``, integers [n] from 0.
 
     Raises ``ValueError`` naming what does not fit, ``FileNotFoundError`` for a missing file.
     """

@@ -32,8 +32,9 @@ class GaussianDiffusion:
     """The process ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise`` of N steps.
 
     Args:
-        schedule: ``linear`` or ``cosine``. num_timesteps: N.
-        weighting: of the squared error, see :meth:`mse_weight`.
+        schedule: ``linear`` or ``cosine``.
+        num_timesteps: N.
+        weighting: how the squared error is weighted, see :meth:`mse_weight`.
         betas: float64 [N], instead of a schedule.
     """
 
@@ -52,8 +53,7 @@ class GaussianDiffusion:
         self.alphas_cumprod = np.cumprod(1 - self.betas)
         previous = np.append(1.0, self.alphas_cumprod[:-1])
         posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
-        # At t = 0 the posterior has no variance; its logarithm takes the value of t = 1 (as in the official
-        # code).
+        # At t = 0 the posterior has no variance; its logarithm takes the value of t = 1, as officially.
         first = posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
         self._tables = {
@@ -117,8 +117,8 @@ class GaussianDiffusion:
     def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Mean, log variance and predicted x_start of p(x_{t-1} | x_t) from an output with 2C channels.
 
-        The second half of the channels interpolates the log variance between its bounds (arXiv 2102.09672,
-        eq. 15).
+        The second half of the channels interpolates the log variance between its bounds (eq. 15 of arXiv
+        2102.09672).
         """
         noise, v = model_output.chunk(2, dim=1)
         share = (v + 1) / 2
@@ -132,8 +132,8 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Losses per sample, float32 [B]: ``mse``, weighted, and ``vb`` where the variance is learned.
 
-        ``vb`` is in bits per dimension and trains the variance only: the mean is detached (arXiv 2102.09672,
-        eq. 16).
+        ``vb`` is in bits per dimension and trains the variance only: the mean is detached (eq. 16 of arXiv
+        2102.09672).
         """
         model_output = model_output.float()
         predicted = model_output[:, : x_t.shape[1]]

@@ -59,9 +59,7 @@ def _pixels(images: Tensor) -> np.ndarray:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of Gaussians fitted to features [n, d] and [m, d] (FID's formula, arXiv
-    1706.08500).
-    """
+    """FID's distance (arXiv 1706.08500) of Gaussians fitted to features [n, d] and [m, d]."""
     mean_difference = a.mean(0) - b.mean(0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)

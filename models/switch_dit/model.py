@@ -1,8 +1,7 @@
 """SwitchDiT: DiT with a timestep-routed mixture of experts at the start of every block.
 
-Park et al., "Switch Diffusion Transformer", ECCV 2024 (arXiv 2403.09176); DiT: Peebles and Xie (arXiv
-2212.09748);
-DTR: Park et al. (arXiv 2310.07138).
+Switch-DiT: Park et al., ECCV 2024 (arXiv 2403.09176). DiT: Peebles and Xie (arXiv 2212.09748). DTR: Park et
+al. (arXiv 2310.07138).
 
 Legend: B samples, C channels, H, W image size, p patch size, T = (H/p)(W/p) tokens, D hidden size, L blocks,
 M experts, k experts per sample, N diffusion timesteps.
@@ -11,7 +10,7 @@ M experts, k experts per sample, N diffusion timesteps.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -20,10 +19,31 @@ from torch.nn import functional as F
 
 from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE
 from switch_moe.prior import prior_table
+from switch_moe.streams import SideStream
 
 ROUTINGS = ("switch", "dtr", "none")
 DTR_CHANNELS_ON = 0.8  # share of channels that a timestep uses
 DTR_ALPHA = 4.0
+
+
+class Preset(NamedTuple):
+    """The shape of a model with a name."""
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+    patch_size: int
+
+
+# Hidden size, depth and heads: "tiny" is the default run's, the others are the published ones.
+_SIZES = {
+    "tiny": (128, 6, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+PRESETS = {f"{size}/{patch}": Preset(*shape, patch) for size, shape in _SIZES.items() for patch in (2, 4, 8)}
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -101,6 +121,15 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class ChannelMask(nn.Module):
+    """DTR's part of a block, in the place of SwitchMoE: masks [B, D] of the channels of x [B, T, D]."""
+
+    def forward(self, x: Tensor, routing: Tensor, modulate: bool = True) -> Tensor:
+        """``x * mask``. A mask has no mixture to add to x by itself, so ``modulate`` must be true."""
+        assert modulate
+        return x * routing[:, None]
+
+
 class Block(nn.Module):
     """A DiT block with adaLN-Zero whose branches read a routed copy ``r`` of the tokens.
 
@@ -108,7 +137,9 @@ class Block(nn.Module):
     skip ``x - r`` past it. The skip cancels: ``out = x + gate_msa Attention(..) + gate_mlp MLP(..)``.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, moe: SwitchMoE | None) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, moe: SwitchMoE | ChannelMask | None
+    ) -> None:
         super().__init__()
         self.moe = moe
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -117,18 +148,10 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, routing: Routing | None, mask: Tensor | None) -> Tensor:
-        """x [B, T, D], condition c [B, D]; routing of this block (Switch-DiT) or channel mask [B, D]
-        (DTR).
-        """
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(
-            6, dim=1
-        )
-        r = x
-        if self.moe is not None:
-            r = self.moe(x, routing=routing, modulate=True)
-        elif mask is not None:
-            r = x * mask[:, None]
+    def forward(self, x: Tensor, c: Tensor, routing: Routing | Tensor | None) -> Tensor:
+        """x [B, T, D], condition c [B, D], and what ``moe`` routes by."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
+        r = x if self.moe is None else self.moe(x, routing=routing, modulate=True)
         attention = gate_msa[:, None] * self.attn(modulate(self.norm1(r), shift_msa, scale_msa))  # [B, T, D]
         inner = gate_mlp[:, None] * self.mlp(modulate(self.norm2(r + attention), shift_mlp, scale_mlp))
         return x + attention + inner
@@ -152,12 +175,20 @@ class SwitchDiT(nn.Module):
     """Switch-DiT (``routing="switch"``), and its baselines DTR (``"dtr"``) and DiT (``"none"``).
 
     Args:
-        input_size: image (or latent) height = width. patch_size: p, divides it. in_channels: C.
-        hidden_size: D, a multiple of 4 and of num_heads. depth: L. num_heads, mlp_ratio: as in DiT.
-        num_classes: 0 makes an unconditional model. class_dropout_prob: labels replaced by the null label in
-            training.
+        input_size: height and width of an image, or of a latent.
+        patch_size: p, which divides input_size.
+        in_channels: C.
+        hidden_size: D, a multiple of 4 and of num_heads.
+        depth: L.
+        num_heads: attention heads.
+        mlp_ratio: inner size of a block's MLP, in units of D.
+        num_classes: classes of the labels; 0 makes an unconditional model.
+        class_dropout_prob: share of labels that training replaces by the null label.
         learn_sigma: predict 2C channels, the noise and the interpolation of its log variance.
-        num_experts, top_k: of every block's SwitchMoE. num_timesteps: N.
+        routing: the kind of model, see above.
+        num_experts: M, in every block.
+        top_k: k.
+        num_timesteps: N.
 
     Raises ``ValueError`` for a setting that does not fit.
     """
@@ -179,34 +210,14 @@ class SwitchDiT(nn.Module):
         top_k: int = 2,
         num_timesteps: int = 1000,
     ) -> None:
+        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.settings = {
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "num_classes": num_classes,
-            "class_dropout_prob": class_dropout_prob,
-            "learn_sigma": learn_sigma,
-            "routing": routing,
-            "num_experts": num_experts,
-            "top_k": top_k,
-            "num_timesteps": num_timesteps,
-        }
+        self.settings = settings
         for name in (
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "mlp_ratio",
-        ):
-            if not self.settings[name] > 0:
-                raise ValueError(f"{name} is {self.settings[name]}; it must be positive")
+            "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
+        ):  # fmt: skip
+            if not settings[name] > 0:
+                raise ValueError(f"{name} is {settings[name]}; it must be positive")
         if routing not in ROUTINGS:
             raise ValueError(f"routing is {routing!r}; it must be one of {', '.join(ROUTINGS)}")
         if input_size % patch_size:
@@ -227,13 +238,14 @@ class SwitchDiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid)[None], requires_grad=False)
+        make_moe = {
+            "switch": lambda: SwitchMoE(hidden_size, num_experts, top_k, router=False),
+            "dtr": ChannelMask,
+            "none": lambda: None,
+        }[routing]
         self.blocks = nn.ModuleList(
-            Block(
-                hidden_size, num_heads, mlp_ratio,
-                SwitchMoE(hidden_size, num_experts, top_k, router=False) if routing == "switch" else None,
-            )
-            for _ in range(depth)
-        )  # fmt: skip
+            Block(hidden_size, num_heads, mlp_ratio, make_moe()) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         if routing == "switch":
             self.router = Router(depth, hidden_size, num_experts, top_k)
@@ -260,12 +272,18 @@ class SwitchDiT(nn.Module):
             nn.init.zeros_(adaptive.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def block_routings(self, routing: Routing | None, t: Tensor) -> list[Routing] | list[Tensor] | list[None]:
+        """What each block's ``moe`` routes by: its part of ``routing``, or DTR's masks [B, D] at t."""
+        if routing is not None:
+            return [routing.block(i) for i in range(len(self.blocks))]
+        return [self.dtr_mask[t] if self.routing == "dtr" else None] * len(self.blocks)
+
     def route(self, time_embedding: Tensor) -> Routing:
         """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
         return self.router(time_embedding)
 
     @torch.no_grad()
-    def routing_table(self) -> Routing:
+    def route_all_timesteps(self) -> Routing:
         """The current routing of all N timesteps."""
         timesteps = torch.arange(self.num_timesteps, device=self.pos_embed.device)
         return self.router(self.t_embedder(timesteps), selected=True)
@@ -279,28 +297,36 @@ class SwitchDiT(nn.Module):
         takes the assignment of the last call that matched.
         """
         e = self.t_embedder(t)  # [B, D]
-        c = e
-        if self.y_embedder is not None:
-            if y is None:
-                raise ValueError(f"y is None; a model with {self.num_classes} classes needs labels [B]")
-            c = e + self.y_embedder(y)
-        routing = self.route(e) if self.routing == "switch" else None  # only the timestep, never the label
-        prior_loss = torch.zeros((), device=x.device)
-        with _Aside(x.device) as aside:
-            if with_prior and routing is not None:
-                if match:
-                    self.assignment.copy_(self.prior.match(self.routing_table().selected()))
-                probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
-                prior_loss = self.prior.loss(probs, t, self.assignment)
-        mask = self.dtr_mask[t] if self.routing == "dtr" else None
+        routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
+        c = e if self.y_embedder is None else e + self.embed_labels(y)  # [B, D]
+        with SideStream(x.device) as side:  # the prior needs the routing only, and little of a GPU
+            prior_loss = self.diffusion_prior_loss(routing, t, match) if with_prior else None
         h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
-        for i, block in enumerate(self.blocks):
-            h = block(h, c, None if routing is None else routing.block(i), mask)
-        patches = self.final_layer(h, c)  # [B, T, p*p*C_out]
-        aside.join()
-        grid, p = self.input_size // self.patch_size, self.patch_size
-        out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p)
+        for block, of_block in zip(self.blocks, self.block_routings(routing, t), strict=True):
+            h = block(h, c, of_block)
+        out = self.unpatchify(self.final_layer(h, c))  # [B, C or 2C, H, W]
+        side.join()
         return (out, prior_loss) if with_prior else out
+
+    def embed_labels(self, y: Tensor | None) -> Tensor:
+        """Embeddings [B, D] of the labels [B] of a conditional model."""
+        if y is None:
+            raise ValueError(f"y is None; a model with {self.num_classes} classes needs labels [B]")
+        return self.y_embedder(y)
+
+    def diffusion_prior_loss(self, routing: Routing | None, t: Tensor, match: bool) -> Tensor:
+        """The diffusion prior loss, a scalar, of the routing at t; with ``match``, of a new assignment."""
+        if routing is None:
+            return torch.zeros((), device=t.device)
+        if match:
+            self.assignment.copy_(self.prior.match(self.route_all_timesteps().selected()))
+        probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
+        return self.prior.loss(probs, t, self.assignment)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """Patches [B, T, p*p*C_out] to images [B, C_out, H, W]."""
+        grid, p = self.input_size // self.patch_size, self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p)
 
     def forward_with_prior(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, match: bool = True
@@ -311,8 +337,8 @@ class SwitchDiT(nn.Module):
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598) on all channels of the noise.
 
-        The first half of the batch has the labels, the second half the null label; both see the first half's
-        x.
+        The first half of the batch has the labels, the second half the null label, and both see the x of the
+        first half.
         """
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
@@ -320,40 +346,6 @@ class SwitchDiT(nn.Module):
         with_label, without = noise.chunk(2)
         guided = without + cfg_scale * (with_label - without)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
-
-
-class _Aside:
-    """On a GPU, what runs inside overlaps what follows, on a stream of its own, until :meth:`join`.
-
-    The prior needs the routing only, and its matching keeps one multiprocessor busy. A compiled graph orders
-    its own kernels, and the CPU has no streams: there it runs in line.
-    """
-
-    streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = None
-        if device.type == "cuda" and torch.cuda.is_available() and not torch.compiler.is_compiling():
-            if device not in self.streams:
-                self.streams[device] = torch.cuda.Stream(device)
-            self.stream = self.streams[device]
-
-    def __enter__(self) -> _Aside:
-        if self.stream is not None:
-            self.main = torch.cuda.current_stream(self.stream.device)
-            self.stream.wait_stream(self.main)
-            self.context = torch.cuda.stream(self.stream)
-            self.context.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.stream is not None:
-            self.context.__exit__(*error)
-
-    def join(self) -> None:
-        """The current stream waits for what ran aside."""
-        if self.stream is not None:
-            self.main.wait_stream(self.stream)
 
 
 def sincos_positions(hidden_size: int, grid: int) -> Tensor:
@@ -372,21 +364,8 @@ def dtr_mask(num_timesteps: int, hidden_size: int) -> Tensor:
     return prior_table(num_timesteps, hidden_size, math.floor(DTR_CHANNELS_ON * hidden_size), DTR_ALPHA)
 
 
-# hidden size, depth, heads of every published size; "tiny" is the default run's. Names are "<size>/<patch>".
-SIZES = {
-    "tiny": (128, 6, 4),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
-PRESETS = {f"{size}/{patch}": (*shape, patch) for size, shape in SIZES.items() for patch in (2, 4, 8)}
-
-
 def create_model(preset: str, **settings: object) -> SwitchDiT:
     """A SwitchDiT of a named size, for example ``create_model("XL/2", num_classes=1000)``."""
     if preset not in PRESETS:
         raise ValueError(f"model is {preset!r}; it must be one of {', '.join(PRESETS)}")
-    hidden_size, depth, num_heads, patch_size = PRESETS[preset]
-    shape = {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": patch_size}
-    return SwitchDiT(**{**shape, **settings})
+    return SwitchDiT(**{**PRESETS[preset]._asdict(), **settings})

@@ -68,12 +68,13 @@ def plot_loss(path: Path, stats: list[dict]) -> None:
 
 @torch.no_grad()
 def plot_routing(path: Path, model: SwitchDiT) -> None:
-    """Left: the experts that each timestep uses, block by block, with their gates. Right: the share of
-    experts that two timesteps have in common, over all blocks. Below: the same for the prior that training
-    pulls towards.
+    """The routing of a model above, and below it the prior that training pulls it towards.
+
+    The left shows the experts that each timestep uses, block by block, with their gates; the right shows the
+    share of experts that two timesteps have in common, over all blocks.
     """
     plt = _pyplot()
-    routing = model.routing_table()
+    routing = model.route_all_timesteps()
     gates = torch.zeros_like(routing.probs).scatter(2, routing.expert_index.long(), routing.expert_gate)
     depth, timesteps, experts = gates.shape
     selected = routing.selected().cpu()

@@ -67,11 +67,11 @@ def sample(
     """Images (or latents) float32 [n, C, H, W] from noise.
 
     Args:
-        labels: int64 [n] on the model's device; None for an unconditional model, which takes ``count``
-            instead.
+        labels: int64 [n] on the model's device; an unconditional model takes None, and ``count`` instead.
         steps: model evaluations (twice as many samples each where there is guidance).
         scheduler: ``ddim`` (eta 0), ``ddpm`` (with the learned variance) or ``dpm-solver++``.
-        guidance: classifier-free scale; 1 is none. generator: of noise, on the CPU, for any device.
+        guidance: classifier-free scale; 1 is none.
+        generator: the source of noise, on the CPU, for any device.
         start: the noise to begin with, [n, C, H, W], instead of drawing it.
         batch_size: samples at a time.
     """

@@ -1,4 +1,4 @@
-"""Training: settings, the loop, and what a run writes."""
+"""The settings of a training run, its folder and its loop."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import copy
 import json
 import math
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from switch_dit.checkpoint import save_checkpoint
-from switch_dit.data import Images, batches, load_images
+from switch_dit.data import Images, batches
+from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.diffusion import GaussianDiffusion
-from switch_dit.metrics import evaluate
+from switch_dit.graphs import GraphedStep
 from switch_dit.model import PRESETS, create_model
-from switch_dit.plots import plot_loss, plot_routing, plot_samples
 from switch_dit.sampling import sample
-
-Preset = Annotated[str, tyro.conf.arg(metavar="{tiny,S,B,L,XL}/{2,4,8}")]
 
 
 @dataclass
@@ -35,8 +30,8 @@ class TrainConfig:
     """Train Switch-DiT. Without arguments: the tiny model on handwritten digits."""
 
     # -- model
-    model: Preset = "tiny/4"
-    """Size and patch size."""
+    model: str = "tiny/4"
+    """Size and patch size, as {tiny,S,B,L,XL}/{2,4,8}."""
     routing: Literal["switch", "dtr", "none"] = "switch"
     """switch: Switch-DiT; dtr: fixed channel masks; none: plain DiT."""
     num_experts: int = 3
@@ -64,15 +59,15 @@ class TrainConfig:
     warmup: int = 50
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     ema_decay: float = 0.995
-    """Of the moving average of the weights; the paper's 0.9999 suits long runs."""
+    """Decay of the moving average of the weights; the paper's 0.9999 suits long runs."""
     prior_weight: float = 1.0
-    """Of the diffusion prior loss."""
+    """Weight of the diffusion prior loss."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Of the noise."""
+    """Noise schedule of the diffusion process."""
     weighting: str = "constant"
-    """Of the squared error over timesteps: constant, p2 or min_snr_<gamma>."""
+    """Weight of the squared error at each timestep: constant, p2 or min_snr_<gamma>."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on a GPU and on CPUs with AMX, float32 elsewhere."""
     compile: bool = False
@@ -148,27 +143,6 @@ def _can_hold_runs(folder: Path) -> bool:
     return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device is {device!r}; torch cannot use it here ({str(error).splitlines()[0]})"
-        ) from None
-    return torch.device(device)
-
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The type of the matrix products; ``auto`` takes bfloat16 where the hardware has matrix units for it."""
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-        precision = "bfloat16" if fast else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
 def make_run_folder(config: TrainConfig) -> Path:
     """Creates and returns the folder of the run; an existing one is never written to."""
     base = config.name or Path(config.data).stem
@@ -190,43 +164,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return rate * (0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.lr_decay else 1.0)
 
 
-class GraphedStep:
-    """Runs ``advance(chosen [B], match)`` as a CUDA graph, one for each value of ``match``.
-
-    The first steps run eagerly, on a side stream as capture asks for, and count like any other: lazy
-    initialisation must not fall into a capture. Results are tensors that the next replay overwrites.
-    """
-
-    warmup = 3
-
-    def __init__(self, advance: Callable[[Tensor, bool], dict[str, Tensor]]) -> None:
-        self.advance, self.steps = advance, 0
-        self.chosen: Tensor | None = None
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
-
-    def __call__(self, chosen: Tensor, match: bool) -> dict[str, Tensor]:
-        """One step on the images ``chosen``; every call must choose as many."""
-        if self.chosen is None:
-            self.chosen = chosen.clone()
-        self.chosen.copy_(chosen)
-        self.steps += 1
-        if self.steps <= self.warmup:
-            main, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(main)
-            with torch.cuda.stream(aside):
-                terms = self.advance(self.chosen, match)
-            main.wait_stream(aside)
-            return terms
-        if match not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                terms = self.advance(self.chosen, match)
-            self.graphs[match] = graph, terms
-        graph, terms = self.graphs[match]
-        graph.replay()
-        return terms
-
-
 class Trainer:
     """Owns the model, its moving average, the optimizer and the data of one run.
 
@@ -241,7 +178,7 @@ class Trainer:
         self.dtype = resolve_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         channels, height = images.train.shape[1:3]
-        patch_size = PRESETS[config.model][3]
+        patch_size = PRESETS[config.model].patch_size
         if height % patch_size:
             raise ValueError(
                 f"model is {config.model!r}; its patch size must divide the images' {height} pixels"
@@ -367,83 +304,4 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """The checkpoint of the run."""
         settings = {"model": self.model.settings, "diffusion": self.diffusion_settings}
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "random_state": torch.get_rng_state(),
-            "steps": self.config.steps,
-        }
-        save_checkpoint(folder / "checkpoint", self.model, self.ema, settings, state)
-
-
-def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains, writes the run's folder and prints what is in it. Returns the final numbers."""
-    config.validate()
-    images = load_images(config.data)
-    if len(images.train) < config.batch_size:
-        raise ValueError(
-            f"batch_size is {config.batch_size}; {config.data} has {len(images.train)} training images"
-        )
-    trainer = Trainer(config, images)
-    folder = make_run_folder(config)
-    settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()
-    }
-    environment = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(trainer.device),
-    }
-    (folder / "config.json").write_text(json.dumps({**settings, "environment": environment}, indent=2) + "\n")
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(
-        f"{config.model} ({config.routing}), {parameters / 1e6:.2f} M parameters, on {trainer.device} in "
-        f"{str(trainer.dtype).removeprefix('torch.')}: {len(images.train)} training images of {config.data}",
-        flush=True,
-    )
-    started = time.perf_counter()
-    try:
-        rows = trainer.fit(folder)
-    except KeyboardInterrupt:
-        trainer.save(folder)
-        raise SystemExit(f"\ninterrupted; the weights so far are in {folder / 'checkpoint'}/") from None
-    training_seconds = time.perf_counter() - started
-    trainer.save(folder)
-    plot_loss(folder / "loss.png", rows)
-    if config.routing == "switch":
-        plot_routing(folder / "routing.png", trainer.ema)
-    tail = rows[-max(1, len(rows) // 10) :]
-    summary: dict[str, Any] = {
-        "training_seconds": training_seconds,
-        **{name: sum(row[name] for row in tail) / len(tail) for name in ("loss", "mse", "vb", "prior")},
-    }
-    print(
-        f"\ntrained {config.steps} steps in {training_seconds:.0f} s; over the last tenth: "
-        + ", ".join(f"{name} {summary[name]:.3f}" for name in ("loss", "mse", "vb", "prior"))
-        + "\n  (loss = mse of the predicted noise + variational bound of its variance + weighted prior loss)"
-    )
-    if config.generated:
-        summary |= finish_with_samples(trainer, folder)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\nwritten to {folder}/:")
-    for path in sorted(folder.iterdir()):
-        print(f"  {path.name}{'/' if path.is_dir() else ''}")
-    print(f"more samples: python {Path(sys.argv[0]).parent / 'sample_switch_dit.py'} --run {folder}")
-    return summary
-
-
-def finish_with_samples(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Generates, draws the grid and measures; the measures need labels."""
-    config = trainer.config
-    generated, labels = trainer.generate(config.generated)
-    classes = trainer.images.num_classes if config.conditional else 10
-    shown = generated[: 10 * classes].unflatten(0, (-1, classes)) if len(generated) >= 10 * classes else None
-    grid = generated[:100] if shown is None else shown.transpose(0, 1).flatten(0, 1)
-    names = [i // 10 for i in range(len(grid))] if shown is not None and labels is not None else None
-    title = f"{config.model} ({config.routing}), {config.steps} steps, guidance {config.guidance:g}"
-    plot_samples(folder / "samples.png", grid, names, columns=10, title=title)
-    if labels is None:
-        return {}
-    metrics = evaluate(trainer.images, generated, labels)
-    print(f"\n{metrics.generated} images, guidance {config.guidance:g}, {config.sample_steps} DDIM steps:")
-    print(metrics.describe())
-    return asdict(metrics)
+        save_checkpoint(folder / "checkpoint", self.model, self.ema, settings)

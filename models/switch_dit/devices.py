@@ -1,0 +1,28 @@
+"""Where a run computes, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from switch_moe.torch_compat import cpu_has
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is a GPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device is {device!r}; torch cannot use it here ({str(error).splitlines()[0]})"
+        ) from None
+    return torch.device(device)
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the matrix products; ``auto`` takes bfloat16 where the hardware has matrix units for it."""
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has("amx_tile")
+        precision = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
