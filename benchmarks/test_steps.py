@@ -19,7 +19,7 @@ import pytest
 import torch
 from switch_dit import PRESETS, SwitchDiT, create_model
 from switch_dit.data import Images
-from switch_dit.train import TrainConfig, Trainer
+from switch_dit.trainer import TrainConfig, Trainer
 from torch import Tensor, nn
 
 from benchmarks import counts

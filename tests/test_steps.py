@@ -68,7 +68,7 @@ def test_official_structure_is_the_same_function(experts: int, top_k: int) -> No
 def test_official_structure_matches_at_the_same_cost() -> None:
     model = random_model()
     structure = OfficialStructure.of(model)
-    chosen = model.routing_table().selected()
+    chosen = model.route_all_timesteps().selected()
     assert 0 < chosen.mean(0).min() < chosen.mean(0).max() < 1, "the case is not trivial"
 
     def cost(assignment: torch.Tensor) -> float:
