@@ -38,7 +38,7 @@ class SideStream:
 
     def __exit__(self, *error: object) -> None:
         if self.stream is not None:
-            self.context.__exit__(*error)  # type: ignore[arg-type]
+            self.context.__exit__(*error)
 
     def join(self) -> None:
         """The stream that entered waits for what ran aside."""

@@ -286,7 +286,7 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path: Path, interrupt
             assert torch.equal(weight, weight.flatten()[0].expand_as(weight))
             assert diffusion.num_timesteps == 1000
             assert not loaded.training
-        found.append(float(weight.flatten()[0]))
+        found.append(weight.flatten()[0].item())
         save_checkpoint(place, model, model, settings)
         assert [path.name for path in place.parent.iterdir()] == ["checkpoint"]
         if complete:

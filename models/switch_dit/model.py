@@ -210,6 +210,7 @@ class SwitchDiT(nn.Module):
         top_k: int = 2,
         num_timesteps: int = 1000,
     ) -> None:
+        # Before any other name is bound, these are the arguments.
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.settings = settings
