@@ -24,25 +24,25 @@ class SampleConfig:
     """Draw samples of a trained model."""
 
     run: Path
-    """Folder of the run, as the training command prints it."""
+    """The folder of the run, as the training command prints it."""
     labels: tuple[int, ...] = ()
-    """Classes to draw, a row of the grid each; empty: all."""
+    """The classes to draw, a row of the grid each. By default all are drawn."""
     count: int = 10
-    """Samples of each class."""
+    """Each class gets this many samples."""
     steps: int = 50
-    """Model evaluations."""
+    """The scheduler takes this many steps."""
     scheduler: Literal["ddim", "ddpm", "dpm-solver++"] = "ddim"
     """ddpm uses the learned variance and wants more steps."""
     guidance: float = 1.5
-    """Classifier-free guidance; 1 is none."""
+    """The samples are drawn with this classifier-free guidance; 1 is none."""
     seed: int = 0
     """The same seed on the same machine gives the same images."""
     weights: Literal["ema", "model"] = "ema"
-    """The moving average of the weights, or the last ones."""
+    """Whether to sample with the moving average of the weights (ema) or with the last ones (model)."""
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """auto takes cuda where there is one, else cpu."""
     output: Path | None = None
-    """Picture to write; it must not exist. Empty: in the run's folder, with a number if taken."""
+    """The picture to write, which must not exist. By default it goes to the run's folder."""
 
 
 def run(config: SampleConfig) -> Path:

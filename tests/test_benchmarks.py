@@ -15,6 +15,8 @@ from benchmarks import case, report
 from benchmarks.environment import ROOT
 from benchmarks.test_expert_linear import linear_case
 
+# pytest-benchmark times nothing in a process that xdist started.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cpu", "--quick"]
 
 
@@ -22,7 +24,7 @@ def test_quick_run(tmp_path: Path) -> None:
     """One tiny case: the rows have paired samples, checks, memory and machine, and the report reads them."""
     path = tmp_path / "results.json"
     command = [*PYTEST, "benchmarks/test_linear_assignment.py", "-k", "36", f"--benchmark-json={path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(path.read_text())
     assert {"torch", "triton", "commit", "device", "cpu"} <= set(data["machine_info"])

@@ -31,69 +31,69 @@ class TrainConfig:
 
     # -- model
     model: str = "tiny/4"
-    """Size and patch size, as {tiny,S,B,L,XL}/{2,4,8}."""
+    """The size and patch size of the model: {tiny,S,B,L,XL}/{2,4,8}."""
     routing: Literal["switch", "dtr", "none"] = "switch"
-    """switch: Switch-DiT; dtr: fixed channel masks; none: plain DiT."""
+    """switch trains Switch-DiT, dtr uses fixed channel masks, none is a plain DiT."""
     num_experts: int = 3
-    """Experts per block."""
+    """Each block has this many experts."""
     top_k: int = 2
-    """Experts per sample."""
+    """The router chooses this many experts for a sample."""
     learn_sigma: bool = True
-    """Predict the variance too (hybrid loss)."""
+    """Whether the model predicts the variance too (hybrid loss)."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null label, for guidance."""
+    """This share of the labels is replaced by the null label, for guidance."""
     # -- data
     data: str = "digits"
-    """digits, or the path of an .npz file with images (uint8 [n, H, W, C]) and labels."""
+    """What to train on: digits, or the path of an .npz file with images (uint8 [n, H, W, C]) and labels."""
     conditional: bool = True
-    """Train with class labels."""
+    """Whether the model sees class labels."""
     # -- training
     steps: int = 900
-    """Training steps."""
+    """The run takes this many training steps."""
     batch_size: int = 128
-    """Images per step."""
+    """Each step takes this many images."""
     lr: float = 4e-3
-    """Peak learning rate of AdamW; this suits the tiny model, the published sizes used 1e-4."""
+    """The peak learning rate of AdamW. The default suits the tiny model; the published sizes used 1e-4."""
     lr_decay: bool = True
-    """Anneal the learning rate to zero with a cosine; otherwise constant, as in the paper."""
+    """Whether the learning rate falls to zero along a cosine; otherwise it is constant, as in the paper."""
     warmup: int = 50
-    """Steps of linear warm-up."""
+    """The learning rate warms up linearly over this many steps."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """AdamW decays the weights by this factor times the learning rate."""
     ema_decay: float = 0.995
-    """Decay of the moving average of the weights; the paper's 0.9999 suits long runs."""
+    """The moving average keeps this share of itself at each step; the paper's 0.9999 suits long runs."""
     prior_weight: float = 1.0
-    """Weight of the diffusion prior loss."""
+    """The diffusion prior loss is multiplied by this factor."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Noise schedule of the diffusion process."""
+    """The noise grows with the timestep by this schedule."""
     weighting: str = "constant"
-    """Weight of the squared error at each timestep: constant, p2 or min_snr_<gamma>."""
+    """How the squared error is weighted over timesteps: constant, p2 or min_snr_<gamma>."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on a GPU and on CPUs with AMX, float32 elsewhere."""
+    """auto takes bfloat16 autocast on a GPU and on CPUs with AMX, float32 elsewhere."""
     compile: bool = False
-    """torch.compile the model; pays off in long runs."""
+    """Whether torch.compile compiles the model, which pays off in long runs."""
     cuda_graph: bool = False
-    """Replay the whole step, optimizer and moving average included, as one CUDA graph."""
+    """Whether one CUDA graph replays the whole step, optimizer and moving average included."""
     prior_every: int = 1
-    """Steps from one matching of the diffusion prior to the next."""
+    """The diffusion prior is matched again every this many steps."""
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """auto takes cuda where there is one, else cpu."""
     seed: int = 0
     """The same seed on the same machine gives bitwise the same losses."""
     # -- what a run writes
     output: Path = Path("runs")
-    """Folder of all runs."""
+    """The folder that holds all runs."""
     name: str = ""
-    """Folder of this run in output; must not exist. Empty: named after the data, with a number if taken."""
+    """The folder of this run inside output, which must not exist. By default it is named after the data."""
     log_every: int = 20
-    """Steps between lines of stats.jsonl."""
+    """stats.jsonl gets a line every this many steps."""
     # -- sampling at the end
     guidance: float = 1.5
-    """Classifier-free guidance of the samples; 1 is none."""
+    """The samples are drawn with this classifier-free guidance; 1 is none."""
     sample_steps: int = 50
-    """DDIM steps of the samples."""
+    """The samples take this many DDIM steps."""
     generated: int = 1000
-    """Samples to measure; 0 skips sampling and its measures."""
+    """This many samples are drawn and measured at the end; 0 skips that."""
 
     def validate(self) -> None:
         """Raises ``ValueError`` that names the setting, its value and what would be right."""
