@@ -198,20 +198,20 @@ class TestPlantedFaults:
         return row
 
     def test_sound(self, planted: list[dict], arch: int) -> None:
-        row = self.find(planted, arch, dtype="bfloat16", BLOCK=64)
+        row = self.find(planted, arch, dtype="bfloat16", BLOCK_M=64)
         assert row["faults"] == {}
         assert row["products"] == [[64, "bf16"]]
         assert list(row["tensor"]) == {80: ["HMMA"], 90: ["HGMMA"], 100: ["UTCHMMA"]}[arch]
         assert row["resident"] >= 2
 
     def test_spills(self, planted: list[dict], arch: int) -> None:
-        assert "spills" in self.find(planted, arch, dtype="bfloat16", BLOCK=256)["faults"]
+        assert "spills" in self.find(planted, arch, dtype="bfloat16", BLOCK_M=256)["faults"]
 
     def test_shared_memory(self, planted: list[dict], arch: int) -> None:
-        assert "shared memory" in self.find(planted, arch, dtype="bfloat16", BLOCK=128)["faults"]
+        assert "shared memory" in self.find(planted, arch, dtype="bfloat16", BLOCK_M=128)["faults"]
 
     def test_true_float32_takes_no_tensor_core(self, planted: list[dict], arch: int) -> None:
-        row = self.find(planted, arch, dtype="float32", BLOCK=32)
+        row = self.find(planted, arch, dtype="float32", BLOCK_M=32)
         assert row["products"] == [[32, "f32"]]
         assert row["tensor"] == {}
         assert "float32" not in row["faults"]
@@ -237,7 +237,7 @@ class TestPlantedFaults:
         monkeypatch.syspath_prepend(ROOT)
         from benchmarks.compiled import faults
 
-        row = self.find(planted, arch, dtype="bfloat16", BLOCK=64)
+        row = self.find(planted, arch, dtype="bfloat16", BLOCK_M=64)
         harmless = arch == 80 and change == {"tensor": {"HMMA": 8}}
         assert list(faults(row | change)) == ([] if harmless else [name])
 
