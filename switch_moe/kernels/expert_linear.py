@@ -22,10 +22,13 @@ _UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded
 _MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
 
 
-# Chosen from the compiled code (python -m benchmarks.compiled): the largest tile without spills, for the
-# larger it is, the less L2 traffic a FLOP takes. Forward and dx: more than 128 tokens, up to 128, up to 64.
+# The tables hold the largest tiles whose compiled code does not spill, as python -m benchmarks.compiled shows:
+# the larger a tile is, the less L2 traffic a FLOP takes.
+
+# The tiles of the forward and of dx.
+# Key: the kind of product, the architecture, and whether it is dx.
+# Value: the tiles for more than 128 tokens, for 65 to 128, and for up to 64.
 _PRODUCTS = {
-    # kind of product, architecture, whether it is dx
     ("half", 80, False): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
     ("half", 80, True): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
     ("half", 90, False): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
@@ -41,7 +44,9 @@ _PRODUCTS = {
 }
 _IEEE_PRODUCT = Tile(64, 64, 32, 8, 2)
 
-# dW, by the accumulators a program holds beside P: up to 3, 4, or 1 (one expert a program).
+# The tiles of dW.
+# Key: the kind of product and the architecture.
+# Value: the tiles for up to 3 experts, for 4, and for more, where a program takes one expert.
 _WEIGHTS = {
     ("half", 80): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
     ("half", 90): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
@@ -187,9 +192,10 @@ def _grad_weight(
 def _sample_splits(programs: int, samples: int, flops: float, size: int) -> int:
     """Into how many parts the samples are split, by shapes alone: a fixed order of sums.
 
-    Of ``programs`` tiles each takes ``flops`` over all its ``samples``. Parts fill the last wave of programs
-    better, at two passes over ``size`` float32 numbers each. Rates are of an H200: 2 TFLOP/s for a program
-    bound by L2, 4.3 TB/s; 162 tiles for 132 multiprocessors are two waves, four parts of them 4.9.
+    There are ``programs`` tiles, and each takes ``flops`` over all its ``samples``. Parts fill the last wave
+    of programs better, at two passes over ``size`` float32 numbers each. The rates are those of an H200:
+    2 TFLOP/s for a program bound by L2, 4.3 TB/s. For its 132 multiprocessors 162 tiles are two waves, four
+    parts of them 4.9.
     """
 
     def seconds(parts: int) -> float:
@@ -267,7 +273,8 @@ def _merged_product(
     row_mask = (t < rows)[:, None]
     column_mask = (n0 + n < N)[None, :]
     a_tile = row * K + t[:, None] * K + k[None, :]
-    weight_tile = k[:, None] * STRIDE_K + (n0 + n)[None, :] * STRIDE_N
+    # n0 stands outside the tile: as part of a vector it costs the forward registers and, for k > 4, spills.
+    weight_tile = n0 * STRIDE_N + k[:, None] * STRIDE_K + n[None, :] * STRIDE_N
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         a_mask, weight_mask = row_mask, column_mask
@@ -407,6 +414,7 @@ def _grad_weights_kernel(
     place = (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     owns_bias = (i0 == 0) & BIAS
+    # Each expert has variables of its own, because Triton cannot index a tensor that is in registers.
     weight_0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     weight_1, weight_2, weight_3 = weight_0, weight_0, weight_0
     bias_0 = tl.zeros([BLOCK_N], tl.float32)
@@ -414,6 +422,7 @@ def _grad_weights_kernel(
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
     steps = tl.cdiv(tokens, BLOCK_K)
+    # A nested loop would drain the pipeline of loads at the end of every sample; this single one does not.
     for step in range(tl.cdiv(batch - split, splits) * steps):
         sample = split + (step // steps) * splits
         t0 = (step % steps) * BLOCK_K
@@ -423,6 +432,8 @@ def _grad_weights_kernel(
             D_IN, D_OUT, MODULATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if t0 + BLOCK_K >= tokens:
+            # P is complete here. First it meets the chosen weights: <P, W_e> is this tile's share of dg. An
+            # index out of range reads the nearest expert: no stray read, and the forward has made it NaN.
             for j in tl.static_range(TOP_K):
                 expert = tl.load(index_ptr + sample * TOP_K + j).to(tl.int64)
                 expert = tl.minimum(tl.maximum(expert, 0), M - 1)
@@ -432,6 +443,7 @@ def _grad_weights_kernel(
                     b = tl.load(bias_ptr + expert * D_OUT + n0 + n, mask=column_mask, other=0.0)
                     grad_gate += tl.sum(s * b.to(tl.float32))
                 tl.store(grad_gate_ptr + (tile.to(tl.int64) * batch + sample) * TOP_K + j, grad_gate)
+            # Then every accumulator takes P, with gate 0 where the sample did not choose the expert.
             gate = _gate_of(index_ptr, gate_ptr, sample, 0, TOP_K)
             weight_0 += gate * p
             bias_0 += gate * s
@@ -449,6 +461,7 @@ def _grad_weights_kernel(
                 bias_3 += gate * s
             p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = tl.zeros([BLOCK_N], tl.float32)
+    # Each split writes a copy of its own, which sum_first adds in a fixed order: atomics would not repeat.
     dtype = grad_weight_ptr.dtype.element_ty
     grad_weight_ptr += split.to(tl.int64) * (M * D_IN * D_OUT)
     grad_bias_ptr += split * (M * D_OUT) + n0 + n
@@ -497,6 +510,8 @@ def _grad_each_weight_kernel(
     grad_bias = tl.zeros([BLOCK_N], tl.float32)
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
+    # Splits take turns, so that their counts of pairs differ by one at most, whatever the routing is. A split
+    # without pairs runs no step and writes zeros.
     first = tl.load(offsets_ptr + expert) + split
     count = tl.cdiv(tl.maximum(tl.load(offsets_ptr + expert + 1) - first, 0), splits)
     steps = tl.cdiv(tokens, BLOCK_K)
@@ -509,6 +524,7 @@ def _grad_each_weight_kernel(
             D_IN, D_OUT, MODULATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if t0 + BLOCK_K >= tokens:
+            # Every pair belongs to one program of this tile, so its share of dg is written once.
             gate = tl.load(gate_ptr + pair)
             w = tl.load(weight_ptr + place, mask=mask, other=0.0)
             grad_gate = tl.sum(p * w.to(tl.float32))
