@@ -22,25 +22,19 @@ _UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded
 _MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
 
 
-# The tables hold the largest tiles whose compiled code does not spill, as python -m benchmarks.compiled shows:
-# the larger a tile is, the less L2 traffic a FLOP takes.
+# The tables hold the largest tiles whose compiled code does not spill (see python -m benchmarks.compiled): the
+# larger a tile is, the less L2 traffic a FLOP takes.
 
 # The tiles of the forward and of dx.
-# Key: the kind of product, the architecture, and whether it is dx.
+# Key: the kind of product and the architecture.
 # Value: the tiles for more than 128 tokens, for 65 to 128, and for up to 64.
 _PRODUCTS = {
-    ("half", 80, False): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
-    ("half", 80, True): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
-    ("half", 90, False): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("half", 90, True): (Tile(256, 128, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("half", 100, False): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("half", 100, True): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("tf32", 80, False): (Tile(64, 64, 32, 4, 2),) * 3,
-    ("tf32", 80, True): (Tile(64, 64, 32, 4, 2),) * 3,
-    ("tf32", 90, False): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("tf32", 90, True): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("tf32", 100, False): (Tile(128, 64, 32, 8, 3),) * 3,
-    ("tf32", 100, True): (Tile(128, 64, 32, 8, 3),) * 3,
+    ("half", 80): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
+    ("half", 90): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("half", 100): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("tf32", 80): (Tile(64, 64, 32, 4, 2),) * 3,
+    ("tf32", 90): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("tf32", 100): (Tile(128, 64, 32, 8, 3),) * 3,
 }
 _IEEE_PRODUCT = Tile(64, 64, 32, 8, 2)
 
@@ -75,7 +69,9 @@ def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> Tile:
     if kind == "ieee" and gradient and top_k > _UNROLLED.value:  # 8 bytes of spills with 8 warps
         tile = tile._replace(num_warps=4)
     if kind != "ieee":
-        large, middle, small = _PRODUCTS[kind, arch, gradient]
+        large, middle, small = _PRODUCTS[kind, arch]
+        if gradient and (kind, arch) == ("half", 90):
+            large = large._replace(BLOCK_K=32)
         batch, tokens = x.shape[:2]
         filled = batch * cdiv(tokens, large.BLOCK_M) * cdiv(columns, large.BLOCK_N) >= _MULTIPROCESSORS
         tile = large if tokens > 128 and filled else middle if tokens > 64 else small
@@ -391,6 +387,18 @@ def _gate_of(index_ptr, gate_ptr, sample, expert: tl.constexpr, TOP_K: tl.conste
 
 
 @triton.jit
+def _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexpr):
+    """The accumulators of all M experts with ``gate_e P`` and ``gate_e s`` more."""
+    new_weights = ()
+    new_biases = ()
+    for e in tl.static_range(M):
+        gate = _gate_of(index_ptr, gate_ptr, sample, e, TOP_K)
+        new_weights = new_weights + (weights[e] + gate * p,)  # type: ignore[assignment]  # noqa: RUF005
+        new_biases = new_biases + (biases[e] + gate * s,)  # type: ignore[assignment]  # noqa: RUF005
+    return new_weights, new_biases
+
+
+@triton.jit
 def _grad_weights_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, grad_weight_ptr, grad_bias_ptr, grad_gate_ptr,
     batch, tokens, splits,
@@ -414,11 +422,11 @@ def _grad_weights_kernel(
     place = (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     owns_bias = (i0 == 0) & BIAS
-    # Each expert has variables of its own, because Triton cannot index a tensor that is in registers.
-    weight_0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    weight_1, weight_2, weight_3 = weight_0, weight_0, weight_0
-    bias_0 = tl.zeros([BLOCK_N], tl.float32)
-    bias_1, bias_2, bias_3 = bias_0, bias_0, bias_0
+    weights = ()
+    biases = ()
+    for _ in tl.static_range(M):  # tuples, because Triton cannot index a tensor that is in registers
+        weights = weights + (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        biases = biases + (tl.zeros([BLOCK_N], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
     steps = tl.cdiv(tokens, BLOCK_K)
@@ -444,42 +452,17 @@ def _grad_weights_kernel(
                     grad_gate += tl.sum(s * b.to(tl.float32))
                 tl.store(grad_gate_ptr + (tile.to(tl.int64) * batch + sample) * TOP_K + j, grad_gate)
             # Then every accumulator takes P, with gate 0 where the sample did not choose the expert.
-            gate = _gate_of(index_ptr, gate_ptr, sample, 0, TOP_K)
-            weight_0 += gate * p
-            bias_0 += gate * s
-            if M > 1:
-                gate = _gate_of(index_ptr, gate_ptr, sample, 1, TOP_K)
-                weight_1 += gate * p
-                bias_1 += gate * s
-            if M > 2:
-                gate = _gate_of(index_ptr, gate_ptr, sample, 2, TOP_K)
-                weight_2 += gate * p
-                bias_2 += gate * s
-            if M > 3:
-                gate = _gate_of(index_ptr, gate_ptr, sample, 3, TOP_K)
-                weight_3 += gate * p
-                bias_3 += gate * s
+            weights, biases = _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M, TOP_K)
             p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = tl.zeros([BLOCK_N], tl.float32)
     # Each split writes a copy of its own, which sum_first adds in a fixed order: atomics would not repeat.
     dtype = grad_weight_ptr.dtype.element_ty
     grad_weight_ptr += split.to(tl.int64) * (M * D_IN * D_OUT)
     grad_bias_ptr += split * (M * D_OUT) + n0 + n
-    tl.store(grad_weight_ptr + place, weight_0.to(dtype), mask=mask)
-    if owns_bias:
-        tl.store(grad_bias_ptr, bias_0.to(dtype), mask=column_mask)
-    if M > 1:
-        tl.store(grad_weight_ptr + D_IN * D_OUT + place, weight_1.to(dtype), mask=mask)
+    for e in tl.static_range(M):
+        tl.store(grad_weight_ptr + e * (D_IN * D_OUT) + place, weights[e].to(dtype), mask=mask)
         if owns_bias:
-            tl.store(grad_bias_ptr + D_OUT, bias_1.to(dtype), mask=column_mask)
-    if M > 2:
-        tl.store(grad_weight_ptr + 2 * D_IN * D_OUT + place, weight_2.to(dtype), mask=mask)
-        if owns_bias:
-            tl.store(grad_bias_ptr + 2 * D_OUT, bias_2.to(dtype), mask=column_mask)
-    if M > 3:
-        tl.store(grad_weight_ptr + 3 * D_IN * D_OUT + place, weight_3.to(dtype), mask=mask)
-        if owns_bias:
-            tl.store(grad_bias_ptr + 3 * D_OUT, bias_3.to(dtype), mask=column_mask)
+            tl.store(grad_bias_ptr + e * D_OUT, biases[e].to(dtype), mask=column_mask)
 
 
 @triton.jit

@@ -68,12 +68,7 @@ def forward(x: Tensor, experts: MLPExperts, gated: bool, keep: bool) -> tuple[Te
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    experts: MLPExperts,
-    pre: Tensor,
-    gated: bool,
-    wanted: list[bool],
+    grad: Tensor, x: Tensor, experts: MLPExperts, pre: Tensor, gated: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate; empty where not wanted."""
     weight_in, _, weight_out, bias_out, index, gate = experts
@@ -118,14 +113,9 @@ def backward(
 
 
 def _mixture(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
-    order: Tensor,
+    a: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, order: Tensor,
     transposed: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``sum_j a_bj W_e (+ g_bj c_e)``: a [B, k, T, K], weight [M, K, N] or, transposed, [M, N, K]."""
     batch, top_k, tokens, inner = a.shape
     size = weight.shape[1 if transposed else 2]

@@ -227,13 +227,9 @@ def forward(
 
 
 def backward(
-    grad_probs: Tensor | None,
-    grad_gate: Tensor | None,
-    embedding: Tensor,
-    weight: Tensor,
-    probs: Tensor,
+    grad_probs: Tensor | None, grad_gate: Tensor | None, embedding: Tensor, weight: Tensor, probs: Tensor,
     index: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of embedding, weight and bias; a gradient that is None counts as zero."""
     depth, experts, size = weight.shape
     rows = embedding.shape[0]
