@@ -22,7 +22,7 @@ def _divergence_kernel(
 
     Inputs are p [B, S], U [N, S], t [B] and assignment [S]; outputs are the loss [B] and dp [B, S]. A program
     owns one sample: it reads its probabilities and its row of the table, and writes its loss and the gradient
-    of the mean over the batch. Timesteps and columns out of range are clamped: all reads are inside the table.
+    of the mean over the batch. Timesteps and columns out of range are clamped, so all reads are in the table.
     """
     b = tl.program_id(0).to(tl.int64)
     t = tl.minimum(tl.maximum(tl.load(t_ptr + b), 0), timesteps - 1).to(tl.int64)

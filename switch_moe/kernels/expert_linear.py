@@ -22,8 +22,8 @@ _UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded
 _MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
 
 
-# The tables hold the largest tiles whose compiled code does not spill (see python -m benchmarks.compiled): the
-# larger a tile is, the less L2 traffic a FLOP takes.
+# The tables hold the largest tiles that compile without spills (python -m benchmarks.compiled lists them), for
+# a FLOP takes less L2 traffic the larger the tile is.
 
 # The tiles of the forward and of dx.
 # Key: the kind of product and the architecture.
@@ -107,13 +107,9 @@ def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tu
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    experts: LinearExperts,
-    mixture: Tensor | None,
-    modulate: bool,
+    grad: Tensor, x: Tensor, experts: LinearExperts, mixture: Tensor | None, modulate: bool,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, gate from that of the output; empty where not wanted."""
     weight, bias, index, gate = experts
     if x.numel() == 0 or weight.numel() == 0:
@@ -138,9 +134,8 @@ def _grad_x(
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
     grad_x = torch.empty_like(x)
     tile = product_tile(x, d_in, index.shape[1], gradient=True)
-    programs = batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_in, tile.BLOCK_N)
     launch(
-        _grad_x_kernel, programs,
+        _grad_x_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_in, tile.BLOCK_N),
         grad, x, x if mixture is None else mixture, weight, index, gate, order, grad_x, tokens,
         D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], MODULATE=modulate,
         PRECISION=dot_precision(x), **tile._asdict(),
@@ -178,11 +173,8 @@ def _grad_weight(
             _grad_weights_kernel, tiles * splits, *tensors, weights, biases, gates, batch, tokens, splits,
             **shared,
         )  # fmt: skip
-    return (
-        sum_first(weights, weight.dtype).view(weight.shape),
-        sum_first(biases, weight.dtype),
-        sum_first(gates, gate.dtype),
-    )
+    grad_weight, grad_bias = (sum_first(partials, weight.dtype) for partials in (weights, biases))
+    return grad_weight.view(weight.shape), grad_bias, sum_first(gates, gate.dtype)
 
 
 def _sample_splits(programs: int, samples: int, flops: float, size: int) -> int:
@@ -236,12 +228,11 @@ def _merge(
 @triton.jit
 def _sample_tile(order_ptr, tokens, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sample, first token and first of N columns of a program: neighbours share x, then the experts."""
-    pid = tl.program_id(0)
     BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    rest = pid // BLOCKS_N
+    rest, column_block = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
     blocks_t = tl.cdiv(tokens, BLOCK_M)
     sample = tl.load(order_ptr + rest // blocks_t).to(tl.int64)
-    return sample, (rest % blocks_t) * BLOCK_M, (pid % BLOCKS_N) * BLOCK_N
+    return sample, (rest % blocks_t) * BLOCK_M, column_block * BLOCK_N
 
 
 @triton.jit
