@@ -22,7 +22,7 @@ _UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded
 _MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
 
 
-# The tables hold the largest tiles that compile without spills (python -m benchmarks.compiled lists them), for
+# The tables hold the largest tiles that compile without spills (python -m benchmarks.compiled lists them):
 # a FLOP takes less L2 traffic the larger the tile is.
 
 # The tiles of the forward and of dx.
@@ -452,7 +452,7 @@ def _grad_weights_kernel(
     grad_bias_ptr += split * (M * D_OUT) + n0 + n
     for e in tl.static_range(M):
         tl.store(grad_weight_ptr + e * (D_IN * D_OUT) + place, weights[e].to(dtype), mask=mask)
-        if owns_bias:
+        if owns_bias:  # type: ignore[unreachable]  # mypy takes weights for the empty tuple
             tl.store(grad_bias_ptr + e * D_OUT, biases[e].to(dtype), mask=column_mask)
 
 
