@@ -12,26 +12,17 @@ from ._launch import launch
 
 @triton.jit
 def _divergence_kernel(
-    probs_ptr,  # [B, S]
-    table_ptr,  # [N, S]
-    t_ptr,  # [B]
-    assignment_ptr,  # [S]
-    loss_ptr,  # [B]
-    grad_ptr,  # [B, S]
-    batch,
-    timesteps,
-    S: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ACTIVE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    probs_ptr, table_ptr, t_ptr, assignment_ptr, loss_ptr, grad_ptr, batch, timesteps,
+    S: tl.constexpr, DEPTH: tl.constexpr, ACTIVE: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     """With q = p / DEPTH, u = U[t, assignment] / ACTIVE, m = (q + u) / 2 and a = 1e-6:
 
         loss  = 1/2 sum q log((q + a) / (m + a)) + u log((u + a) / (m + a))
         dp    = 1/2 (log((q + a) / (m + a)) + q / (q + a) - m / (m + a)) / (DEPTH B)
 
-    Owns one sample: reads its probabilities and its row of the table, writes its loss, and the gradient of
-    the mean over the batch. Timesteps and columns out of range are clamped: all reads are inside the table.
+    Inputs are p [B, S], U [N, S], t [B] and assignment [S]; outputs are the loss [B] and dp [B, S]. A program
+    owns one sample: it reads its probabilities and its row of the table, and writes its loss and the gradient
+    of the mean over the batch. Timesteps and columns out of range are clamped, so all reads are in the table.
     """
     b = tl.program_id(0).to(tl.int64)
     t = tl.minimum(tl.maximum(tl.load(t_ptr + b), 0), timesteps - 1).to(tl.int64)

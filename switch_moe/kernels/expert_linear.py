@@ -22,26 +22,25 @@ _UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded
 _MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
 
 
-# Chosen from the compiled code (python -m benchmarks.compiled): the largest tile without spills, for the
-# larger it is, the less L2 traffic a FLOP takes. Forward and dx: more than 128 tokens, up to 128, up to 64.
+# The tables hold the largest tiles that compile without spills (python -m benchmarks.compiled lists them):
+# a FLOP takes less L2 traffic the larger the tile is.
+
+# The tiles of the forward and of dx.
+# Key: the kind of product and the architecture.
+# Value: the tiles for more than 128 tokens, for 65 to 128, and for up to 64.
 _PRODUCTS = {
-    # kind of product, architecture, whether it is dx
-    ("half", 80, False): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
-    ("half", 80, True): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
-    ("half", 90, False): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("half", 90, True): (Tile(256, 128, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("half", 100, False): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("half", 100, True): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("tf32", 80, False): (Tile(64, 64, 32, 4, 2),) * 3,
-    ("tf32", 80, True): (Tile(64, 64, 32, 4, 2),) * 3,
-    ("tf32", 90, False): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("tf32", 90, True): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("tf32", 100, False): (Tile(128, 64, 32, 8, 3),) * 3,
-    ("tf32", 100, True): (Tile(128, 64, 32, 8, 3),) * 3,
+    ("half", 80): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
+    ("half", 90): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("half", 100): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    ("tf32", 80): (Tile(64, 64, 32, 4, 2),) * 3,
+    ("tf32", 90): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    ("tf32", 100): (Tile(128, 64, 32, 8, 3),) * 3,
 }
 _IEEE_PRODUCT = Tile(64, 64, 32, 8, 2)
 
-# dW, by the accumulators a program holds beside P: up to 3, 4, or 1 (one expert a program).
+# The tiles of dW.
+# Key: the kind of product and the architecture.
+# Value: the tiles for up to 3 experts, for 4, and for more, where a program takes one expert.
 _WEIGHTS = {
     ("half", 80): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
     ("half", 90): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
@@ -70,7 +69,9 @@ def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> Tile:
     if kind == "ieee" and gradient and top_k > _UNROLLED.value:  # 8 bytes of spills with 8 warps
         tile = tile._replace(num_warps=4)
     if kind != "ieee":
-        large, middle, small = _PRODUCTS[kind, arch, gradient]
+        large, middle, small = _PRODUCTS[kind, arch]
+        if gradient and (kind, arch) == ("half", 90):
+            large = large._replace(BLOCK_K=32)
         batch, tokens = x.shape[:2]
         filled = batch * cdiv(tokens, large.BLOCK_M) * cdiv(columns, large.BLOCK_N) >= _MULTIPROCESSORS
         tile = large if tokens > 128 and filled else middle if tokens > 64 else small
@@ -106,13 +107,9 @@ def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tu
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    experts: LinearExperts,
-    mixture: Tensor | None,
-    modulate: bool,
+    grad: Tensor, x: Tensor, experts: LinearExperts, mixture: Tensor | None, modulate: bool,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, gate from that of the output; empty where not wanted."""
     weight, bias, index, gate = experts
     if x.numel() == 0 or weight.numel() == 0:
@@ -137,9 +134,8 @@ def _grad_x(
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
     grad_x = torch.empty_like(x)
     tile = product_tile(x, d_in, index.shape[1], gradient=True)
-    programs = batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_in, tile.BLOCK_N)
     launch(
-        _grad_x_kernel, programs,
+        _grad_x_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_in, tile.BLOCK_N),
         grad, x, x if mixture is None else mixture, weight, index, gate, order, grad_x, tokens,
         D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], MODULATE=modulate,
         PRECISION=dot_precision(x), **tile._asdict(),
@@ -177,19 +173,17 @@ def _grad_weight(
             _grad_weights_kernel, tiles * splits, *tensors, weights, biases, gates, batch, tokens, splits,
             **shared,
         )  # fmt: skip
-    return (
-        sum_first(weights, weight.dtype).view(weight.shape),
-        sum_first(biases, weight.dtype),
-        sum_first(gates, gate.dtype),
-    )
+    grad_weight, grad_bias = (sum_first(partials, weight.dtype) for partials in (weights, biases))
+    return grad_weight.view(weight.shape), grad_bias, sum_first(gates, gate.dtype)
 
 
 def _sample_splits(programs: int, samples: int, flops: float, size: int) -> int:
     """Into how many parts the samples are split, by shapes alone: a fixed order of sums.
 
-    Of ``programs`` tiles each takes ``flops`` over all its ``samples``. Parts fill the last wave of programs
-    better, at two passes over ``size`` float32 numbers each. Rates are of an H200: 2 TFLOP/s for a program
-    bound by L2, 4.3 TB/s; 162 tiles for 132 multiprocessors are two waves, four parts of them 4.9.
+    There are ``programs`` tiles, and each takes ``flops`` over all its ``samples``. Parts fill the last wave
+    of programs better, at two passes over ``size`` float32 numbers each. The rates are those of an H200:
+    2 TFLOP/s for a program bound by L2, 4.3 TB/s. For its 132 multiprocessors 162 tiles are two waves, four
+    parts of them 4.9.
     """
 
     def seconds(parts: int) -> float:
@@ -234,12 +228,11 @@ def _merge(
 @triton.jit
 def _sample_tile(order_ptr, tokens, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sample, first token and first of N columns of a program: neighbours share x, then the experts."""
-    pid = tl.program_id(0)
     BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    rest = pid // BLOCKS_N
+    rest, column_block = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
     blocks_t = tl.cdiv(tokens, BLOCK_M)
     sample = tl.load(order_ptr + rest // blocks_t).to(tl.int64)
-    return sample, (rest % blocks_t) * BLOCK_M, (pid % BLOCKS_N) * BLOCK_N
+    return sample, (rest % blocks_t) * BLOCK_M, column_block * BLOCK_N
 
 
 @triton.jit
@@ -267,7 +260,8 @@ def _merged_product(
     row_mask = (t < rows)[:, None]
     column_mask = (n0 + n < N)[None, :]
     a_tile = row * K + t[:, None] * K + k[None, :]
-    weight_tile = k[:, None] * STRIDE_K + (n0 + n)[None, :] * STRIDE_N
+    # n0 stands outside the tile: as part of a vector it costs the forward registers and, for k > 4, spills.
+    weight_tile = n0 * STRIDE_N + k[:, None] * STRIDE_K + n[None, :] * STRIDE_N
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k0 in range(0, K, BLOCK_K):
         a_mask, weight_mask = row_mask, column_mask
@@ -384,6 +378,18 @@ def _gate_of(index_ptr, gate_ptr, sample, expert: tl.constexpr, TOP_K: tl.conste
 
 
 @triton.jit
+def _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexpr):
+    """The accumulators of all M experts with ``gate_e P`` and ``gate_e s`` more."""
+    new_weights = ()
+    new_biases = ()
+    for e in tl.static_range(M):
+        gate = _gate_of(index_ptr, gate_ptr, sample, e, TOP_K)
+        new_weights = new_weights + (weights[e] + gate * p,)  # type: ignore[assignment]  # noqa: RUF005
+        new_biases = new_biases + (biases[e] + gate * s,)  # type: ignore[assignment]  # noqa: RUF005
+    return new_weights, new_biases
+
+
+@triton.jit
 def _grad_weights_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, grad_weight_ptr, grad_bias_ptr, grad_gate_ptr,
     batch, tokens, splits,
@@ -407,13 +413,15 @@ def _grad_weights_kernel(
     place = (i0 + i)[:, None] * D_OUT + (n0 + n)[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     owns_bias = (i0 == 0) & BIAS
-    weight_0 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    weight_1, weight_2, weight_3 = weight_0, weight_0, weight_0
-    bias_0 = tl.zeros([BLOCK_N], tl.float32)
-    bias_1, bias_2, bias_3 = bias_0, bias_0, bias_0
+    weights = ()
+    biases = ()
+    for _ in tl.static_range(M):  # tuples, because Triton cannot index a tensor that is in registers
+        weights = weights + (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        biases = biases + (tl.zeros([BLOCK_N], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
     steps = tl.cdiv(tokens, BLOCK_K)
+    # A nested loop would drain the pipeline of loads at the end of every sample; this single one does not.
     for step in range(tl.cdiv(batch - split, splits) * steps):
         sample = split + (step // steps) * splits
         t0 = (step % steps) * BLOCK_K
@@ -423,6 +431,8 @@ def _grad_weights_kernel(
             D_IN, D_OUT, MODULATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if t0 + BLOCK_K >= tokens:
+            # P is complete here. First it meets the chosen weights: <P, W_e> is this tile's share of dg. An
+            # index out of range reads the nearest expert: no stray read, and the forward has made it NaN.
             for j in tl.static_range(TOP_K):
                 expert = tl.load(index_ptr + sample * TOP_K + j).to(tl.int64)
                 expert = tl.minimum(tl.maximum(expert, 0), M - 1)
@@ -432,41 +442,18 @@ def _grad_weights_kernel(
                     b = tl.load(bias_ptr + expert * D_OUT + n0 + n, mask=column_mask, other=0.0)
                     grad_gate += tl.sum(s * b.to(tl.float32))
                 tl.store(grad_gate_ptr + (tile.to(tl.int64) * batch + sample) * TOP_K + j, grad_gate)
-            gate = _gate_of(index_ptr, gate_ptr, sample, 0, TOP_K)
-            weight_0 += gate * p
-            bias_0 += gate * s
-            if M > 1:
-                gate = _gate_of(index_ptr, gate_ptr, sample, 1, TOP_K)
-                weight_1 += gate * p
-                bias_1 += gate * s
-            if M > 2:
-                gate = _gate_of(index_ptr, gate_ptr, sample, 2, TOP_K)
-                weight_2 += gate * p
-                bias_2 += gate * s
-            if M > 3:
-                gate = _gate_of(index_ptr, gate_ptr, sample, 3, TOP_K)
-                weight_3 += gate * p
-                bias_3 += gate * s
+            # Then every accumulator takes P, with gate 0 where the sample did not choose the expert.
+            weights, biases = _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M, TOP_K)
             p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = tl.zeros([BLOCK_N], tl.float32)
+    # Each split writes a copy of its own, which sum_first adds in a fixed order: atomics would not repeat.
     dtype = grad_weight_ptr.dtype.element_ty
     grad_weight_ptr += split.to(tl.int64) * (M * D_IN * D_OUT)
     grad_bias_ptr += split * (M * D_OUT) + n0 + n
-    tl.store(grad_weight_ptr + place, weight_0.to(dtype), mask=mask)
-    if owns_bias:
-        tl.store(grad_bias_ptr, bias_0.to(dtype), mask=column_mask)
-    if M > 1:
-        tl.store(grad_weight_ptr + D_IN * D_OUT + place, weight_1.to(dtype), mask=mask)
-        if owns_bias:
-            tl.store(grad_bias_ptr + D_OUT, bias_1.to(dtype), mask=column_mask)
-    if M > 2:
-        tl.store(grad_weight_ptr + 2 * D_IN * D_OUT + place, weight_2.to(dtype), mask=mask)
-        if owns_bias:
-            tl.store(grad_bias_ptr + 2 * D_OUT, bias_2.to(dtype), mask=column_mask)
-    if M > 3:
-        tl.store(grad_weight_ptr + 3 * D_IN * D_OUT + place, weight_3.to(dtype), mask=mask)
-        if owns_bias:
-            tl.store(grad_bias_ptr + 3 * D_OUT, bias_3.to(dtype), mask=column_mask)
+    for e in tl.static_range(M):
+        tl.store(grad_weight_ptr + e * (D_IN * D_OUT) + place, weights[e].to(dtype), mask=mask)
+        if owns_bias:  # type: ignore[unreachable]  # mypy takes weights for the empty tuple
+            tl.store(grad_bias_ptr + e * D_OUT, biases[e].to(dtype), mask=column_mask)
 
 
 @triton.jit
@@ -497,6 +484,8 @@ def _grad_each_weight_kernel(
     grad_bias = tl.zeros([BLOCK_N], tl.float32)
     p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     s = tl.zeros([BLOCK_N], tl.float32)
+    # Splits take turns, so that their counts of pairs differ by one at most, whatever the routing is. A split
+    # without pairs runs no step and writes zeros.
     first = tl.load(offsets_ptr + expert) + split
     count = tl.cdiv(tl.maximum(tl.load(offsets_ptr + expert + 1) - first, 0), splits)
     steps = tl.cdiv(tokens, BLOCK_K)
@@ -509,6 +498,7 @@ def _grad_each_weight_kernel(
             D_IN, D_OUT, MODULATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if t0 + BLOCK_K >= tokens:
+            # Every pair belongs to one program of this tile, so its share of dg is written once.
             gate = tl.load(gate_ptr + pair)
             w = tl.load(weight_ptr + place, mask=mask, other=0.0)
             grad_gate = tl.sum(p * w.to(tl.float32))

@@ -68,12 +68,7 @@ def forward(x: Tensor, experts: MLPExperts, gated: bool, keep: bool) -> tuple[Te
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    experts: MLPExperts,
-    pre: Tensor,
-    gated: bool,
-    wanted: list[bool],
+    grad: Tensor, x: Tensor, experts: MLPExperts, pre: Tensor, gated: bool, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate; empty where not wanted."""
     weight_in, _, weight_out, bias_out, index, gate = experts
@@ -118,14 +113,9 @@ def backward(
 
 
 def _mixture(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    gate: Tensor,
-    order: Tensor,
+    a: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, order: Tensor,
     transposed: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``sum_j a_bj W_e (+ g_bj c_e)``: a [B, k, T, K], weight [M, K, N] or, transposed, [M, N, K]."""
     batch, top_k, tokens, inner = a.shape
     size = weight.shape[1 if transposed else 2]
@@ -195,9 +185,9 @@ def _product(
     """``sum_j a_j W_e(j)`` over the slots, a tile [BLOCK_M, BLOCK_N] of it in float32; with HALF > 0 also
     for the columns HALF further on.
 
-    a_j [.., K] begins ``j * a_slot`` after a_ptr. e(j) is at index_ptr + j; its weight has SIZE numbers,
-    STRIDE_K and STRIDE_N apart along the inner and the column axis. Slots follow one another in a single
-    loop, and each step loads the expert of the next: loaded in its own step, it would cost the tiles a stage.
+    a_j [.., K] begins ``j * a_slot`` after a_ptr. The expert e(j) is at index_ptr + j; its weight has SIZE
+    numbers, STRIDE_K and STRIDE_N apart along the inner and the column axis. All slots share a single loop.
+    Each step loads the expert of the next; if it loaded its own, the pipeline of tiles would lose a stage.
     """
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     r, i = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
@@ -349,6 +339,7 @@ def _hidden_grad_kernel(
     t = tl.arange(0, BLOCK_M)
     row = pair * tokens + t0
     grad_gate = 0.0
+    # Each half of the columns is finished before the next begins, for fewer registers are alive then.
     parts = halves(dh, BLOCK_M, BLOCK_N)
     for half in tl.static_range(2):
         dh = parts[half]
@@ -359,12 +350,13 @@ def _hidden_grad_kernel(
         b = a
         if GATED:
             b = tl.load(pre_ptr + pre + H, mask=mask, other=0.0).to(tl.float32)
+        # The units are formed again from the kept input of the activation: the forward need not keep both.
         units, slope_a, slope_b = _activation(a, b, GATED)
         if UNITS:
             place = units_ptr + row * H + t[:, None] * H + n[None, :]
             tl.store(place, (gate * units).to(units_ptr.dtype.element_ty), mask=mask)
         if GRAD_GATE:
-            grad_gate += tl.sum(units * dh)
+            grad_gate += tl.sum(units * dh)  # dh is not yet scaled: dg is the gradient of the gate itself
         dh *= gate
         sums = sums_pre_ptr + (pair * blocks_t + token_tile) * W + n
         if GRAD_PRE:
@@ -375,6 +367,8 @@ def _hidden_grad_kernel(
             tl.store(sums, tl.sum(dh * slope_a, 0), mask=n < H)
             if GATED:
                 tl.store(sums + H, tl.sum(dh * slope_b, 0), mask=n < H)
+    # c2_e is added after the product, so its part of dg, and db2, need only the sum of dy over the tokens.
+    # Each program of these tokens sums every BLOCKS_N-th chunk of columns, and no chunk is read twice.
     if BIAS or SUMS_OUT:
         for d0 in range(col_tile * BLOCK_K, D, BLOCKS_N * BLOCK_K):
             d = d0 + tl.arange(0, BLOCK_K)
@@ -384,7 +378,7 @@ def _hidden_grad_kernel(
             if BIAS:
                 c = tl.load(bias_ptr + expert * D + d, mask=d < D, other=0.0)
                 grad_gate += tl.sum(total * c.to(tl.float32))
-            if SUMS_OUT and pair % TOP_K == 0:
+            if SUMS_OUT and pair % TOP_K == 0:  # the k pairs of a sample share dy: the first writes its sums
                 tl.store(sums_out_ptr + (sample * blocks_t + token_tile) * D + d, total, mask=d < D)
     if GRAD_GATE:
         tl.store(

@@ -26,29 +26,19 @@ def _every_fourth(x, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    embedding_ptr,  # [N', D]
-    weight_ptr,  # [L, M, D]
-    bias_ptr,  # [L, M]
-    probs_ptr,  # [L, N', M]
-    index_ptr,  # [L, N', K]
-    gate_ptr,  # [L, N', K]
-    selected_ptr,  # [N', L*M]; untouched without SELECTED
-    rows,
-    L: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    SELECTED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    MP: tl.constexpr,  # M up to a power of two
-):
+    embedding_ptr, weight_ptr, bias_ptr, probs_ptr, index_ptr, gate_ptr, selected_ptr, rows,
+    L: tl.constexpr, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SELECTED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
     """p = softmax(SiLU(e) W^T + b), and its K largest entries with their indices.
 
-    Owns BLOCK_N rows and BLOCK_L blocks (C = BLOCK_L * MP columns). Reads embedding [BLOCK_N, D] and weight
-    [C, D] once, writes all outputs of its tile. Each lane of the one warp sums its own channels of every
-    product, 4 neighbours of each 128, so operands go from global memory to registers. A tl.dot in float32
-    stages them in shared memory, where reads down a column conflict 4 and 8 ways.
+    Inputs are e [N', D], W [L, M, D] and b [L, M]; outputs are probs [L, N', M], index and gate [L, N', K],
+    and with SELECTED the 0/1 table [N', L*M]. MP is M up to a power of two.
+
+    A program owns BLOCK_N rows and BLOCK_L blocks (C = BLOCK_L * MP columns). It reads embedding [BLOCK_N, D]
+    and weight [C, D] once, and writes all outputs of its tile. Each lane of the one warp sums its own
+    channels of every product, 4 neighbours of each 128, so operands go from global memory to registers. A
+    tl.dot in float32 stages them in shared memory, where reads down a column conflict 4 and 8 ways.
     """
     LB: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
     C: tl.constexpr = BLOCK_L * MP
@@ -107,22 +97,10 @@ def _forward_kernel(
 
 @triton.jit
 def _grad_logits(
-    grad_probs_ptr,
-    grad_gate_ptr,
-    probs_ptr,
-    index_ptr,
-    rows,
-    n0,
-    l0,
-    L: tl.constexpr,
-    M: tl.constexpr,
-    K: tl.constexpr,
-    FROM_PROBS: tl.constexpr,
-    FROM_GATE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    MP: tl.constexpr,
-):
+    grad_probs_ptr, grad_gate_ptr, probs_ptr, index_ptr, rows, n0, l0,
+    L: tl.constexpr, M: tl.constexpr, K: tl.constexpr, FROM_PROBS: tl.constexpr, FROM_GATE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
     """p * (g - <g, p>) as [BLOCK_N, BLOCK_L * MP], where g is the gradient of p, with that of the gates."""
     rn = tl.arange(0, BLOCK_N)[:, None, None]
     rl = l0 + tl.arange(0, BLOCK_L)[None, :, None]
@@ -145,29 +123,15 @@ def _grad_logits(
 
 @triton.jit
 def _grad_weight_kernel(
-    grad_probs_ptr,
-    grad_gate_ptr,
-    embedding_ptr,
-    probs_ptr,
-    index_ptr,
-    grad_weight_ptr,  # [L, M, D]
-    grad_bias_ptr,  # [L, M]
-    rows,
-    L: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    FROM_PROBS: tl.constexpr,
-    FROM_GATE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    MP: tl.constexpr,
+    grad_probs_ptr, grad_gate_ptr, embedding_ptr, probs_ptr, index_ptr, grad_weight_ptr, grad_bias_ptr, rows,
+    L: tl.constexpr, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, FROM_PROBS: tl.constexpr,
+    FROM_GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, MP: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """dW = dlogits^T SiLU(e), db = sum of dlogits over the rows.
+):  # fmt: skip
+    """dW = dlogits^T SiLU(e) [L, M, D], db = sum of dlogits over the rows [L, M].
 
-    Owns [BLOCK_L * MP, BLOCK_D] of dW, and with the first channels also its part of db. Passes over all rows
-    of the embedding's BLOCK_D channels, in order.
+    A program owns [BLOCK_L * MP, BLOCK_D] of dW, and with the first channels also its part of db. It passes
+    over all rows of the embedding's BLOCK_D channels, in order.
     """
     DB: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     l0 = tl.program_id(0) // DB * BLOCK_L
@@ -196,28 +160,15 @@ def _grad_weight_kernel(
 
 @triton.jit
 def _grad_embedding_kernel(
-    grad_probs_ptr,
-    grad_gate_ptr,
-    embedding_ptr,
-    weight_ptr,
-    probs_ptr,
-    index_ptr,
-    grad_embedding_ptr,  # [N', D]
-    rows,
-    L: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    FROM_PROBS: tl.constexpr,
-    FROM_GATE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    MP: tl.constexpr,
+    grad_probs_ptr, grad_gate_ptr, embedding_ptr, weight_ptr, probs_ptr, index_ptr, grad_embedding_ptr, rows,
+    L: tl.constexpr, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, FROM_PROBS: tl.constexpr,
+    FROM_GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, MP: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """de = (sum over the blocks of dlogits W) * SiLU'(e).
+):  # fmt: skip
+    """de = (sum over the blocks of dlogits W) * SiLU'(e) [N', D].
 
-    Owns [BLOCK_N, BLOCK_D] of de. Reads BLOCK_D channels of all weights, BLOCK_L blocks at a time, in order.
+    A program owns [BLOCK_N, BLOCK_D] of de. It reads BLOCK_D channels of all weights, BLOCK_L blocks at a
+    time, in order.
     """
     DB: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     n0 = tl.program_id(0) // DB * BLOCK_N
@@ -276,13 +227,9 @@ def forward(
 
 
 def backward(
-    grad_probs: Tensor | None,
-    grad_gate: Tensor | None,
-    embedding: Tensor,
-    weight: Tensor,
-    probs: Tensor,
+    grad_probs: Tensor | None, grad_gate: Tensor | None, embedding: Tensor, weight: Tensor, probs: Tensor,
     index: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of embedding, weight and bias; a gradient that is None counts as zero."""
     depth, experts, size = weight.shape
     rows = embedding.shape[0]
