@@ -219,7 +219,9 @@ def readme_block(reports: list[Report]) -> str:
         layers = {(str(line.first["shape"]), line.first["dtype"]): line
                   for line in lines(report, "layer") if line.first["pass"] == BOTH}  # fmt: skip
         both = [line for line in lines(report, "expert_linear") if line.first["pass"] == BOTH]
-        for line in both[: README_ROWS // len(reports)]:
+        sizes = sorted({line.first["shape"]["D"] for line in both})
+        shown = [line for line in both if line.first["shape"]["D"] in (sizes[0], sizes[-1])]
+        for line in shown[: README_ROWS // len(reports)]:
             layer = layers.get((str(line.first["shape"]), line.first["dtype"]))
             official = layer.ratio(OFFICIAL, WITH_TABLE) if layer else None
             dense = line.ratio(SWITCH_MOE, LINEAR)
@@ -232,8 +234,9 @@ def readme_block(reports: list[Report]) -> str:
     measured = "; ".join(map(described, reports))
     method = "Every number is a ratio of times, the median over rounds in which all take turns."
     parts = [f"Measured on {measured}. {method} Bold: switch_moe is slower.\n", table(head, body)]
-    for operation, word in (("train_step", "training"), ("sample_step", "sampling")):
-        parts += [f"{step_sentence(report, operation, word)}\n" for report in reports]
+    for report in reports:
+        steps = (("train_step", "training"), ("sample_step", "sampling"))
+        parts.append(" ".join(step_sentence(report, *step) for step in steps))
     return "\n".join(part for part in parts if part.strip())
 
 

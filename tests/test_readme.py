@@ -126,10 +126,8 @@ def test_tools_find_their_commands() -> None:
 
 
 def test_paths_and_length() -> None:
-    made_by_make = {"benchmarks/results/hero.png"}  # by make bench-report
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
     named = re.findall(r"`((?:csrc|switch_moe|tests|benchmarks|models)/[\w./-]*)`", README)
-    for path in set(links + named) - made_by_make:
+    for path in set(links + named):
         assert (ROOT / path).exists(), path
-    generated = re.search(r"<!-- benchmarks.*<!-- end of benchmarks -->", README, re.DOTALL)[0]
-    assert len(README.replace(generated, "").splitlines()) <= 145
+    assert len(README.splitlines()) <= 150
