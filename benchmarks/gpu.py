@@ -29,6 +29,7 @@ TESTED = ("expert_linear", "expert_mlp", "timestep_gate", "diffusion_prior", "di
           "layer", "prior", "no_host_wait")  # fmt: skip
 SANITIZED = ("dispatch", "expert_linear_kernels", "timestep_gate", "diffusion_prior", "linear_assignment")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+TESTS = [*PYTEST, "-o", "addopts="]  # without the options that ask for pytest-xdist, which may be missing
 
 
 class Failed(Exception):
@@ -68,7 +69,7 @@ def test(processes: int, end: float) -> None:
     """
     parallel = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    run("the tests", [*PYTEST, *parallel, *test_files(TESTED)], end, OMP_NUM_THREADS=threads)
+    run("the tests", [*TESTS, *parallel, *test_files(TESTED)], end, OMP_NUM_THREADS=threads)
 
 
 def sanitize(end: float) -> None:
@@ -78,7 +79,7 @@ def sanitize(end: float) -> None:
     if tool is None:
         raise Failed("--sanitize needs compute-sanitizer, which is not in CUDA_HOME or PATH")
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", *PYTEST, *test_files(SANITIZED)]
+        command = [tool, "--tool", check, "--error-exitcode", "9", *TESTS, *test_files(SANITIZED)]
         run(f"compute-sanitizer {check}", command, end, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
