@@ -97,7 +97,7 @@ def peers() -> tuple[list[Peer], dict[str, str]]:
 
 
 def peer_states() -> dict[str, str]:
-    """Of every peer, whether it is there, or why not."""
+    """Whether each peer is there, or why not."""
     found, missing = peers()
     states = {peer.name: "available" for peer in found} | missing
     states["grouped_mm"] = f"torch {torch.__version__}"

@@ -76,7 +76,7 @@ class Setting(NamedTuple):
 
     @property
     def settings(self) -> dict[str, int]:
-        """Of the model, for create_model."""
+        """The settings of the model, for create_model."""
         size = SIZES[self.model]
         return {"input_size": size.latent, "in_channels": size.channels, "num_classes": size.classes}
 

@@ -181,7 +181,7 @@ def test_without_bias(device: str, small_tiles) -> None:
 
 
 def test_saved_for_backward(device: str, small_tiles) -> None:
-    """Of the size of the tokens only x, and m(x) where x is modulated and needs a gradient."""
+    """Autograd keeps x alone of the size of the tokens, and m(x) where x is modulated and has a gradient."""
     for modulate, expected in ((False, 1), (True, 2)):
         tensors, index, _ = make_inputs((4, 64, 16, 16, 3, 2), torch.float32)
         x, weight, bias, gate = (t.to(device).requires_grad_() for t in tensors)
