@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core. With a GPU there are at most four, for they share its memory."""
+    """A worker for each core, at most eight. With a GPU there are at most four, for they share its memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4) if torch.cuda.is_available() else cores
+    return min(cores, 4 if torch.cuda.is_available() else 8)
 
 
 @pytest.fixture
