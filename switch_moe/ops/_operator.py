@@ -12,6 +12,9 @@ NAMESPACE = "switch_moe"
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+# Asked once, because torch.compile of 2.11 cannot trace the question.
+_WITH_AUTOCAST = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)]
+
 
 def operator(
     name: str, fake: Callable[..., Any], *, mutates: Iterable[str] = (), autocast: int | None = None
@@ -56,7 +59,7 @@ def _under_autocast(function: Callable[..., Any], device_type: str, count: int) 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type that autocast wants on ``device``, or None where autocast is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in _WITH_AUTOCAST and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
