@@ -25,7 +25,7 @@ LABELS = {LINEAR: "one dense layer (F.linear)", "expert loop": "loop over the ex
 
 
 def growth(report: Report, axis: str) -> dict[str, list[tuple[float, float]]]:
-    """For each contender its points along an axis: size, milliseconds."""
+    """The points of each contender along an axis, as (size, milliseconds)."""
     found: dict[str, list[tuple[float, float]]] = {}
     for row in report.rows:
         if row["operation"] == "growth" and row["note"] == axis and row.get("samples"):

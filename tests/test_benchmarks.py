@@ -48,7 +48,7 @@ def test_a_wrong_result_of_switch_moe_has_no_time(tmp_path: Path) -> None:
     )
     path = tmp_path / "results.json"
     command = [*PYTEST, "benchmarks/test_linear_assignment.py", "-k", "36", f"--benchmark-json={path}"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [*command, "-p", "break_it"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
