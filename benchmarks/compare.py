@@ -1,18 +1,15 @@
-"""Whether a change made anything slower: two revisions on this machine, or two result files of one machine.
+"""Whether a change made anything slower: this tree and a revision, timed side by side on this machine.
 
-    python -m benchmarks.compare --base main             # builds main beside this tree, times both in turns
-    python -m benchmarks.compare OLD.json NEW.json       # of `pytest benchmarks --benchmark-json=...`
+    python -m benchmarks.compare --base main
 
-With ``--base`` each revision has a process of its own; the two take turns, call by call. Two result files
-come from two runs, and a machine drifts between runs, so switch_moe is taken relative to what ran beside it
-in the same round. In both cases there are pairs of times, (a_i, b_i), and
+Each has a process of its own; the two take turns, call by call. Of pairs of times (a_i, b_i), new and old,
 
     r_i = log(a_i / b_i)    e = median(r)    s = 1.2533 * 1.4826 * median |r_i - e| / sqrt(rounds)
 
 where 1.4826 turns a median absolute deviation into a standard deviation, and 1.2533 the error of a mean into
-that of a median. The interval of the ratio is exp(e - 3 s) to exp(e + 3 s); for two files e is the difference
-of the files' and s^2 the sum. Slower: all of the interval is above the limit. Faster: all of it is below
-1 / limit. Exits with 1 where something became slower, with 2 where nothing can be compared.
+that of a median. The interval of the ratio is exp(e - 3 s) to exp(e + 3 s). Slower: all of it is above the
+limit. Faster: all of it is below 1 / limit. Exits with 1 where something became slower, with 2 where nothing
+can be compared.
 """
 
 from __future__ import annotations
@@ -29,11 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.case import SWITCH_MOE
 from benchmarks.environment import DEVICE, ROOT
-from benchmarks.report import Line, Report, lines, load
 
-SAME_MACHINE = ("device", "gpu", "cpu", "cpu_family", "cores", "threads", "isa")
 WIDTH = 3.0  # standard errors on each side
 CALLS = Path(__file__).parent / "compare_calls.py"
 
@@ -50,46 +44,12 @@ class Change(NamedTuple):
         return "slower" if self.low > limit else "faster" if self.high < 1 / limit else "same"
 
 
-def centre_and_error(values: list[float]) -> tuple[float, float]:
-    """Median and its standard error, from the median absolute deviation."""
-    centre = statistics.median(values)
-    deviation = 1.4826 * statistics.median(abs(value - centre) for value in values)
-    return centre, 1.2533 * deviation / math.sqrt(len(values))
-
-
-def change(case: str, *log_ratios: list[float]) -> Change:
-    """The change from log(new / old), or from log(new / base) and log(old / base)."""
-    (centre, error), *others = map(centre_and_error, log_ratios)
-    centre -= sum(other for other, _ in others)
-    error = math.hypot(error, *(other for _, other in others))
+def change(case: str, log_ratios: list[float]) -> Change:
+    """The change from log(new / old) of every round."""
+    centre = statistics.median(log_ratios)
+    deviation = 1.4826 * statistics.median(abs(ratio - centre) for ratio in log_ratios)
+    error = 1.2533 * deviation / math.sqrt(len(log_ratios))
     return Change(case, *(math.exp(centre + side * WIDTH * error) for side in (-1, 0, 1)))
-
-
-def compare_files(old: Report, new: Report) -> Iterator[Change]:
-    """Every line of switch_moe that both files have timed beside the same contender."""
-    for key in SAME_MACHINE:
-        if old.machine.get(key) != new.machine.get(key):
-            values = f"{old.machine.get(key)!r} and {new.machine.get(key)!r}"
-            raise ValueError(f"the files are of different machines: {key} is {values}")
-    before = {label(line): line for line in lines(old)}
-    for line in lines(new):
-        pair = [found for found in (line, before.get(label(line))) if found]
-        for base in (name for name in line.contenders if not name.startswith(SWITCH_MOE)):
-            ratios = [log_ratios(found, base) for found in pair]
-            if len(pair) == 2 and all(ratios):
-                yield change(f"{label(line)}, beside {base}", *ratios)
-                break
-
-
-def label(line: Line) -> str:
-    row = line.first
-    axis = f" along {row['note']}" if row["operation"] == "growth" else ""
-    return f"{row['operation']} {line.case}{axis} {row['dtype']} {row['pass']}"
-
-
-def log_ratios(line: Line, base: str) -> list[float]:
-    times, others = (line.contenders.get(name, {}).get("samples") or [] for name in (SWITCH_MOE, base))
-    return [math.log(a / b) for a, b in zip(times, others, strict=False)]
 
 
 class Worker:
@@ -165,23 +125,18 @@ def compare_revision(revision: str, rounds: int, device: str) -> Iterator[Change
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", metavar="OLD.json NEW.json")
-    parser.add_argument("--base", metavar="REV", help="a git revision to build and to compare this tree with")
-    parser.add_argument("--rounds", type=int, default=15, help="of --base, 15 by default")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE, help="of --base")
+    parser.add_argument(
+        "--base", metavar="REV", required=True, help="a git revision to build and to compare this tree with"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="15 by default, at least 5")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
     parser.add_argument("--limit", type=float, default=1.05, help="ratio that passes, 1.05 by default")
     arguments = parser.parse_args(argv)
-    if len(arguments.files) != (0 if arguments.base else 2) or arguments.limit < 1 or arguments.rounds < 5:
-        parser.error(
-            "give either --base REV or OLD.json NEW.json, a --limit of at least 1, 5 --rounds or more"
-        )
+    if arguments.limit < 1 or arguments.rounds < 5:
+        parser.error("--limit must be at least 1 and --rounds at least 5")
     changes = []
     try:
-        if arguments.base:
-            found = compare_revision(arguments.base, arguments.rounds, arguments.device)
-        else:
-            found = compare_files(*map(load, arguments.files))
-        for one in found:
+        for one in compare_revision(arguments.base, arguments.rounds, arguments.device):
             changes.append(one)
             interval = f"{one.ratio:.3f} ({one.low:.3f} to {one.high:.3f})"
             print(f"{one.verdict(arguments.limit):8}{interval:26}{one.case}", flush=True)

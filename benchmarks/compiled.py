@@ -221,29 +221,33 @@ def faults(row: Row) -> dict[str, str]:
     return found
 
 
-def table(rows: list[Row]) -> list[list[str]]:
-    """The cells of a table, the header first."""
-    measures = ("warps", "stages", "registers", "spilled", "shared")
-    cells = [["kernel", "arch", "type", "tile", *measures, "tensor", "resident", "faults"]]
+def describe(row: Row) -> str:
+    """What a kernel's machine code takes, in a cell."""
+    if "registers" not in row:
+        return "does not compile"
+    parts = [
+        f"{row['registers']} registers",
+        f"{-(-row['shared'] // 1024)} KiB",
+        f"{row['resident']} resident",
+    ]
+    parts += [f"{count} {name}" for name, count in row["tensor"].items()]
+    parts += [f"{row['spilled']} bytes spilled"] if row["spilled"] else []
+    return ", ".join(parts)
+
+
+def lines(rows: list[Row]) -> Iterator[str]:
+    """A table in Markdown: a line for each kernel, type and tile, a column for each architecture."""
+    found: dict[tuple[str, ...], dict[int, str]] = {}
     for row in rows:
         tile = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in row["tile"].items())
         tile += f" k={row['top_k']}" if row["top_k"] else ""
-        tensor = " ".join(f"{count} {name}" for name, count in row.get("tensor", {}).items())
-        text = "; ".join(f"{name}: {fault.splitlines()[-1]}" for name, fault in row["faults"].items())
-        start = [row["kernel"], f"sm_{row['arch']}", row["dtype"], tile]
-        numbers = [str(row.get(name, "")) for name in measures]
-        cells.append([*start, *numbers, tensor, str(row.get("resident", "")), text])
-    return cells
-
-
-def lines(cells: list[list[str]], markdown: bool) -> Iterator[str]:
-    """The lines of a table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for number, line in enumerate(cells):
-        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        yield f"| {' | '.join(padded)} |" if markdown else "  ".join(padded).rstrip()
-        if markdown and number == 0:
-            yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        tile += f", {row['warps']} warps, {row['stages']} stages"
+        key = (row["kernel"].split(".")[1].strip("_").removesuffix("_kernel"), row["dtype"], tile)
+        found.setdefault(key, {})[row["arch"]] = describe(row)
+    yield f"| kernel | type | tile | {' | '.join(f'sm_{arch}' for arch in ARCHITECTURES)} |"
+    yield "|---" * (3 + len(ARCHITECTURES)) + "|"
+    for key, cells in found.items():
+        yield f"| {' | '.join([*key, *(cells.get(arch, '') for arch in ARCHITECTURES)])} |"
 
 
 def page(rows: list[Row], triton_version: str) -> str:
@@ -256,7 +260,7 @@ def page(rows: list[Row], triton_version: str) -> str:
     parts = [HEADER.format(triton=triton_version)]
     for operation in sorted({row["kernel"].split(".")[0] for row in rows}):
         of_operation = [row for row in hardest.values() if row["kernel"].split(".")[0] == operation]
-        parts += [f"## {operation}\n", "\n".join(lines(table(of_operation), markdown=True)) + "\n"]
+        parts += [f"## {operation}\n", "\n".join(lines(of_operation)) + "\n"]
     return "\n".join(parts)
 
 
@@ -274,9 +278,9 @@ def inspect_all(selected: list[Specialisation], jobs: int) -> list[Row]:
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for done, (number, row) in enumerate(pool.imap_unordered(_inspect_numbered, range(len(selected))), 1):
             rows[number] = row
-            state = ", ".join(row["faults"]) or "fine"
-            name = f"{row['kernel']} sm_{row['arch']} {row['dtype']}"
-            print(f"{done}/{len(selected)} {name}: {state}", file=sys.stderr, flush=True)
+            state = ", ".join(f"{name}: {fault}" for name, fault in row["faults"].items()) or "fine"
+            name = f"{row['kernel']} sm_{row['arch']} {row['dtype']} {row['tile']}"
+            print(f"{done}/{len(selected)} {name}: {describe(row)}: {state}", file=sys.stderr, flush=True)
     return rows
 
 
@@ -292,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--all", action="store_true", help="every specialisation, not one of each tile")
     parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose module.name contains it")
+    parser.add_argument("--arch", type=int, nargs="*", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables there in Markdown")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
@@ -300,10 +305,9 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, so kernels are interpreted and not compiled; unset it")
     wanted = list((calls_of(arguments.calls) if arguments.calls else calls)(arguments.all))
-    found = [spec for arch in ARCHITECTURES for spec in record(wanted, arch) if arguments.only in spec.name]
+    found = [spec for arch in arguments.arch for spec in record(wanted, arch) if arguments.only in spec.name]
     selected = select(found, arguments.all)
     rows = inspect_all(selected, arguments.jobs)
-    print("\n".join(lines(table(rows), markdown=False)))
     if arguments.markdown:
         arguments.markdown.write_text(page(rows, triton.__version__))
     if arguments.json:

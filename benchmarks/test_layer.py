@@ -17,8 +17,7 @@ from benchmarks.case import SWITCH_MOE, WITH_TABLE, Case, Contender, Inputs, Out
 from benchmarks.peers import OFFICIAL, Peer, official_layer, peer_path
 from benchmarks.test_expert_linear import SHAPES, dense_layer, linear_inputs, linear_peers
 from switch_moe import SwitchMoE
-from switch_moe.ops import timestep_gate
-from switch_moe.reference.expert_linear import expert_linear as reference_linear
+from switch_moe.ops import expert_linear, timestep_gate
 from switch_moe.reference.timestep_gate import timestep_gate as reference_gate
 
 TIMESTEPS = 1000
@@ -62,7 +61,8 @@ def layer_case(
 
     def exact(i: Inputs, _: Outputs) -> Outputs:
         index, gate = route(i, reference_gate, i["time_table"][i["t"]])
-        return (reference_linear(i["x"], i["weight"], i["bias"], index, gate.to(i["time_table"].dtype)),)
+        gate = gate.to(i["time_table"].dtype)
+        return (expert_linear(i["x"], i["weight"], i["bias"], index, gate, backend="reference"),)
 
     def run_layer(i: Inputs) -> Outputs:
         parameters = {

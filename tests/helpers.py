@@ -19,6 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from switch_dit import SwitchDiT
 
+    from switch_moe.experts import LinearExperts
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -101,13 +103,32 @@ def check_streams_and_graph(run: Callable[[], list[Tensor]], expected: list[Tens
 
 
 def random_model(seed: int = 0, **settings: Any) -> SwitchDiT:
-    """A small Switch-DiT whose trained weights are all random: those of a fresh one are the identity."""
+    """A small Switch-DiT whose trained weights are all random: those of a fresh one are the identity.
+
+    Its routers choose other experts at other timesteps.
+    """
     from switch_dit import SwitchDiT
 
     small = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 3}
     torch.manual_seed(seed)
     model = SwitchDiT(**{**small, "num_classes": 5, **settings})
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=1.0 if name == "router.weight" else 0.1)
     return model
+
+
+def count_merges(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The routes of every expert_linear that merges on a CPU from now on: one merged weight each."""
+    from switch_moe.cpu import expert_linear as cpu
+
+    routes: list[int] = []
+    name = "_fused_forward" if cpu.vector_width(torch.float32) else "_merged_forward"
+    original = getattr(cpu, name)
+
+    def counting(x: Tensor, experts: LinearExperts, samples: list[int]) -> Tensor:
+        routes.append(len(samples))
+        return original(x, experts, samples)
+
+    monkeypatch.setattr(cpu, name, counting)
+    return routes

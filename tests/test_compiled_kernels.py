@@ -51,6 +51,13 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return compiled(tmp_path_factory.mktemp("planted"), "--calls", str(path))["rows"]
 
 
+def test_a_part_of_them_is_sound(tmp_path: Path) -> None:
+    """The forward kernels for sm_90, at every tile: what a quick run has time for."""
+    rows = compiled(tmp_path, "--arch", "90", "--only", "_forward_kernel")["rows"]
+    assert {row["kernel"].split(".")[0] for row in rows} == {"expert_linear", "timestep_gate"}
+    assert [describe(row) for row in rows if row["faults"]] == []
+
+
 def launched_kernels() -> list[str]:
     """module.kernel for every first argument of ``launch`` in switch_moe/kernels."""
     found = set()

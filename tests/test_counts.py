@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import count_merges
 from switch_dit import GaussianDiffusion, SwitchDiT
 from test_no_host_wait import as_on_a_gpu  # noqa: F401  a fixture
 from torch import Tensor
@@ -22,7 +23,6 @@ from benchmarks import counts, kernel_calls
 from benchmarks.baselines import expert_loop, grouped_linear
 from switch_moe import Routing, SwitchMoE, native
 from switch_moe.cpu import expert_linear as cpu
-from switch_moe.experts import LinearExperts
 
 B, T, D = 4, 64, 128
 UNIT = 2 * B * T * D * D  # FLOPs of nn.Linear
@@ -127,16 +127,7 @@ class TestFlops:
         self, routes: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         layer, x, e, _ = make(3, 2)
-        merged = []
-
-        name = "_fused_forward" if cpu.vector_width(torch.float32) else "_merged_forward"
-        original = getattr(cpu, name)
-
-        def forward(x: Tensor, experts: LinearExperts, samples: list[int]) -> Tensor:
-            merged.append(len(samples))
-            return original(x, experts, samples)
-
-        monkeypatch.setattr(cpu, name, forward)
+        merged = count_merges(monkeypatch)
         routing = layer.route(e[:routes].repeat_interleave(B // routes, 0))
         assert counts.product_flops(lambda: layer(x, routing=routing)) == UNIT
         merged.clear()

@@ -12,15 +12,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import assert_close, assert_error_rule
+from helpers import assert_close, assert_error_rule, count_merges
 from torch import Tensor
 
 from switch_moe import native
 from switch_moe.cpu import expert_linear as cpu
-from switch_moe.experts import LinearExperts
 from switch_moe.ops import expert_linear
-from switch_moe.reference.expert_linear import expert_linear as reference
 
+reference = functools.partial(expert_linear, backend="reference")
 # B, T, Din, Dout, M, k: merged and grouped, odd sizes, one token, one sample, sizes past a tile of the merge
 SHAPES = [
     (5, 70, 48, 40, 3, 2),
@@ -200,17 +199,9 @@ def test_gradients_in_any_layout(tokens: int, modulate: bool) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_samples_that_share_a_timestep_share_one_merge(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    merged = []
     if not fused:
         merge_apart(monkeypatch)
-    name = "_fused_forward" if cpu.vector_width(torch.float32) else "_merged_forward"
-    original = getattr(cpu, name)
-
-    def counting(x: Tensor, experts: LinearExperts, counts: list[int]) -> Tensor:
-        merged.append(len(counts))
-        return original(x, experts, counts)
-
-    monkeypatch.setattr(cpu, name, counting)
+    merged = count_merges(monkeypatch)
     tensors, index, grad = make_inputs((12, 40, 16, 16, 3, 2), torch.float32)
     for routes, expected in [([0] * 12, 1), ([0, 1, 2] * 4, 3), (list(range(12)), 12)]:
         merged.clear()

@@ -9,8 +9,7 @@ import torch
 from helpers import assert_close
 
 from switch_moe import Router, SwitchMoE
-from switch_moe.reference.expert_linear import expert_linear
-from switch_moe.reference.expert_mlp import expert_mlp
+from switch_moe.ops import expert_linear, expert_mlp
 
 KINDS = [
     {"expert": "linear"},

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers import random_model
 from switch_dit import GaussianDiffusion, SwitchDiT
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,12 +72,8 @@ def step(model: SwitchDiT, device: str) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def small_model() -> SwitchDiT:
-    return SwitchDiT(8, 2, 1, hidden_size=24, depth=2, num_heads=2, num_classes=3)
-
-
 def test_on_meta_tensors(as_on_a_gpu) -> None:
-    step(small_model().to("meta").train(), "meta")
+    step(random_model(in_channels=1).to("meta").train(), "meta")
 
 
 def test_a_planted_wait_is_seen() -> None:
@@ -91,7 +88,7 @@ def test_a_planted_wait_is_seen() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu() -> None:
-    model = small_model().cuda().train()
+    model = random_model(in_channels=1).cuda().train()
     step(model, "cuda")  # the first step compiles, and may wait
     torch.cuda.set_sync_debug_mode("error")
     try:

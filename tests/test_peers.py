@@ -14,7 +14,7 @@ from benchmarks import peers
 from benchmarks.baselines import expert_loop
 from benchmarks.case import FORWARD, Contender, check
 from benchmarks.test_layer import layer_case
-from switch_moe.reference.expert_linear import expert_linear
+from switch_moe.ops import expert_linear
 
 
 @pytest.mark.parametrize("experts", [3, 8])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, random_model
 from switch_dit import SwitchDiT, create_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,17 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def random_model(top_k: int = 2, experts: int = 3) -> SwitchDiT:
-    torch.manual_seed(0)
-    settings = {"hidden_size": 24, "depth": 3, "num_heads": 2, "num_classes": 3}
-    model = SwitchDiT(8, 2, 1, **settings, num_experts=experts, top_k=top_k)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=1.0 if name == "router.weight" else 0.1)
-    return model
-
-
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(5, 1, 8, 8, generator=generator)
@@ -49,7 +38,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("experts", "top_k"), [(3, 2), (3, 1), (3, 3), (5, 2)])
 def test_official_structure_is_the_same_function(experts: int, top_k: int) -> None:
-    model = random_model(top_k, experts).eval()
+    model = random_model(in_channels=1, depth=3, top_k=top_k, num_experts=experts).eval()
     structure = OfficialStructure.of(model).eval()
     assert model.state_dict().keys() == structure.state_dict().keys()
     assignment = torch.randperm(len(model.assignment), generator=torch.Generator().manual_seed(2))
@@ -66,7 +55,7 @@ def test_official_structure_is_the_same_function(experts: int, top_k: int) -> No
 
 
 def test_official_structure_matches_at_the_same_cost() -> None:
-    model = random_model()
+    model = random_model(in_channels=1, depth=3)
     structure = OfficialStructure.of(model)
     chosen = model.route_all_timesteps().selected()
     assert 0 < chosen.mean(0).min() < chosen.mean(0).max() < 1, "the case is not trivial"

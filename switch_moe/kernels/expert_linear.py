@@ -91,8 +91,7 @@ def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tu
     """``(m(x) or x * (1 + m(x)), m(x) where modulated and kept, else empty)``; arguments contiguous."""
     weight, bias, index, gate = experts
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
-    out = x.new_empty(batch, tokens, d_out)
-    mixture = torch.empty_like(out) if keep else x.new_empty(0)
+    out, mixture = experts.empty_outputs(x, keep)
     if x.numel() == 0 or weight.numel() == 0:
         return out.zero_(), mixture.zero_()
     order, _, _ = dispatch(index, num_experts)
@@ -109,30 +108,28 @@ def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tu
 def backward(
     grad: Tensor, x: Tensor, experts: LinearExperts, mixture: Tensor | None, modulate: bool,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, weight, bias, gate from that of the output; empty where not wanted."""
-    weight, bias, index, gate = experts
-    if x.numel() == 0 or weight.numel() == 0:
-        shapes = (x.shape, weight.shape, (weight.shape[0], weight.shape[2]))
-        zeros = [x.new_zeros(shape if want else 0) for shape, want in zip(shapes, wanted, strict=False)]
-        return zeros[0], zeros[1], zeros[2], gate.new_zeros(gate.shape if wanted[3] else 0)
-    order, pairs, offsets = dispatch(index, weight.shape[0])
-    grad_x = x.new_empty(0)
+    grads = experts.empty_gradients(x, wanted)
+    if x.numel() == 0 or experts.weight.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
+    order, pairs, offsets = dispatch(experts.expert_index, len(experts.weight))
     if wanted[0]:
-        grad_x = _grad_x(grad, x, weight, index, gate, order, mixture, modulate)
-    if not any(wanted[1:]):
-        return grad_x, weight.new_empty(0), weight.new_empty(0), gate.new_empty(0)
-    grads = _grad_weight(grad, x, weight, bias, index, gate, pairs, offsets, modulate)
-    chosen = [found if want else found.new_empty(0) for found, want in zip(grads, wanted[1:], strict=True)]
-    return grad_x, chosen[0], chosen[1], chosen[2]
+        _grad_x(grad, x, experts, order, mixture, modulate, grads[0])
+    if any(wanted[1:]):
+        found = _grad_weight(grad, x, experts, pairs, offsets, modulate)
+        grads[1:] = [
+            new if want else none for new, want, none in zip(found, wanted[1:], grads[1:], strict=True)
+        ]
+    return tuple(grads)
 
 
 def _grad_x(
-    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, order: Tensor,
-    mixture: Tensor | None, modulate: bool,
-) -> Tensor:  # fmt: skip
+    grad: Tensor, x: Tensor, experts: LinearExperts, order: Tensor, mixture: Tensor | None, modulate: bool,
+    grad_x: Tensor,
+) -> None:  # fmt: skip
+    weight, _, index, gate = experts
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
-    grad_x = torch.empty_like(x)
     tile = product_tile(x, d_in, index.shape[1], gradient=True)
     launch(
         _grad_x_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_in, tile.BLOCK_N),
@@ -140,13 +137,12 @@ def _grad_x(
         D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], MODULATE=modulate,
         PRECISION=dot_precision(x), **tile._asdict(),
     )  # fmt: skip
-    return grad_x
 
 
 def _grad_weight(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, pairs: Tensor,
-    offsets: Tensor, modulate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, x: Tensor, experts: LinearExperts, pairs: Tensor, offsets: Tensor, modulate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias, index, gate = experts
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
     each = num_experts > MAX_ACCUMULATORS
     tile = weight_tile(x, num_experts)

@@ -7,6 +7,8 @@ W is H, the hidden width, or 2H for SwiGLU, where a program forms both halves of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -52,9 +54,9 @@ def forward(x: Tensor, experts: MLPExperts, gated: bool, keep: bool) -> tuple[Te
     weight_in, bias_in, weight_out, bias_out, index, gate = experts
     (batch, tokens, size), top_k = x.shape, index.shape[1]
     num_experts, hidden, _ = weight_out.shape
-    pre = x.new_empty((batch, top_k, tokens, weight_in.shape[2]) if keep else 0)
+    out, pre = experts.empty_outputs(x, keep)
     if x.numel() == 0:
-        return torch.empty_like(x), pre
+        return out, pre
     order, pairs, _ = dispatch(index, num_experts)
     units = x.new_empty(batch, top_k, tokens, hidden)
     tile = _tiles("hidden", x, tokens, gated)
@@ -64,23 +66,22 @@ def forward(x: Tensor, experts: MLPExperts, gated: bool, keep: bool) -> tuple[Te
         batch * top_k, D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_in is not None,
         KEEP=keep, PRECISION=dot_precision(x), **tile._asdict(),
     )  # fmt: skip
-    return _mixture(units, weight_out, bias_out, index, gate, order, transposed=False), pre
+    _mixture(units, weight_out, bias_out, index, gate, order, out, transposed=False)
+    return out, pre
 
 
 def backward(
     grad: Tensor, x: Tensor, experts: MLPExperts, pre: Tensor, gated: bool, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate; empty where not wanted."""
     weight_in, _, weight_out, bias_out, index, gate = experts
     (batch, tokens, size), top_k = x.shape, index.shape[1]
     num_experts, hidden, _ = weight_out.shape
     width = weight_in.shape[2]
     want_x, want_in, want_bias_in, want_out, want_bias_out, want_gate = wanted
+    grads = experts.empty_gradients(x, wanted)
     if x.numel() == 0:
-        shapes = (x.shape, weight_in.shape, (num_experts, width), weight_out.shape, (num_experts, size))
-        grads = [x.new_zeros(shape if want else 0) for shape, want in zip(shapes, wanted, strict=False)]
-        grad_gate = gate.new_zeros(gate.shape if want_gate else 0)
-        return grads[0], grads[1], grads[2], grads[3], grads[4], grad_gate
+        return tuple(grad.zero_() for grad in grads)
     order, pairs, offsets = dispatch(index, num_experts)
     tile = _tiles("hidden_grad", x, tokens, gated)
     blocks_t, blocks_n = cdiv(tokens, tile.BLOCK_M), cdiv(hidden, tile.BLOCK_N)
@@ -97,9 +98,8 @@ def backward(
         GRAD_PRE=want_x or want_in, UNITS=want_out, GRAD_GATE=want_gate, SUMS_PRE=want_bias_in,
         SUMS_OUT=want_bias_out, PRECISION=dot_precision(x), **tile._asdict(),
     )  # fmt: skip
-    grads = [x.new_empty(0) for _ in range(5)]
     if want_x:
-        grads[0] = _mixture(grad_pre, weight_in, None, index, gate, order, transposed=True)
+        _mixture(grad_pre, weight_in, None, index, gate, order, grads[0], transposed=True)
     if want_in:
         grads[1] = _weight_grad(x, grad_pre, pairs, offsets, weight_in, top_k, 1)
     if want_bias_in:
@@ -108,18 +108,18 @@ def backward(
         grads[3] = _weight_grad(units, grad, pairs, offsets, weight_out, 1, top_k)
     if want_bias_out:
         grads[4] = _bias_grad(sums_out, pairs, offsets, gate, weight_out)
-    grad_gate = sum_first(gates, gate.dtype) if want_gate else gate.new_empty(0)
-    return grads[0], grads[1], grads[2], grads[3], grads[4], grad_gate
+    if want_gate:
+        grads[5] = sum_first(gates, gate.dtype)
+    return tuple(grads)
 
 
 def _mixture(
-    a: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, order: Tensor,
+    a: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, order: Tensor, out: Tensor,
     transposed: bool,
-) -> Tensor:  # fmt: skip
+) -> None:  # fmt: skip
     """``sum_j a_bj W_e (+ g_bj c_e)``: a [B, k, T, K], weight [M, K, N] or, transposed, [M, N, K]."""
     batch, top_k, tokens, inner = a.shape
-    size = weight.shape[1 if transposed else 2]
-    out = a.new_empty(batch, tokens, size)
+    size = out.shape[2]
     tile = _tiles("mixture", a, tokens)
     launch(
         _mixture_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(size, tile.BLOCK_N),
@@ -127,7 +127,6 @@ def _mixture(
         N=size, K=inner, M=weight.shape[0], TOP_K=top_k, TRANSPOSED=transposed, BIAS=bias is not None,
         PRECISION=dot_precision(a), **tile._asdict(),
     )  # fmt: skip
-    return out
 
 
 def _weight_grad(

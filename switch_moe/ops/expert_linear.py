@@ -64,11 +64,11 @@ def expert_linear(
     if modulate and d_in != d_out:
         raise ValueError(f"modulate needs square experts; weight has shape {tuple(weight.shape)}")
     path = choose(_OPERATION, backend, x, weight)
-    experts = (weight, bias, as_int32(expert_index, num_experts), expert_gate)
+    experts = LinearExperts(weight, bias, as_int32(expert_index, num_experts), expert_gate)
     if path == "reference":
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_expert_index(experts[2], num_experts)
-        return reference_expert_linear(x, *experts, modulate)
+            check_expert_index(experts.expert_index, num_experts)
+        return reference_expert_linear(x, experts, modulate)
     out: Tensor = _ExpertLinear.apply(x, *experts, modulate, path)
     return out
 

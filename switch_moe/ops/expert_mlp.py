@@ -76,9 +76,9 @@ def expert_mlp(
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         check_expert_index(expert_index, num_experts)
     index = as_int32(expert_index, num_experts)
-    experts = (weight_in, bias_in, weight_out, bias_out, index, expert_gate)
+    experts = MLPExperts(weight_in, bias_in, weight_out, bias_out, index, expert_gate)
     if path == "reference":
-        return reference_expert_mlp(x, *experts, gated)
+        return reference_expert_mlp(x, experts, gated)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *experts))
     out: Tensor = _ExpertMLP.apply(x, *experts, gated, keep)
     return out

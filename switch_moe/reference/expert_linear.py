@@ -5,20 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..experts import LinearExperts
 
-def expert_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    expert_index: Tensor,
-    expert_gate: Tensor,
-    modulate: bool = False,
-) -> Tensor:
+
+def expert_linear(x: Tensor, experts: LinearExperts, modulate: bool = False) -> Tensor:
     """``m(x_b) = sum_j gate_bj (x_b W_j + b_j)``, or ``x (1 + m(x))`` with ``modulate``. Differentiable.
 
     Shapes as in :func:`switch_moe.ops.expert_linear`. Products and sums are in the type of ``x``; the gates
     stay float32 until they scale an expert's output.
     """
+    weight, bias, expert_index, expert_gate = experts
     mixture = torch.zeros((), dtype=x.dtype, device=x.device)
     for j in range(expert_index.shape[1]):
         chosen = expert_index[:, j].long()

@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..experts import MLPExperts
 
-def expert_mlp(
-    x: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-    expert_index: Tensor,
-    expert_gate: Tensor,
-    gated: bool,
-) -> Tensor:
+
+def expert_mlp(x: Tensor, experts: MLPExperts, gated: bool) -> Tensor:
     """``m(x_b) = sum_j gate_bj MLP_index_bj(x_b)``. Differentiable; shapes as in the operation."""
+    weight_in, bias_in, weight_out, bias_out, expert_index, expert_gate = experts
     mixture = torch.zeros((), dtype=x.dtype, device=x.device)
     for j in range(expert_index.shape[1]):
         chosen = expert_index[:, j].long()
