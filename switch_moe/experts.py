@@ -42,8 +42,11 @@ class MLPExperts(NamedTuple):
 
     def empty_outputs(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output ``[B, T, D]`` and the hidden layer before its activation ``[B, k, T, W]``, if kept."""
-        hidden = (x.shape[0], self.expert_index.shape[1], x.shape[1], self.weight_in.shape[2])
-        return x.new_empty(x.shape), x.new_empty(hidden if keep else 0)
+        return x.new_empty(x.shape), x.new_empty(self.hidden_shape(x) if keep else 0)
+
+    def hidden_shape(self, x: Tensor) -> tuple[int, ...]:
+        """``[B, k, T, W]``."""
+        return (x.shape[0], self.expert_index.shape[1], x.shape[1], self.weight_in.shape[2])
 
     def empty_gradients(self, x: Tensor, wanted: Iterable[bool]) -> list[Tensor]:
         """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate."""

@@ -9,12 +9,31 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 
-def address(tensor: Tensor | None) -> int:
-    """The address of the data of a tensor, as the compiled functions take it; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def address(tensor: Tensor | None, dtype: torch.dtype, size: int, device: str = "cpu") -> int:
+    """The address of a tensor's ``size`` numbers of type ``dtype``, for a compiled function; 0 for None.
+
+    Compiled functions trust what they are given, so this is the one place that hands out addresses.
+
+    Raises:
+        ValueError: the tensor is on another kind of device, holds another count of numbers, is not contiguous
+            or begins between two numbers. TypeError: it has another type.
+    """
+    if tensor is None:
+        return 0
+    if tensor.dtype is not dtype:
+        raise TypeError(f"a compiled function was given {tensor.dtype}; it takes {dtype} here")
+    pointer: int = tensor.data_ptr()
+    there = tensor.is_cpu if device == "cpu" else tensor.device.type == device
+    if not there or tensor.numel() != size or not tensor.is_contiguous() or pointer % dtype.itemsize:
+        raise ValueError(
+            f"a compiled function was given a tensor of shape {tuple(tensor.shape)} and strides "
+            f"{tensor.stride()} on {tensor.device}; it takes {size} numbers side by side on a {device} device"
+        )
+    return pointer
 
 
 class NativeModule:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def cpu_has(feature: str) -> bool:
@@ -25,6 +26,18 @@ def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x from that of ``SiLU(x)``."""
     gradient: Tensor = torch.ops.aten.silu_backward(grad, x)
     return gradient
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func (grad, jvp, vmap, ...) or forward-mode AD is at work."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def values(tensor: Tensor) -> Tensor:
+    """The tensor below the wrappers of torch.func, whose values can be read."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def tf32_allowed() -> bool:

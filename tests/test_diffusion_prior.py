@@ -107,12 +107,9 @@ def test_out_of_range_takes_the_nearest(device: str) -> None:
     wrong_t, wrong_assignment = t.clone(), assignment.clone()
     wrong_t[0], wrong_t[1], wrong_assignment[3] = -(2**40), 2**40, 2**40
     t[0], t[1], assignment[3] = 0, len(table) - 1, table.shape[1] - 1
-    expected = value_and_gradient(
-        diffusion_prior_loss, probs, table, t, assignment, depth, active, backend="triton"
-    )
-    found = value_and_gradient(
-        diffusion_prior_loss, probs, table, wrong_t, wrong_assignment, depth, active, backend="triton"
-    )
+    operator = torch.ops.switch_moe.diffusion_prior_loss
+    expected = operator(probs, table, t, assignment, depth, active)
+    found = operator(probs, table, wrong_t, wrong_assignment, depth, active)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
@@ -171,7 +168,19 @@ def test_compile_fullgraph(autocast: bool, backend: str, device: str) -> None:
         ({"table": torch.zeros(6)}, ValueError, r"table has shape \(6,\); it must be \[N, S\]"),
         ({"t": torch.zeros(3).long()}, ValueError, r"t has shape \(3,\); it must be \[2\]"),
         ({"t": torch.zeros(2)}, TypeError, "t is torch.float32; it must be torch.int32 or torch.int64"),
-        ({"t": torch.tensor([0, 10])}, IndexError, "out of bounds"),
+        ({"t": torch.tensor([0, 10])}, ValueError, r"t holds 0 to 10; it must stay in \[0, 10\)"),
+        ({"t": torch.tensor([-1, 0])}, ValueError, r"t holds -1 to 0; it must stay in \[0, 10\)"),
+        ({"assignment": torch.arange(6) - 1}, ValueError, r"assignment holds -1 to 4; it must stay in"),
+        ({"table": torch.full((10, 6), 0.5)}, ValueError, "table holds 0.5; every entry must be 0 or 1"),
+        (
+            {"probs": torch.zeros(2, 6).to_sparse()},
+            TypeError,
+            "probs is torch.sparse_coo; it must be a dense",
+        ),
+        ({"probs": torch.zeros(2, 6, dtype=torch.complex64)}, TypeError, "probs is torch.complex64"),
+        ({"probs": [[0.5]]}, TypeError, r"probs is \[\[0.5\]\] \(list\); it must be a tensor"),
+        ({"depth": 2.5}, TypeError, r"depth is 2.5 \(float\); it must be an integer"),
+        ({"active": True}, TypeError, r"active is True \(bool\); it must be an integer"),
         ({"assignment": torch.zeros(5).long()}, ValueError, r"assignment has shape \(5,\); it must be \[6\]"),
         ({"assignment": torch.zeros(6)}, TypeError, "assignment is torch.float32; it must be torch.int32"),
         ({"table": torch.zeros(10, 6, device="meta")}, ValueError, "table is on meta; it must be on cpu"),

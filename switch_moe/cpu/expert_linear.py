@@ -10,12 +10,14 @@ import functools
 import itertools
 import math
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import native
 from ..experts import LinearExperts
+from ..native import address
 from ..torch_compat import cpu_has
 
 _VECTOR_WIDTHS = {"AVX512": 16, "AVX2": 8}  # floats of a vector
@@ -111,75 +113,89 @@ def _in_float32(experts: LinearExperts) -> LinearExperts:
 def _mixture(x: Tensor, experts: LinearExperts) -> Tensor:
     """``m(x) [B, T, Dout]``."""
     batch, tokens, _ = x.shape
-    with torch.autocast("cpu", enabled=False):
-        if x.dtype == torch.float16:  # torch's float16 products on a CPU are 40 times slower than float32
-            return _mixture(x.float(), _in_float32(experts)).half()
-        routes, order, counts = _share_routes(experts.expert_index, experts.expert_gate)
-        chosen = algorithm(batch * tokens / len(counts), experts)
-        if chosen == "grouped":
-            return _grouped_forward(x, experts)
-        shared = 1 < len(counts) < batch
-        rows = x.index_select(0, order) if shared else x
-        if len(counts) < batch:
-            index, gate = experts.expert_index[routes], experts.expert_gate[routes]
-            experts = experts._replace(expert_index=index, expert_gate=gate)
-        compute = _fused_forward if chosen == "fused" else _merged_forward
-        out = compute(rows, experts, counts)
-        return torch.empty_like(out).index_copy_(0, order, out) if shared else out
+    if x.dtype == torch.float16:  # torch's float16 products on a CPU are 40 times slower than float32
+        return _mixture(x.float(), _in_float32(experts)).half()
+    shared = _shared_routes(experts.expert_index, experts.expert_gate)
+    counts = [1] * batch if shared is None else shared.counts
+    chosen = algorithm(batch * tokens / len(counts), experts)
+    if chosen == "grouped":
+        return _grouped_forward(x, experts)
+    compute = _fused_forward if chosen == "fused" else _merged_forward
+    if shared is None:
+        return compute(x, experts, counts)
+    index, gate = experts.expert_index[shared.sample], experts.expert_gate[shared.sample]
+    experts = experts._replace(expert_index=index, expert_gate=gate)
+    if len(counts) == 1:
+        return compute(x, experts, counts)
+    out = compute(x.index_select(0, shared.order), experts, counts)
+    return torch.empty_like(out).index_copy_(0, shared.order, out)
 
 
 def _backward(
     grad: Tensor, x: Tensor, experts: LinearExperts, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients from dm, that of the mixture."""
-    with torch.autocast("cpu", enabled=False):
-        if x.dtype == torch.float16:
-            found = _backward(grad.float(), x.float(), _in_float32(experts), wanted)
-            return found[0].half(), found[1].half(), found[2].half(), found[3]
-        weight, bias, index, gate = experts
-        compute = {"fused": _fused_backward, "merged": _merged_backward, "grouped": _grouped_backward}
-        grad_x, grad_weight, grad_gate = compute[algorithm(x.shape[1], experts)](grad, x, experts, wanted)
-        grad_bias = x.new_empty(0)
-        if bias is not None and (wanted[2] or wanted[3]):
-            total_BO = _sum_of_tokens(grad)
-            gate_BM = gate.new_zeros(len(gate), len(weight)).scatter_add_(1, index.long(), gate)
-            if wanted[2]:
-                grad_bias = (gate_BM.t() @ total_BO).to(bias.dtype)
-            if wanted[3]:
-                grad_gate += (total_BO @ bias.float().t()).gather(1, index.long())
-    return grad_x, grad_weight, grad_bias, grad_gate
+    if x.dtype == torch.float16:
+        found = _backward(grad.float(), x.float(), _in_float32(experts), wanted)
+        return found[0].half(), found[1].half(), found[2].half(), found[3]
+    _, bias, index, gate = experts
+    compute = {"fused": _fused_backward, "merged": _merged_backward, "grouped": _grouped_backward}
+    grad_x, grad_weight, grad_gate = compute[algorithm(x.shape[1], experts)](grad, x, experts, wanted)
+    grad_bias = None
+    if bias is not None and (wanted[2] or wanted[3]):
+        total_BO = _sum_of_tokens(grad)
+        if wanted[2]:  # by index, not by a product with zeros: 0 times infinity is not 0
+            pairs = (gate[:, :, None] * total_BO[:, None]).flatten(0, 1)
+            grad_bias = gate.new_zeros(bias.shape).index_add_(0, index.flatten(), pairs).to(bias.dtype)
+        if wanted[3]:
+            grad_gate += (total_BO @ bias.float().t()).gather(1, index.long())
+    return grad_x, grad_weight, x.new_empty(0) if grad_bias is None else grad_bias, grad_gate
 
 
-def _share_routes(index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+class _SharedRoutes(NamedTuple):
+    """Routes of several samples each."""
+
+    sample: Tensor  # [R], a sample of each route
+    order: Tensor  # [B], the samples in the order of their routes
+    counts: list[int]  # samples of each route
+
+
+def _shared_routes(index: Tensor, gate: Tensor) -> _SharedRoutes | None:
     """Samples that share a timestep share experts and gates, and then a merged weight.
 
-    Returns a sample of each route [R], the samples in the order of their routes [B], and samples per route.
-    Where fewer than half of the merges would be saved, every sample is its own route: one batched product
-    is faster.
+    None where every sample should be its own route, which is where fewer than half of the merges would be
+    saved: one batched product is faster.
     """
     batch = index.shape[0]
-    every = torch.arange(batch, device=index.device)
     bits = gate.view(torch.int32)
-    distinct = len(torch.unique(bits[:, 0]))  # at most as many as routes; those take 0.5 ms for 128 samples
-    if 2 * distinct > batch > 1:
-        return every, every, [1] * batch
+    distinct = torch.unique(bits[:, 0]).shape[0]  # at most as many as routes; those take 0.5 ms for B = 128
+    if batch == 1 or 2 * distinct > batch:
+        return None
     keys = torch.cat([index, bits], dim=1)
     if torch.equal(keys, keys[:1].expand_as(keys)):
-        return every[:1], every, [batch]
+        every = torch.arange(batch, device=index.device)
+        return _SharedRoutes(every[:1], every, [batch])
     _, route, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
-    if 2 * len(counts) > batch:
-        return every, every, [1] * batch
+    if 2 * counts.shape[0] > batch:
+        return None
     order = torch.argsort(route, stable=True)
-    return order[counts.cumsum(0) - counts], order, counts.tolist()
+    return _SharedRoutes(order[counts.cumsum(0) - counts], order, counts.tolist())
 
 
 def _merge(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """``out_r = sum_j gate_rj weight_index_rj``: weight [M, ...], index and gate [R, k], out [R, ...]."""
+    dtype, experts, size, (routes, top_k) = weight.dtype, weight.shape[0], weight[0].numel(), index.shape
     native.cpu.require().merge_experts(
-        weight.data_ptr(), len(weight), weight[0].numel(), index.data_ptr(), gate.data_ptr(), *index.shape,
-        _DTYPE_CODE[weight.dtype], torch.get_num_threads(), out.data_ptr(),
+        address(weight, dtype, experts * size), experts, size, *_routes(index, gate), routes, top_k,
+        _DTYPE_CODE[dtype], torch.get_num_threads(), address(out, dtype, routes * size),
     )  # fmt: skip
     return out
+
+
+def _routes(index: Tensor, gate: Tensor) -> tuple[int, int]:
+    """The addresses of experts and gates, ``[R, k]`` both."""
+    count = index.shape[0] * index.shape[1]
+    return address(index, torch.int32, count), address(gate, torch.float32, count)
 
 
 def _merged_bias(experts: LinearExperts) -> Tensor | None:
@@ -187,7 +203,7 @@ def _merged_bias(experts: LinearExperts) -> Tensor | None:
     bias, index = experts.bias, experts.expert_index
     if bias is None:
         return None
-    return _merge(bias, index, experts.expert_gate, bias.new_empty(len(index), bias.shape[1]))
+    return _merge(bias, index, experts.expert_gate, bias.new_empty(index.shape[0], bias.shape[1]))
 
 
 def _workspace(dtype: torch.dtype, size: int, most: int) -> Tensor:
@@ -203,7 +219,7 @@ def _workspace(dtype: torch.dtype, size: int, most: int) -> Tensor:
 
 def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
     """Room for the merged weights of one round of routes, ``[n, I, O]``."""
-    rows = _workspace(weight.dtype, weight[0].numel(), min(routes, ROUTES_PER_EXPERT * len(weight)))
+    rows = _workspace(weight.dtype, weight[0].numel(), min(routes, ROUTES_PER_EXPERT * weight.shape[0]))
     return rows.view(-1, *weight.shape[1:])
 
 
@@ -213,10 +229,10 @@ def _merged_forward(x: Tensor, experts: LinearExperts, counts: list[int]) -> Ten
     out = experts.empty_outputs(x, keep=False)[0]
     buffer = _merged_buffer(weight, len(counts))
     stop = 0
-    for r in range(0, len(counts), len(buffer)):
-        chunk = slice(r, min(r + len(buffer), len(counts)))
+    for r in range(0, len(counts), buffer.shape[0]):
+        chunk = slice(r, min(r + buffer.shape[0], len(counts)))
         v_RIO = _merge(weight, index[chunk], gate[chunk], buffer[: chunk.stop - r])
-        if len(counts) == len(x):
+        if len(counts) == x.shape[0]:
             torch.bmm(x[chunk], v_RIO, out=out[chunk])
             continue
         for route, v_IO in enumerate(v_RIO, start=r):
@@ -224,7 +240,7 @@ def _merged_forward(x: Tensor, experts: LinearExperts, counts: list[int]) -> Ten
             torch.mm(x[start:stop].flatten(0, 1), v_IO, out=out[start:stop].flatten(0, 1))
     bias_RO = _merged_bias(experts)
     if bias_RO is not None:
-        if len(counts) < len(x):
+        if len(counts) < x.shape[0]:
             bias_RO = bias_RO.repeat_interleave(torch.tensor(counts), 0)
         out += bias_RO[:, None]
     return out
@@ -241,11 +257,16 @@ def _fused_product(
 ) -> Tensor:
     """``out = x V_r + bias_r``, or ``x V_r^T`` if transposed; bias is [R, Dout]."""
     weight, _, index, gate = experts
-    starts = torch.tensor([0, *itertools.accumulate(counts)]) * x.shape[1]
+    dtype, rows = x.dtype, x.shape[0] * x.shape[1]
+    (num_experts, d_in, d_out), (routes, top_k) = weight.shape, index.shape
+    ends = itertools.accumulate(counts, initial=0)
+    starts = torch.tensor([end * x.shape[1] for end in ends], dtype=torch.int64, device="cpu")
     native.cpu.require().fused_product(
-        x.data_ptr(), *weight.shape, weight.data_ptr(), *index.shape, index.data_ptr(), gate.data_ptr(),
-        starts.data_ptr(), 0 if bias is None else bias.data_ptr(), transposed, _DTYPE_CODE[x.dtype],
-        vector_width(x.dtype), torch.get_num_threads(), out.data_ptr(),
+        address(x, dtype, rows * (d_out if transposed else d_in)), num_experts, d_in, d_out,
+        address(weight, dtype, num_experts * d_in * d_out), routes, top_k, *_routes(index, gate),
+        address(starts, torch.int64, routes + 1), address(bias, dtype, routes * d_out), transposed,
+        _DTYPE_CODE[dtype], vector_width(dtype), torch.get_num_threads(),
+        address(out, dtype, rows * (d_in if transposed else d_out)),
     )  # fmt: skip
     return out
 
@@ -271,13 +292,13 @@ class _Pairs:
     def combine(self, rows: Tensor, gate: Tensor) -> Tensor:
         """``[B*k, T, D]`` to their sums weighted by gate, float32 ``[B, T, D]``."""
         by_sample = rows.index_select(0, torch.argsort(self.order)).float()
-        total = torch.bmm(gate[:, None], by_sample.view(len(gate), self.top_k, -1))
-        return total.view(len(gate), *rows.shape[1:])
+        total = torch.bmm(gate[:, None], by_sample.view(gate.shape[0], self.top_k, -1))
+        return total.view(gate.shape[0], *rows.shape[1:])
 
 
 def _grouped_forward(x: Tensor, experts: LinearExperts) -> Tensor:
     weight, bias, index, gate = experts
-    pairs = _Pairs(index, len(weight))
+    pairs = _Pairs(index, weight.shape[0])
     rows = pairs.gather(x)
     y = rows.new_empty(*rows.shape[:2], weight.shape[2])
     for e, (x_e, y_e) in enumerate(zip(pairs.split(rows), pairs.split(y), strict=True)):
@@ -303,10 +324,11 @@ def _merged_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two products: dx_b = dm_b V_b^T and P_b = x_b^T dm_b; dW_e = sum_b g_be P_b, dg_be = <P_b, W_e>."""
     weight, _, index, gate = experts
+    dtype = weight.dtype
     grad_x = torch.empty_like(x) if wanted[0] else x.new_empty(0)
     grad_weight, grad_gate = torch.empty_like(weight), torch.empty_like(gate)
-    buffer = _merged_buffer(weight, len(x))
-    rounds = [slice(b, min(b + len(buffer), len(x))) for b in range(0, len(x), len(buffer))]
+    buffer = _merged_buffer(weight, x.shape[0])
+    rounds = [slice(b, min(b + buffer.shape[0], x.shape[0])) for b in range(0, x.shape[0], buffer.shape[0])]
     carry = torch.empty(weight.shape if len(rounds) > 1 else 0, dtype=torch.float32, device=weight.device)
     for number, chunk in enumerate(rounds):
         v_BIO = buffer[: chunk.stop - chunk.start]
@@ -316,11 +338,14 @@ def _merged_backward(
         if wanted[1] or wanted[3]:
             # V is used up: P takes its place.
             p_BIO = torch.bmm(x[chunk].transpose(1, 2), grad[chunk], out=v_BIO)
+            numbers, (routes, top_k) = weight.numel(), index[chunk].shape
             native.cpu.require().merge_experts_backward(
-                p_BIO.data_ptr(), weight.data_ptr(), len(weight), weight[0].numel(), index[chunk].data_ptr(),
-                gate[chunk].data_ptr(), *index[chunk].shape, number == 0, number + 1 == len(rounds),
-                _DTYPE_CODE[weight.dtype], torch.get_num_threads(), carry.data_ptr(), grad_weight.data_ptr(),
-                grad_gate[chunk].data_ptr(),
+                address(p_BIO, dtype, routes * weight[0].numel()), address(weight, dtype, numbers),
+                weight.shape[0], weight[0].numel(), *_routes(index[chunk], gate[chunk]), routes, top_k,
+                number == 0, number + 1 == len(rounds), _DTYPE_CODE[dtype], torch.get_num_threads(),
+                address(carry, torch.float32, numbers if len(rounds) > 1 else 0),
+                address(grad_weight, dtype, numbers),
+                address(grad_gate[chunk], torch.float32, routes * top_k),
             )  # fmt: skip
     return grad_x, _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])
 
@@ -330,23 +355,28 @@ def _fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same two products, with neither V nor P in memory."""
     weight, _, index, gate = experts
-    grad_x, grad_weight, grad_gate = x.new_empty(0), weight.new_empty(0), gate.new_empty(0)
+    grad_x = torch.empty_like(x) if wanted[0] else x.new_empty(0)
+    of_experts = wanted[1] or wanted[3]
+    grad_weight = torch.empty_like(weight) if of_experts else weight.new_empty(0)
+    grad_gate = torch.empty_like(gate) if of_experts else gate.new_empty(0)
     if wanted[0]:
-        grad_x = torch.empty_like(x)
-        _fused_product(grad, experts, None, [1] * len(x), True, grad_x)
-    if wanted[1] or wanted[3]:
-        grad_weight, grad_gate = torch.empty_like(weight), torch.empty_like(gate)
+        _fused_product(grad, experts, None, [1] * x.shape[0], True, grad_x)
+    if of_experts:
         module = native.cpu.require()
         code, width = _DTYPE_CODE[x.dtype], vector_width(x.dtype)
         size = module.fused_product_workspace(x.shape[1], *weight.shape, code, width)
-        packed = _workspace(torch.float32, size // 4, len(x))
-        carried = x.dtype != torch.float32 and len(packed) < len(x)
+        packed = _workspace(torch.float32, size // 4, x.shape[0])
+        samples = packed.shape[0]  # of a round
+        carried = x.dtype != torch.float32 and samples < x.shape[0]
         carry = torch.empty(weight.shape, dtype=torch.float32, device=x.device) if carried else None
+        (_, d_in, d_out), (routes, top_k) = weight.shape, index.shape
+        dtype, rows, numbers = x.dtype, routes * x.shape[1], weight.numel()
         module.fused_product_backward(
-            x.data_ptr(), grad.data_ptr(), x.shape[1], *weight.shape, weight.data_ptr(), *index.shape,
-            index.data_ptr(), gate.data_ptr(), code, width, torch.get_num_threads(), len(packed),
-            packed.data_ptr(), 0 if carry is None else carry.data_ptr(), grad_weight.data_ptr(),
-            grad_gate.data_ptr(),
+            address(x, dtype, rows * d_in), address(grad, dtype, rows * d_out), x.shape[1], *weight.shape,
+            address(weight, dtype, numbers), routes, top_k, *_routes(index, gate), code, width,
+            torch.get_num_threads(), samples, address(packed, torch.float32, samples * (size // 4)),
+            address(carry, torch.float32, numbers), address(grad_weight, dtype, numbers),
+            address(grad_gate, torch.float32, routes * top_k),
         )  # fmt: skip
     return grad_x, _wanted(grad_weight, wanted[1]), _wanted(grad_gate, wanted[3])
 
@@ -360,7 +390,7 @@ def _grouped_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Expert e, its samples b: z_b = dm_b W_e^T, dx_b += g_be z_b, dg_be = <x_b, z_b>, dW_e = (g x)^T dm."""
     weight, _, index, gate = experts
-    pairs = _Pairs(index, len(weight))
+    pairs = _Pairs(index, weight.shape[0])
     grads, rows = pairs.gather(grad), pairs.gather(x)
     grad_x, grad_weight, grad_gate = x.new_empty(0), weight.new_empty(0), gate.new_empty(0)
     if wanted[0] or wanted[3]:

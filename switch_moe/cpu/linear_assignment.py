@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native import address
 
 
 def solve(cost: Tensor, prices: Tensor | None) -> tuple[Tensor, int]:
@@ -14,7 +15,9 @@ def solve(cost: Tensor, prices: Tensor | None) -> tuple[Tensor, int]:
     ``prices [n]``, in the type of ``cost``, are updated in place.
     """
     column = torch.empty(len(cost), dtype=torch.int64, device=cost.device)
+    n, dtype = len(cost), cost.dtype
     status: int = native.cpu.require().linear_assignment(
-        cost.data_ptr(), not cost.is_floating_point(), len(cost), native.address(prices), column.data_ptr()
-    )
+        address(cost, dtype, n * n), dtype == torch.int64, n, address(prices, dtype, n),
+        address(column, torch.int64, n),
+    )  # fmt: skip
     return column, status

@@ -6,24 +6,23 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native import address
 
 
 def match_columns(
     selected: Tensor, table: Tensor, rows: Tensor, columns: Tensor, prices: Tensor | None
 ) -> tuple[Tensor, bool]:
-    """The column of ``table`` for each of ``selected``, int64 ``[S]``, and whether orders were permutations.
+    """The column of ``table`` for each of ``selected``, int64 ``[S]``, and whether the arguments fit: orders
+    must be permutations, tables hold 0 and 1.
 
     Shapes as in :func:`switch_moe.ops.match_columns`; ``prices`` are updated in place.
     """
-    tensors = [
-        selected.float().contiguous(),
-        table.float().contiguous(),
-        rows.contiguous(),
-        columns.contiguous(),
-    ]
-    match = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    steps, slots = table.shape
+    tables = [selected.float().contiguous(), table.float().contiguous()]
+    orders = [rows.contiguous(), columns.contiguous()]
+    match = torch.empty(slots, dtype=torch.int64, device=rows.device)
     fits = native.cpu.require().match_columns(
-        *table.shape, *addresses, native.address(prices), match.data_ptr()
-    )
+        steps, slots, *(address(tensor, torch.float32, steps * slots) for tensor in tables),
+        *(address(order, torch.int64, slots) for order in (*orders, prices, match)),
+    )  # fmt: skip
     return match, bool(fits)

@@ -365,23 +365,30 @@ def _add_tokens(
 
 @triton.jit
 def _gate_of(index_ptr, gate_ptr, sample, expert: tl.constexpr, TOP_K: tl.constexpr):
-    """The gate of one expert for a sample, 0 where it was not chosen."""
+    """The gate of one expert for a sample, and whether it was chosen."""
     total = 0.0
+    is_chosen = False
     for j in tl.static_range(TOP_K):
-        chosen = tl.load(index_ptr + sample * TOP_K + j) == expert
-        total += tl.where(chosen, tl.load(gate_ptr + sample * TOP_K + j), 0.0)
-    return total
+        here = tl.load(index_ptr + sample * TOP_K + j) == expert
+        total += tl.where(here, tl.load(gate_ptr + sample * TOP_K + j), 0.0)
+        is_chosen |= here
+    return total, is_chosen
 
 
 @triton.jit
 def _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexpr):
-    """The accumulators of all M experts with ``gate_e P`` and ``gate_e s`` more."""
+    """The accumulators of all M experts, with ``gate_e P`` and ``gate_e s`` more for those chosen.
+
+    The others take nothing, not P times 0, which would be NaN where P is not finite.
+    """
     new_weights = ()
     new_biases = ()
     for e in tl.static_range(M):
-        gate = _gate_of(index_ptr, gate_ptr, sample, e, TOP_K)
-        new_weights = new_weights + (weights[e] + gate * p,)  # type: ignore[assignment]  # noqa: RUF005
-        new_biases = new_biases + (biases[e] + gate * s,)  # type: ignore[assignment]  # noqa: RUF005
+        gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, e, TOP_K)
+        weight = weights[e] + gate * tl.where(is_chosen, p, 0.0)
+        bias = biases[e] + gate * tl.where(is_chosen, s, 0.0)
+        new_weights = new_weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+        new_biases = new_biases + (bias,)  # type: ignore[assignment]  # noqa: RUF005
     return new_weights, new_biases
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native import address
 
 
 def solve(cost: Tensor, prices: Tensor | None) -> Tensor:
@@ -22,6 +23,7 @@ def solve(cost: Tensor, prices: Tensor | None) -> Tensor:
     with torch.cuda.device(cost.device):
         stream = torch.cuda.current_stream().cuda_stream
         solver.linear_assignment(
-            cost.data_ptr(), integer, n, native.address(prices), column.data_ptr(), stream
-        )
+            address(cost, cost.dtype, n * n, "cuda"), integer, n, address(prices, cost.dtype, n, "cuda"),
+            address(column, torch.int64, n, "cuda"), stream,
+        )  # fmt: skip
     return column

@@ -10,8 +10,10 @@ triton       ``switch_moe/kernels/``     CUDA tensors; CPU tensors on request, i
 ===========  ==========================  =================================================================
 
 ``auto`` takes the last row that can run. A backend that is named and cannot run raises: nothing is silently
-replaced. Among the compiled algorithms of ``expert_linear`` on a CPU,
-:func:`switch_moe.cpu.expert_linear.algorithm` decides.
+replaced, but for transforms: the kernels have first derivatives only, so under torch.func (grad, jvp, vmap)
+and in forward-mode AD the reference computes every operation that has gradients, whatever the backend. A
+second derivative of a call comes from the reference too. Among the compiled algorithms of ``expert_linear``
+on a CPU, :func:`switch_moe.cpu.expert_linear.algorithm` decides.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ._checks import check_dtype
+from ..torch_compat import transforming
+from ._checks import check_choice, check_dtype
 
 BACKENDS = ("auto", "reference", "native", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,6 +42,7 @@ class Operation(NamedTuple):
     native: tuple[str, ...] = ()  # device types with compiled code
     triton: bool = False
     dtypes: tuple[torch.dtype, ...] = ()  # what that code takes for the first tensor; empty: any type
+    differentiable: bool = True
 
 
 OPERATIONS: list[Operation] = []
@@ -46,10 +50,11 @@ OPERATIONS: list[Operation] = []
 
 
 def operation(
-    name: str, *, native: tuple[str, ...] = (), triton: bool = False, dtypes: tuple[torch.dtype, ...] = ()
-) -> Operation:
+    name: str, *, native: tuple[str, ...] = (), triton: bool = False, dtypes: tuple[torch.dtype, ...] = (),
+    differentiable: bool = True,
+) -> Operation:  # fmt: skip
     """Notes what an operation has, for :func:`choose` and for ``python -m switch_moe``."""
-    OPERATIONS.append(Operation(name, native, triton, dtypes))
+    OPERATIONS.append(Operation(name, native, triton, dtypes, differentiable))
     return OPERATIONS[-1]
 
 
@@ -104,6 +109,8 @@ def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
         RuntimeError: the named backend cannot run here.
     """
     path = _available(op, backend, tensors[0].device)
+    if op.differentiable and transforming():
+        return "reference"
     dtype = tensors[0].dtype
     if path != "reference" and op.dtypes and dtype not in op.dtypes:
         if backend == path:
@@ -119,8 +126,7 @@ def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
 
 def _available(op: Operation, backend: str, device: torch.device) -> str:
     """The backend of ``op`` on ``device``, whatever the tensors hold."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    check_choice("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference"
     if backend == "triton":

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ..torch_compat import values
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensors(**tensors: Any) -> None:
+    """``TypeError`` unless all are tensors in memory, neither sparse nor quantized."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {_shown(tensor)}; it must be a tensor")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} is {tensor.layout}; it must be a dense tensor, see Tensor.to_dense")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
     """``ValueError`` unless ``tensor`` has ``shape``; a string entry names a size that may be anything."""
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or size == want for size, want in zip(tensor.shape, shape, strict=True)
-    )
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    for size, want in zip(sizes, shape, strict=False):
+        fits = fits and (want.__class__ is str or size == want)
     if not fits:
         wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{wanted}]")
+        raise ValueError(f"{name} has shape {tuple(sizes)}; it must be [{wanted}]")
 
 
 def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
@@ -30,20 +48,75 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, like the first argument")
 
 
+def check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Of ``shape``, in the type of ``x`` and on its device."""
+    check_shape(name, tensor, shape)
+    check_dtype(name, tensor, x.dtype)
+    check_device(name, tensor, x.device)
+
+
+def check_integers(low: int = 1, **settings: Any) -> None:
+    """``TypeError`` unless all settings are integers, ``ValueError`` unless they are at least ``low``."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name} is {_shown(value)}; it must be an integer")
+        if value < low:
+            raise ValueError(f"{name} is {value}; it must be at least {low}")
+
+
+def check_numbers(low: float, high: float = math.inf, **settings: Any) -> None:
+    """``TypeError`` unless all are numbers, ``ValueError`` unless they are finite and in [low, high]."""
+    for name, value in settings.items():
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name} is {_shown(value)}; it must be a number")
+        if not (math.isfinite(value) and low <= value <= high):
+            wanted = (
+                f"between {low:g} and {high:g}" if high < math.inf else f"a finite number from {low:g} on"
+            )
+            raise ValueError(f"{name} is {value}; it must be {wanted}")
+
+
+def check_flags(**settings: Any) -> None:
+    """``TypeError`` unless all settings are True or False."""
+    for name, value in settings.items():
+        if value is not True and value is not False:
+            raise TypeError(f"{name} is {_shown(value)}; it must be True or False")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
 def check_top_k(top_k: int, num_experts: int) -> None:
     """``ValueError`` unless 1 <= top_k <= num_experts."""
+    check_integers(1, num_experts=num_experts)
+    check_integers(-num_experts, top_k=top_k)
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k is {top_k}; it must be between 1 and the number of experts, {num_experts}")
 
 
-def check_expert_index(index: Tensor, num_experts: int) -> None:
-    """``ValueError`` unless all are in ``[0, num_experts)``; reads the values, so for CPU tensors only."""
-    if index.numel():
-        low, high = (int(bound) for bound in index.aminmax())
-        if low < 0 or high >= num_experts:
-            raise ValueError(
-                f"expert_index holds {low} to {high}; it must stay in [0, {num_experts}), the experts"
-            )
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device: on a CPU, outside a compiled program."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_range(name: str, tensor: Tensor, size: int, what: str) -> None:
+    """``ValueError`` unless all are in ``[0, size)``; looks where :func:`has_values` allows it."""
+    if tensor.numel() and has_values(tensor):
+        low, high = (int(bound) for bound in values(tensor).aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} holds {low} to {high}; it must stay in [0, {size}), {what}")
+
+
+def check_zero_one(name: str, tensor: Tensor) -> None:
+    """``ValueError`` unless all are 0 or 1; looks where :func:`has_values` allows it."""
+    if tensor.dtype != torch.bool and has_values(tensor):
+        found = values(tensor)
+        wrong = (found != 0) & (found != 1)
+        if wrong.any():
+            raise ValueError(f"{name} holds {found[wrong][0].item()}; every entry must be 0 or 1")
 
 
 def check_experts(
@@ -56,8 +129,7 @@ def check_experts(
     check_shape("expert_index", expert_index, (x.shape[0], "k"))
     check_shape("expert_gate", expert_gate, tuple(expert_index.shape))
     check_dtype("expert_index", expert_index, torch.int32, torch.int64)
-    exact = (torch.float64,) if x.dtype == torch.float64 else ()
-    check_dtype("expert_gate", expert_gate, torch.float32, *exact)
+    check_dtype("expert_gate", expert_gate, *FLOATS)
     for name, tensor in experts.items():
         if tensor is None:
             continue
@@ -77,3 +149,16 @@ def as_int32(expert_index: Tensor, num_experts: int) -> Tensor:
     if expert_index.dtype == torch.int32:
         return expert_index
     return expert_index.clamp(-1, num_experts).to(torch.int32)
+
+
+def as_gate(expert_gate: Tensor, x: Tensor) -> Tensor:
+    """Gates in float32, or as they are where they and x are float64, which only the reference takes."""
+    if expert_gate.dtype == torch.float32 or x.dtype == expert_gate.dtype == torch.float64:
+        return expert_gate
+    return expert_gate.float()
+
+
+def _shown(value: Any) -> str:
+    """A value with its type, cut short."""
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"

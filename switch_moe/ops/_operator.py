@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "switch_moe"
 """All operators live in ``torch.ops.<NAMESPACE>``."""
@@ -16,8 +18,17 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _WITH_AUTOCAST = [kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)]
 
 
+def _none(*_: Any) -> int:
+    return 0
+
+
 def operator(
-    name: str, fake: Callable[..., Any], *, mutates: Iterable[str] = (), autocast: int | None = None
+    name: str,
+    fake: Callable[..., Any],
+    *,
+    flops: Callable[..., int] = _none,
+    mutates: Iterable[str] = (),
+    autocast: int | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the operator ``name`` and returns the operator in its place.
 
@@ -27,6 +38,8 @@ def operator(
     Args:
         name: name in the namespace.
         fake: returns uninitialised tensors of the shapes and types of the results.
+        flops: floating-point operations of the products of a call, from its arguments, for torch's
+            FlopCounterMode; none by default.
         mutates: arguments that the function changes in place.
         autocast: under autocast the first ``autocast`` arguments are cast to its type, and autocast is off
             inside; None registers nothing. The public functions cast before they save for the backward, so
@@ -38,7 +51,9 @@ def operator(
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        registered: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+        packet = getattr(getattr(torch.ops, NAMESPACE), name)
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: flops(*args))
+        registered: Callable[..., Any] = packet.default
         if autocast is not None:
             for device_type in ("cpu", "cuda"):
                 key = f"Autocast{device_type.upper()}"
@@ -62,6 +77,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type in _WITH_AUTOCAST and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Turns autocast off on a device, where it exists there."""
+    if device.type in _WITH_AUTOCAST:
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def cast(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:

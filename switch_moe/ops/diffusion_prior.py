@@ -6,15 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference.diffusion_prior import diffusion_prior_loss as reference_loss
 from ._backend import choose, operation
-from ._checks import check_device, check_dtype, check_shape
-from ._operator import contiguous, operator
+from ._checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_integers,
+    check_range,
+    check_shape,
+    check_tensors,
+    check_zero_one,
+)
+from ._gradient import create_graph, differentiable_gradients
+from ._operator import contiguous, operator, without_autocast
 
 _OPERATION = operation("diffusion_prior_loss", triton=True)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def diffusion_prior_loss(
@@ -45,30 +53,36 @@ def diffusion_prior_loss(
 
     Raises:
         ValueError: a shape or device does not fit, or depth or active is not positive. TypeError: a type does
-            not fit. RuntimeError: the named backend cannot run here. IndexError, from ``reference`` on a CPU:
-            a timestep or column is out of range. The Triton kernel does not wait for the host: it cannot
-            raise, and takes the nearest timestep or column of the table.
+            not fit. RuntimeError: the named backend cannot run here. On a CPU also: a timestep or column is
+            out of range, or the table holds other numbers than 0 and 1. On a GPU nothing waits for the host:
+            the kernel cannot raise, and takes the nearest timestep or column of the table.
     """
+    check_tensors(probs=probs, table=table, t=t, assignment=assignment)
+    path = choose(_OPERATION, backend, probs, table)
+    arguments = (probs, table, t, assignment, depth, active)
+    _check(*arguments)
+    check_range("t", t, len(table), "the timesteps of the table")
+    check_range("assignment", assignment, table.shape[1], "the columns of the table")
+    check_zero_one("table", table)
+    if path == "reference":
+        with without_autocast(probs.device):
+            return reference_loss(*arguments)
+    loss: Tensor = _DiffusionPriorLoss.apply(*arguments)
+    return loss
+
+
+def _check(probs: Tensor, table: Tensor, t: Tensor, assignment: Tensor, depth: int, active: int) -> None:
     check_shape("table", table, ("N", "S"))
     check_shape("probs", probs, ("B", table.shape[1]))
     check_shape("t", t, (probs.shape[0],))
     check_shape("assignment", assignment, (table.shape[1],))
-    check_dtype("probs", probs, *_FLOATS)
-    check_dtype("table", table, *_FLOATS)
+    check_dtype("probs", probs, *FLOATS)
+    check_dtype("table", table, *FLOATS)
     for name, integers in (("t", t), ("assignment", assignment)):
         check_dtype(name, integers, torch.int32, torch.int64)
     for name, tensor in (("table", table), ("t", t), ("assignment", assignment)):
         check_device(name, tensor, probs.device)
-    for name, value in (("depth", depth), ("active", active)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    path = choose(_OPERATION, backend, probs, table)
-    arguments = (probs, table, t, assignment, depth, active)
-    if path == "reference":
-        with torch.autocast(probs.device.type, enabled=False):
-            return reference_loss(*arguments)
-    loss: Tensor = _DiffusionPriorLoss.apply(*arguments)
-    return loss
+    check_integers(depth=depth, active=active)
 
 
 class _DiffusionPriorLoss(torch.autograd.Function):
@@ -76,18 +90,26 @@ class _DiffusionPriorLoss(torch.autograd.Function):
     def forward(ctx: Any, probs: Tensor, *arguments: Any) -> Tensor:
         loss: Tensor
         loss, grad = _forward(probs, *arguments)
-        ctx.save_for_backward(grad)
-        ctx.dtype = probs.dtype
+        *tensors, ctx.depth, ctx.active = arguments
+        ctx.save_for_backward(probs, *tensors, grad)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return (grad_loss * grad).to(ctx.dtype), None, None, None, None, None
+        probs, *tensors, grad = ctx.saved_tensors
+        if create_graph():
+
+            def function(probs: Tensor, table: Tensor, t: Tensor, assignment: Tensor) -> Tensor:
+                return reference_loss(probs, table, t, assignment, ctx.depth, ctx.active)
+
+            wanted = [True] + [False] * len(tensors)
+            again = differentiable_gradients(function, [probs, *tensors], [grad_loss], wanted)
+            return (*again, None, None)
+        return (grad_loss * grad).to(probs.dtype), None, None, None, None, None
 
 
-def _fake_forward(probs: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(probs: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check(probs, *rest)
     return probs.new_empty((), dtype=torch.float32), probs.new_empty(probs.shape, dtype=torch.float32)
 
 
@@ -98,5 +120,6 @@ def _forward(
     """The loss and its gradient in float32, by the Triton kernel; the reference needs no operator."""
     from ..kernels import diffusion_prior as kernels
 
+    _check(probs, table, t, assignment, depth, active)
     probs, table, t, assignment = contiguous(probs, table, t, assignment)
     return kernels.forward(probs, table, t, assignment, depth, active)

@@ -7,13 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..cpu import expert_linear as compiled
 from ..experts import LinearExperts
 from ..reference.expert_linear import expert_linear as reference_expert_linear
 from ._backend import KERNEL_DTYPES, choose, operation
-from ._checks import as_int32, check_dtype, check_expert_index, check_experts, check_shape
+from ._checks import (
+    FLOATS,
+    as_gate,
+    as_int32,
+    check_dtype,
+    check_experts,
+    check_flags,
+    check_like,
+    check_range,
+    check_shape,
+    check_tensors,
+)
+from ._gradient import create_graph, differentiable_gradients
 from ._operator import autocast_dtype, cast, contiguous, operator
 
 _OPERATION = operation("expert_linear", native=("cpu",), triton=True, dtypes=KERNEL_DTYPES)
@@ -40,7 +51,7 @@ def expert_linear(
         weight: experts, ``[M, Din, Dout]`` in the type of ``x``. Under autocast both are cast.
         bias: ``[M, Dout]`` in the type of ``x``, or None.
         expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``.
-        expert_gate: their gates, ``[B, k]`` float32.
+        expert_gate: their gates, ``[B, k]``; computed with in float32.
         modulate: return ``x * (1 + m(x))`` instead of ``m(x)``; needs Din = Dout.
         backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only), ``native`` (compiled,
             CPU) or ``reference`` (plain PyTorch, any device, also float64). On CUDA tensors indices are not
@@ -53,9 +64,26 @@ def expert_linear(
         ValueError: a shape, device or index does not fit. TypeError: a type does not.
         RuntimeError: the named backend cannot run here.
     """
+    check_tensors(x=x, weight=weight, expert_index=expert_index, expert_gate=expert_gate)
+    if bias is not None:
+        check_tensors(bias=bias)
+    check_flags(modulate=modulate)
     x, weight, bias = cast(autocast_dtype(x.device), x, weight, bias)
+    path = choose(_OPERATION, backend, x, weight)
+    experts = LinearExperts(weight, bias, expert_index, expert_gate)
+    if path != "native":  # there the operator checks
+        _check(x, experts, modulate)
+        check_range("expert_index", expert_index, weight.shape[0], "the experts")
+    if path == "reference":
+        return reference_expert_linear(x, experts._replace(expert_gate=as_gate(expert_gate, x)), modulate)
+    out: Tensor = _ExpertLinear.apply(x, *experts, modulate, path)
+    return out
+
+
+def _check(x: Tensor, experts: LinearExperts, modulate: bool) -> None:
+    weight, bias, expert_index, expert_gate = experts
     check_shape("x", x, ("B", "T", "Din"))
-    check_dtype("x", x, *KERNEL_DTYPES, torch.float64)
+    check_dtype("x", x, *FLOATS)
     check_shape("weight", weight, ("M", x.shape[2], "Dout"))
     num_experts, d_in, d_out = weight.shape
     if bias is not None:
@@ -63,14 +91,6 @@ def expert_linear(
     check_experts(x, expert_index, expert_gate, {"weight": weight, "bias": bias})
     if modulate and d_in != d_out:
         raise ValueError(f"modulate needs square experts; weight has shape {tuple(weight.shape)}")
-    path = choose(_OPERATION, backend, x, weight)
-    experts = LinearExperts(weight, bias, as_int32(expert_index, num_experts), expert_gate)
-    if path == "reference":
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_expert_index(experts.expert_index, num_experts)
-        return reference_expert_linear(x, experts, modulate)
-    out: Tensor = _ExpertLinear.apply(x, *experts, modulate, path)
-    return out
 
 
 class _ExpertLinear(torch.autograd.Function):
@@ -87,55 +107,112 @@ class _ExpertLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        of_x, of_weight, of_bias, _, of_gate, *_ = ctx.needs_input_grad
-        wanted = [of_x, of_weight, of_bias, of_gate]
-        found = _backward(grad_out, *ctx.saved_tensors, ctx.modulate, wanted, ctx.backend)
+        needed = ctx.needs_input_grad[:5]
+        *inputs, mixture = ctx.saved_tensors
+        if create_graph():
+
+            def function(x: Tensor, *experts: Any) -> Tensor:
+                return reference_expert_linear(x, LinearExperts(*experts), ctx.modulate)
+
+            return (*differentiable_gradients(function, inputs, [grad_out], needed), None, None)
+        wanted = [*needed[:3], needed[4]]
+        found = _backward(grad_out, *inputs, mixture, ctx.modulate, wanted, ctx.backend)
         grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         return (*grads[:3], None, grads[3], None, None)
 
 
-def _backend_module(backend: str, index: Tensor, num_experts: int) -> ModuleType:
+def _converted(x: Tensor, experts: LinearExperts) -> LinearExperts:
+    """The experts with indices and gates of the types that all backends read."""
+    index, gate = as_int32(experts.expert_index, experts.weight.shape[0]), as_gate(experts.expert_gate, x)
+    return experts._replace(expert_index=index, expert_gate=gate)
+
+
+def _module(backend: str, experts: LinearExperts) -> ModuleType:
     if backend == "triton":
         from ..kernels import expert_linear as kernels
 
         return kernels
-    check_expert_index(index, num_experts)  # the compiled code checks nothing
+    check_range("expert_index", experts.expert_index, experts.weight.shape[0], "the experts")
     return compiled
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *experts, _modulate, keep, _backend = arguments
+    *experts, modulate, keep, _backend = arguments
+    _check(x, LinearExperts(*experts), modulate)
     return LinearExperts(*experts).empty_outputs(x, keep)
 
 
-@operator("expert_linear", fake=_fake_forward, autocast=3)
+def _product(x: Tensor, experts: LinearExperts) -> int:
+    """FLOPs of a product of every sample and one matrix of its own, the merged weight."""
+    return 2 * x.numel() * experts.weight.shape[2]
+
+
+def _is_grouped(x: Tensor, experts: LinearExperts, backend: str) -> bool:
+    return backend == "native" and compiled.algorithm(x.shape[1], experts) == "grouped"
+
+
+def _flops_forward(x: Tensor, *arguments: Any) -> int:
+    *experts, _modulate, _keep, backend = arguments
+    product, top_k = _product(x, LinearExperts(*experts)), int(experts[2].shape[1])
+    if _is_grouped(x, LinearExperts(*experts), backend):
+        return top_k * (product + product // x.shape[2])  # the second is the sum weighted by gates
+    return product
+
+
+def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
+    *given, _mixture, _modulate, (of_x, of_weight, of_bias, of_gate), backend = arguments
+    experts = LinearExperts(*given)
+    weight, bias, expert_index, _ = experts
+    product, top_k = _product(x, experts), expert_index.shape[1]
+    if backend == "triton":
+        each = weight.shape[0] > 4  # MAX_ACCUMULATORS of the kernels: above, a product for each pair
+        of_experts = top_k if each else 1
+        return int(product * (of_x + (of_weight or of_bias or of_gate) * of_experts))
+    through_bias = 2 * x.shape[0] * weight.shape[0] * weight.shape[2] if of_gate and bias is not None else 0
+    if _is_grouped(x, experts, backend):
+        of_rows = (product + 2 * x.numel()) * (of_x or of_gate)
+        return int(top_k * (of_rows + product * of_weight) + through_bias)
+    return int(product * (of_x + (of_weight or of_gate)) + through_bias)
+
+
+@operator("expert_linear", fake=_fake_forward, flops=_flops_forward, autocast=3)
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, modulate: bool, keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output and, where kept, the mixture m(x), else an empty tensor."""
-    module = _backend_module(backend, index, weight.shape[0])
-    x, *experts = contiguous(x, weight, bias, index, gate)
-    outputs: tuple[Tensor, Tensor] = module.forward(x, LinearExperts(*experts), modulate, keep)
+    experts = LinearExperts(weight, bias, index, gate)
+    _check(x, experts, modulate)
+    experts = _converted(x, experts)
+    x, *read = contiguous(x, *experts)
+    outputs: tuple[Tensor, Tensor] = _module(backend, experts).forward(
+        x, LinearExperts(*read), modulate, keep
+    )
     return outputs
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *experts, _mixture, _modulate, wanted, _backend = arguments
-    return tuple(LinearExperts(*experts).empty_gradients(x, wanted))
+    *experts, _mixture, modulate, wanted, _backend = arguments
+    _check(x, LinearExperts(*experts), modulate)
+    return tuple(_converted(x, LinearExperts(*experts)).empty_gradients(x, wanted))
 
 
-@operator("expert_linear_backward", fake=_fake_backward)
+@operator("expert_linear_backward", fake=_fake_backward, flops=_flops_backward, autocast=0)
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor,
     mixture: Tensor | None, modulate: bool, wanted: list[bool], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
-    module = _backend_module(backend, index, weight.shape[0])
-    grad, x, *experts, mixture = contiguous(grad, x, weight, bias, index, gate, mixture)
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = module.backward(
-        grad, x, LinearExperts(*experts), mixture, modulate, wanted
+    experts = LinearExperts(weight, bias, index, gate)
+    if backend == "triton":  # compiled code gets its addresses from native.address, which checks sizes
+        _check(x, experts, modulate)
+    experts = _converted(x, experts)
+    check_like("grad", grad, x, (x.shape[0], x.shape[1], weight.shape[2]))
+    if mixture is not None:
+        check_like("mixture", mixture, x, tuple(grad.shape))
+    grad, x, mixture, *read = contiguous(grad, x, mixture, *experts)
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _module(backend, experts).backward(
+        grad, x, LinearExperts(*read), mixture, modulate, wanted
     )
     return gradients

@@ -6,12 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..experts import MLPExperts
 from ..reference.expert_mlp import expert_mlp as reference_expert_mlp
 from ._backend import KERNEL_DTYPES, choose, operation
-from ._checks import as_int32, check_dtype, check_expert_index, check_experts, check_shape
+from ._checks import (
+    FLOATS,
+    as_gate,
+    as_int32,
+    check_dtype,
+    check_experts,
+    check_flags,
+    check_like,
+    check_range,
+    check_shape,
+    check_tensors,
+)
+from ._gradient import create_graph, differentiable_gradients
 from ._operator import autocast_dtype, cast, contiguous, operator
 
 _OPERATION = operation("expert_mlp", triton=True, dtypes=KERNEL_DTYPES)
@@ -40,7 +51,7 @@ def expert_mlp(
             are cast.
         expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``. One that is
             chosen twice counts twice.
-        expert_gate: their gates, ``[B, k]`` float32.
+        expert_gate: their gates, ``[B, k]``; computed with in float32.
         gated: SwiGLU, ``SiLU(a) * b`` of the two halves (arXiv 2002.05202), instead of GELU (tanh).
         backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only) or ``reference`` (plain
             PyTorch, any device, also float64). On CUDA tensors indices are not checked, which would wait for
@@ -54,11 +65,31 @@ def expert_mlp(
         ValueError: a shape, device or index does not fit. TypeError: a type does not.
         RuntimeError: the named backend cannot run here.
     """
+    check_tensors(
+        x=x, weight_in=weight_in, weight_out=weight_out, expert_index=expert_index, expert_gate=expert_gate
+    )
+    for name, bias in (("bias_in", bias_in), ("bias_out", bias_out)):
+        if bias is not None:
+            check_tensors(**{name: bias})
     x, weight_in, bias_in, weight_out, bias_out = cast(
         autocast_dtype(x.device), x, weight_in, bias_in, weight_out, bias_out
     )
+    path = choose(_OPERATION, backend, x, weight_in)
+    experts = MLPExperts(weight_in, bias_in, weight_out, bias_out, expert_index, expert_gate)
+    _check(x, experts, gated)
+    check_range("expert_index", expert_index, len(weight_in), "the experts")
+    if path == "reference":
+        return reference_expert_mlp(x, experts._replace(expert_gate=as_gate(expert_gate, x)), gated)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *experts))
+    out: Tensor = _ExpertMLP.apply(x, *experts, gated, keep)
+    return out
+
+
+def _check(x: Tensor, experts: MLPExperts, gated: bool) -> None:
+    weight_in, bias_in, weight_out, bias_out, expert_index, expert_gate = experts
     check_shape("x", x, ("B", "T", "D"))
-    check_dtype("x", x, *KERNEL_DTYPES, torch.float64)
+    check_dtype("x", x, *FLOATS)
+    check_flags(gated=gated)
     size = x.shape[2]
     check_shape("weight_in", weight_in, ("M", size, "2H" if gated else "H"))
     num_experts, _, width = weight_in.shape
@@ -72,16 +103,6 @@ def expert_mlp(
             check_shape(name, bias, (num_experts, columns))
     named = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
     check_experts(x, expert_index, expert_gate, named)
-    path = choose(_OPERATION, backend, x, weight_in)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_expert_index(expert_index, num_experts)
-    index = as_int32(expert_index, num_experts)
-    experts = MLPExperts(weight_in, bias_in, weight_out, bias_out, index, expert_gate)
-    if path == "reference":
-        return reference_expert_mlp(x, experts, gated)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *experts))
-    out: Tensor = _ExpertMLP.apply(x, *experts, gated, keep)
-    return out
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -97,20 +118,49 @@ class _ExpertMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]]
-        found = _backward(grad_out, *ctx.saved_tensors, ctx.gated, wanted)
+        needed = ctx.needs_input_grad[:7]
+        *inputs, hidden = ctx.saved_tensors
+        if create_graph():
+
+            def function(x: Tensor, *experts: Any) -> Tensor:
+                return reference_expert_mlp(x, MLPExperts(*experts), ctx.gated)
+
+            return (*differentiable_gradients(function, inputs, [grad_out], needed), None, None)
+        wanted = [*needed[:5], needed[6]]
+        found = _backward(grad_out, *inputs, hidden, ctx.gated, wanted)
         grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         return (*grads[:5], None, grads[5], None, None)
 
 
+def _checked(x: Tensor, experts: MLPExperts, gated: bool) -> MLPExperts:
+    """The experts with indices and gates of the types that all backends read."""
+    _check(x, experts, gated)
+    index, gate = as_int32(experts.expert_index, len(experts.weight_in)), as_gate(experts.expert_gate, x)
+    return experts._replace(expert_index=index, expert_gate=gate)
+
+
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *experts, _gated, keep = arguments
-    return MLPExperts(*experts).empty_outputs(x, keep)
+    *experts, gated, keep = arguments
+    return _checked(x, MLPExperts(*experts), gated).empty_outputs(x, keep)
 
 
-@operator("expert_mlp", fake=_fake_forward, autocast=5)
+def _flops_forward(x: Tensor, *arguments: Any) -> int:
+    experts = MLPExperts(*arguments[:6])
+    width_and_hidden = experts.weight_in.shape[2] + experts.weight_out.shape[1]
+    return 2 * experts.expert_index.shape[1] * x.numel() * width_and_hidden
+
+
+def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
+    """The hidden layer's gradient, then one product for each of x and the two weights."""
+    *given, _hidden, _gated, wanted = arguments
+    experts = MLPExperts(*given)
+    width, hidden = experts.weight_in.shape[2], experts.weight_out.shape[1]
+    columns = hidden + width * (wanted[0] + wanted[1]) + hidden * wanted[3]
+    return 2 * experts.expert_index.shape[1] * x.numel() * int(columns)
+
+
+@operator("expert_mlp", fake=_fake_forward, flops=_flops_forward, autocast=5)
 def _forward(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None,
     index: Tensor, gate: Tensor, gated: bool, keep: bool,
@@ -118,16 +168,17 @@ def _forward(
     """The output and, where kept, the hidden layer before its activation, else an empty tensor."""
     from ..kernels import expert_mlp as kernels
 
-    x, *experts = contiguous(x, weight_in, bias_in, weight_out, bias_out, index, gate)
-    return kernels.forward(x, MLPExperts(*experts), gated, keep)
+    experts = _checked(x, MLPExperts(weight_in, bias_in, weight_out, bias_out, index, gate), gated)
+    x, *read = contiguous(x, *experts)
+    return kernels.forward(x, MLPExperts(*read), gated, keep)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *experts, _hidden, _gated, wanted = arguments
-    return tuple(MLPExperts(*experts).empty_gradients(x, wanted))
+    *experts, _hidden, gated, wanted = arguments
+    return tuple(_checked(x, MLPExperts(*experts), gated).empty_gradients(x, wanted))
 
 
-@operator("expert_mlp_backward", fake=_fake_backward)
+@operator("expert_mlp_backward", fake=_fake_backward, flops=_flops_backward, autocast=0)
 def _backward(
     grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor,
     bias_out: Tensor | None, index: Tensor, gate: Tensor, hidden: Tensor, gated: bool, wanted: list[bool],
@@ -135,7 +186,8 @@ def _backward(
     """Gradients of x, weight_in, bias_in, weight_out, bias_out, gate; empty where not wanted."""
     from ..kernels import expert_mlp as kernels
 
-    grad, x, *experts, hidden = contiguous(
-        grad, x, weight_in, bias_in, weight_out, bias_out, index, gate, hidden
-    )
-    return kernels.backward(grad, x, MLPExperts(*experts), hidden, gated, wanted)
+    experts = _checked(x, MLPExperts(weight_in, bias_in, weight_out, bias_out, index, gate), gated)
+    check_like("grad", grad, x, tuple(x.shape))
+    check_like("hidden", hidden, x, experts.hidden_shape(x))
+    grad, x, hidden, *read = contiguous(grad, x, hidden, *experts)
+    return kernels.backward(grad, x, MLPExperts(*read), hidden, gated, wanted)

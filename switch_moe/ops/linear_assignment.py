@@ -9,10 +9,10 @@ from .. import native
 from ..cpu import linear_assignment as compiled
 from ..reference.linear_assignment import linear_assignment as reference_linear_assignment
 from ._backend import choose, operation
-from ._checks import check_device, check_dtype, check_shape
+from ._checks import check_device, check_dtype, check_shape, check_tensors
 from ._operator import operator
 
-_OPERATION = operation("linear_assignment", native=("cpu", "cuda"))
+_OPERATION = operation("linear_assignment", native=("cpu", "cuda"), differentiable=False)
 _NO_FINITE_TOTAL, _NOT_A_NUMBER, _TOO_LARGE = 1, 2, 3  # AssignmentStatus of csrc/linear_assignment_core.h
 
 
@@ -44,6 +44,7 @@ def linear_assignment(cost: Tensor, *, prices: Tensor | None = None, backend: st
         TypeError: ``cost`` is not real, or ``prices`` has another type.
         RuntimeError: the named backend cannot run here.
     """
+    check_tensors(cost=cost)
     if cost.dim() != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"cost has shape {tuple(cost.shape)}; it must be square, [n, n]")
     if cost.is_complex() or cost.dtype == torch.bool:

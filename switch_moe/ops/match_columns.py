@@ -8,13 +8,13 @@ from torch import Tensor
 from ..cpu import match_columns as compiled
 from ..reference.match_columns import match_columns as reference_match_columns
 from ._backend import choose, operation
-from ._checks import check_device, check_dtype, check_shape
+from ._checks import check_device, check_dtype, check_shape, check_zero_one, has_values
 from ._operator import operator
 from .linear_assignment import linear_assignment
 
 MOST_TIMESTEPS = 2**24  # float32 counts to there
 
-_OPERATION = operation("match_columns", native=("cpu",))
+_OPERATION = operation("match_columns", native=("cpu",), differentiable=False)
 
 
 def match_columns(
@@ -46,7 +46,8 @@ def match_columns(
 
     Raises:
         ValueError: a shape or device does not fit; N is over 2^24, what float32 counts to; ``prices`` is not
-            contiguous; on a CPU, rows or columns are not permutations. TypeError: rows, columns or prices are
+            contiguous; on a CPU, rows or columns are not permutations or a table holds another number than 0
+            and 1. TypeError: rows, columns or prices are
             not int64. RuntimeError: the named backend cannot run here.
     """
     check_shape("selected", selected, ("N", "S"))
@@ -68,8 +69,8 @@ def match_columns(
         given = (selected, table, rows, columns)
         found: Tensor = _without_prices(*given) if prices is None else _from_prices(*given, prices)
         return found
-    if selected.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_permutations(rows, columns)
+    if has_values(selected):
+        _check_values(selected, table, rows, columns)
 
     def solve(cost: Tensor, start: Tensor | None) -> Tensor:
         return linear_assignment(cost, prices=start, backend=backend)
@@ -77,9 +78,11 @@ def match_columns(
     return reference_match_columns(selected, table, rows, columns, prices, solve)
 
 
-def _check_permutations(rows: Tensor, columns: Tensor) -> None:
+def _check_values(selected: Tensor, table: Tensor, rows: Tensor, columns: Tensor) -> None:
+    check_zero_one("selected", selected)
+    check_zero_one("table", table)
     for name, order in (("rows", rows), ("columns", columns)):
-        if not torch.equal(order.sort().values, torch.arange(len(order))):
+        if not torch.equal(order.sort().values, torch.arange(len(order), device="cpu")):
             raise ValueError(f"{name} is {order.tolist()}; it must be a permutation of 0 to {len(order) - 1}")
 
 
@@ -101,5 +104,5 @@ def _from_prices(selected: Tensor, table: Tensor, rows: Tensor, columns: Tensor,
 def _compiled(tables: tuple[Tensor, Tensor, Tensor, Tensor], prices: Tensor | None) -> Tensor:
     match, fits = compiled.match_columns(*tables, prices)
     if not fits:
-        _check_permutations(*tables[2:])
+        _check_values(*tables)
     return match

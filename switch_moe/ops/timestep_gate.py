@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..experts import empty_gradients
+from ..reference.timestep_gate import probabilities
 from ..reference.timestep_gate import timestep_gate as reference_timestep_gate
-from ..torch_compat import silu_backward, softmax_backward
+from ..torch_compat import silu_backward, softmax_backward, transforming
 from ._backend import choose, operation
-from ._checks import check_device, check_dtype, check_shape, check_top_k
-from ._operator import contiguous, operator
+from ._checks import FLOATS, check_device, check_dtype, check_like, check_shape, check_tensors, check_top_k
+from ._gradient import create_graph, differentiable_gradients
+from ._operator import contiguous, operator, without_autocast
 
 _OPERATION = operation("timestep_gate", triton=True)
 
@@ -52,21 +53,26 @@ def timestep_gate(
         ValueError: a shape, device or top_k does not fit. TypeError: a type does not.
         RuntimeError: the named backend does not exist or cannot run here.
     """
-    check_shape("embedding", embedding, ("N'", "D"))
-    check_shape("weight", weight, ("L", "M", embedding.shape[1]))
-    check_shape("bias", bias, tuple(weight.shape[:2]))
-    check_dtype("embedding", embedding, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        check_dtype(name, tensor, torch.float32)
-        check_device(name, tensor, embedding.device)
-    check_top_k(top_k, weight.shape[1])
+    check_tensors(embedding=embedding, weight=weight, bias=bias)
     path = choose(_OPERATION, backend, embedding, weight)
-    if backend == "reference":
-        with torch.autocast(embedding.device.type, enabled=False):
+    if backend == "reference" or transforming():
+        _check(embedding, weight, bias, top_k)
+        with without_autocast(embedding.device):
             probs, index, gate = reference_timestep_gate(embedding, weight, bias, top_k)
         return (probs, index, gate, selected_experts(probs, index)) if selected else (probs, index, gate)
     probs, index, gate, table = _TimestepGate.apply(embedding, weight, bias, top_k, selected, path)
     return (probs, index, gate, table) if selected else (probs, index, gate)
+
+
+def _check(embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> None:
+    check_shape("embedding", embedding, ("N'", "D"))
+    check_shape("weight", weight, ("L", "M", embedding.shape[1]))
+    check_shape("bias", bias, tuple(weight.shape[:2]))
+    check_dtype("embedding", embedding, *FLOATS)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check_dtype(name, tensor, torch.float32)
+        check_device(name, tensor, embedding.device)
+    check_top_k(top_k, weight.shape[1])
 
 
 def selected_experts(probs: Tensor, expert_index: Tensor) -> Tensor:
@@ -79,24 +85,34 @@ class _TimestepGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         probs, index, gate, table = _forward(embedding, weight, *arguments)
-        ctx.save_for_backward(embedding, weight, probs, index)
+        ctx.save_for_backward(embedding, weight, arguments[0], probs, index)
         ctx.mark_non_differentiable(index, table)
         ctx.set_materialize_grads(False)
         ctx.path = arguments[-1]
         return probs, index, gate, table
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_probs, _, grad_gate, _ = grads
         if grad_probs is None and grad_gate is None:
             return (None,) * 6
-        found = _backward(grad_probs, grad_gate, *ctx.saved_tensors, ctx.path)
+        embedding, weight, bias, probs, index = ctx.saved_tensors
+        if create_graph():
+
+            def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+                found = probabilities(*inputs)
+                return found, found.gather(2, index.long())
+
+            inputs, wanted = (embedding, weight, bias), ctx.needs_input_grad[:3]
+            again = differentiable_gradients(function, inputs, [grad_probs, grad_gate], wanted)
+            return (*again, None, None, None)
+        found = _backward(grad_probs, grad_gate, embedding, weight, probs, index, ctx.path)
         return (*found, None, None, None)
 
 
 def _fake_forward(embedding: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    _bias, top_k, selected, _backend = arguments
+    bias, top_k, selected, _backend = arguments
+    _check(embedding, weight, bias, top_k)
     depth, num_experts, _ = weight.shape
     rows = embedding.shape[0]
     return (
@@ -107,11 +123,20 @@ def _fake_forward(embedding: Tensor, weight: Tensor, *arguments: Any) -> tuple[T
     )
 
 
-@operator("timestep_gate", fake=_fake_forward, autocast=0)
+def _flops_forward(embedding: Tensor, weight: Tensor, *_: Any) -> int:
+    return 2 * embedding.shape[0] * weight.numel()
+
+
+def _flops_backward(_probs: Tensor | None, _gate: Tensor | None, *inputs: Any) -> int:
+    return 2 * _flops_forward(*inputs)
+
+
+@operator("timestep_gate", fake=_fake_forward, flops=_flops_forward, autocast=0)
 def _forward(
     embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int, selected: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Probabilities, indices, gates and the table of the chosen experts, which is empty unless selected."""
+    _check(embedding, weight, bias, top_k)
     if backend == "triton":
         from ..kernels import timestep_gate as kernels
 
@@ -127,12 +152,19 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return (*empty_gradients((True, True), embedding, weight), weight.new_empty(weight.shape[:2]))
 
 
-@operator("timestep_gate_backward", fake=_fake_backward, autocast=0)
+@operator("timestep_gate_backward", fake=_fake_backward, flops=_flops_backward, autocast=0)
 def _backward(
     grad_probs: Tensor | None, grad_gate: Tensor | None, embedding: Tensor, weight: Tensor, probs: Tensor,
     index: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of embedding, weight and bias; a gradient that is None counts as zero."""
+    check_shape("embedding", embedding, ("N'", "D"))
+    check_shape("weight", weight, ("L", "M", embedding.shape[1]))
+    check_like("probs", probs, weight, (weight.shape[0], embedding.shape[0], weight.shape[1]))
+    check_shape("index", index, (*probs.shape[:2], "k"))
+    for name, grad, like in (("grad_probs", grad_probs, probs), ("grad_gate", grad_gate, index)):
+        if grad is not None:
+            check_like(name, grad, probs, tuple(like.shape))
     if backend == "triton":
         from ..kernels import timestep_gate as kernels
 

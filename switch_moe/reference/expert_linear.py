@@ -18,8 +18,9 @@ def expert_linear(x: Tensor, experts: LinearExperts, modulate: bool = False) -> 
     mixture = torch.zeros((), dtype=x.dtype, device=x.device)
     for j in range(expert_index.shape[1]):
         chosen = expert_index[:, j].long()
-        y_BTD = torch.bmm(x, weight[chosen])
+        # The gradient of index_select adds in a fixed order; that of indexing does not on a CPU.
+        y_BTD = torch.bmm(x, weight.index_select(0, chosen))
         if bias is not None:
-            y_BTD = y_BTD + bias[chosen][:, None]
+            y_BTD = y_BTD + bias.index_select(0, chosen)[:, None]
         mixture = mixture + (expert_gate[:, j, None, None] * y_BTD).to(x.dtype)
     return x + x * mixture if modulate else mixture

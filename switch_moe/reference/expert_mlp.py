@@ -27,5 +27,6 @@ def expert_mlp(x: Tensor, experts: MLPExperts, gated: bool) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor) -> Tensor:
-    out = torch.bmm(x, weight[chosen])
-    return out if bias is None else out + bias[chosen][:, None].to(out.dtype)
+    # The gradient of index_select adds in a fixed order; that of indexing does not on a CPU.
+    out = torch.bmm(x, weight.index_select(0, chosen))
+    return out if bias is None else out + bias.index_select(0, chosen)[:, None].to(out.dtype)

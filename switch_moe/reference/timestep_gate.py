@@ -7,15 +7,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def probabilities(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Softmax over experts of SiLU(embedding) W^T + b, ``[L, N', M]`` in the type of ``weight``."""
+    hidden = F.silu(embedding.to(weight.dtype))  # [N', D]
+    return torch.softmax(torch.einsum("nd,lmd->lnm", hidden, weight) + bias[:, None], dim=-1)
+
+
 def timestep_gate(
     embedding: Tensor, weight: Tensor, bias: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over experts of SiLU(embedding) W^T + b, and its k largest entries, in the type of ``weight``.
+    """The probabilities, and their k largest entries.
 
     Shapes as in :func:`switch_moe.ops.timestep_gate`. Differentiable.
     """
-    hidden = F.silu(embedding.to(weight.dtype))  # [N', D]
-    probs = torch.softmax(torch.einsum("nd,lmd->lnm", hidden, weight) + bias[:, None], dim=-1)  # [L, N', M]
+    probs = probabilities(embedding, weight, bias)
     # A stable sort lets the lowest index win a tie.
     gate, index = torch.sort(probs, dim=-1, descending=True, stable=True)
     return probs, index[..., :top_k].to(torch.int32), gate[..., :top_k]
