@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from benchmarks.baselines import expert_loop
 from benchmarks.case import BOTH, LINEAR, SWITCH_MOE, Case, Contender, Inputs, Outputs
-from benchmarks.test_expert_linear import random_index
+from benchmarks.test_expert_linear import random_index, reference
 from switch_moe.ops import expert_linear
-from switch_moe.reference.expert_linear import expert_linear as reference
 
 MIDDLE = {"B": 8, "T": 256, "D": 384, "M": 8, "k": 2, "L": 1}
 AXES = {
