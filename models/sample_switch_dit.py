@@ -15,8 +15,10 @@ import torch
 import tyro
 from switch_dit.checkpoint import load_checkpoint
 from switch_dit.devices import resolve_device
-from switch_dit.plots import plot_samples
+from switch_dit.plots import check_picture, plot_samples
 from switch_dit.sampling import sample
+
+from switch_moe.ops._checks import check_integers, check_positive
 
 
 @dataclass
@@ -47,17 +49,16 @@ class SampleConfig:
 
 def run(config: SampleConfig) -> Path:
     """Samples, writes the grid, prints and returns its path. Wrong settings raise first."""
-    for name in ("count", "steps", "guidance"):
-        value = getattr(config, name)
-        if not value > 0:
-            raise ValueError(f"{name} is {value!r}; it must be positive")
+    check_integers(count=config.count, steps=config.steps)
+    check_integers(0, seed=config.seed)
+    check_positive(guidance=config.guidance)
     device = resolve_device(config.device)
-    model, diffusion = load_checkpoint(config.run / "checkpoint", config.weights)
-    model.to(device)
     path = _free_path(config)
+    model, diffusion = load_checkpoint(Path(config.run) / "checkpoint", config.weights)
+    model.to(device)
     if model.num_classes:
         classes = list(config.labels) or list(range(model.num_classes))
-        labels = torch.tensor(classes).repeat_interleave(config.count)
+        labels = torch.tensor(classes, device="cpu").repeat_interleave(config.count)
     elif config.labels:
         raise ValueError(f"labels is {config.labels}; the model was trained without classes")
     else:
@@ -65,14 +66,14 @@ def run(config: SampleConfig) -> Path:
     images = sample(
         model,
         diffusion,
-        None if labels is None else labels.to(device),
+        labels,
         count=config.count,
         steps=config.steps,
         scheduler=config.scheduler,
         guidance=config.guidance,
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch.Generator("cpu").manual_seed(config.seed),
     )
-    title = f"{config.run.name}: {config.scheduler}, {config.steps} steps, guidance {config.guidance:g}"
+    title = f"{Path(config.run).name}: {config.scheduler}, {config.steps} steps, guidance {config.guidance:g}"
     plot_samples(path, images.cpu(), None if labels is None else labels.tolist(), config.count, title)
     print(f"{len(images)} samples in {path}")
     return path
@@ -80,12 +81,14 @@ def run(config: SampleConfig) -> Path:
 
 def _free_path(config: SampleConfig) -> Path:
     if config.output is not None:
-        if config.output.exists():
-            raise FileExistsError(f"output is {config.output}; it exists, choose another")
-        if not config.output.parent.is_dir():
-            raise FileNotFoundError(f"output is {config.output}; its folder does not exist")
-        return config.output
-    taken = (config.run / f"samples-{number}.png" for number in range(1, 10_000))
+        output = Path(config.output)
+        check_picture("output", output)
+        if output.exists():
+            raise FileExistsError(f"output is {output}; it exists, choose another")
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f"output is {output}; its folder does not exist")
+        return output
+    taken = (Path(config.run) / f"samples-{number}.png" for number in range(1, 10_000))
     return next(path for path in taken if not path.exists())
 
 
@@ -93,7 +96,7 @@ def main() -> None:
     config = tyro.cli(SampleConfig, description=__doc__)
     try:
         run(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

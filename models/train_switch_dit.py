@@ -25,6 +25,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from switch_dit.data import load_images
 from switch_dit.metrics import evaluate
 from switch_dit.plots import plot_loss, plot_routing, plot_samples
 from switch_dit.trainer import TrainConfig, Trainer, make_run_folder
+from torch import Tensor
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -67,12 +69,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
         rows = trainer.fit(folder)
     except KeyboardInterrupt:
         trainer.save(folder)
-        raise SystemExit(f"\ninterrupted; the weights so far are in {folder / 'checkpoint'}/") from None
+        raise SystemExit(
+            f"\ninterrupted after {trainer.steps_done} of {config.steps} steps; the weights so far are in "
+            f"{folder / 'checkpoint'}/"
+        ) from None
     training_seconds = time.perf_counter() - started
     trainer.save(folder)
-    plot_loss(folder / "loss.png", rows)
-    if config.routing == "switch":
-        plot_routing(folder / "routing.png", trainer.ema)
     tail = rows[-max(1, len(rows) // 10) :]
     summary: dict[str, Any] = {
         "training_seconds": training_seconds,
@@ -83,9 +85,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
         + ", ".join(f"{name} {summary[name]:.3f}" for name in ("loss", "mse", "vb", "prior"))
         + "\n  (loss = mse of the predicted noise + variational bound of its variance + weighted prior loss)"
     )
+    write_summary(folder, summary)
     if config.generated:
-        summary |= finish_with_samples(trainer, folder)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        generated, labels = trainer.generate(config.generated)
+        if labels is not None:
+            summary |= measure(trainer, generated, labels)
+            write_summary(folder, summary)
+        draw(lambda: draw_samples(trainer, folder, generated, labels))
+    draw(lambda: plot_loss(folder / "loss.png", rows))
+    if config.routing == "switch":
+        draw(lambda: plot_routing(folder / "routing.png", trainer.ema))
     print(f"\nwritten to {folder}/:")
     for path in sorted(folder.iterdir()):
         print(f"  {path.name}{'/' if path.is_dir() else ''}")
@@ -93,18 +102,33 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
-def finish_with_samples(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Generates, draws the grid and measures; the measures need labels."""
-    config = trainer.config
-    generated, labels = trainer.generate(config.generated)
-    classes = trainer.images.num_classes if config.conditional else 10
-    shown = generated[: 10 * classes].unflatten(0, (-1, classes)) if len(generated) >= 10 * classes else None
-    grid = generated[:100] if shown is None else shown.transpose(0, 1).flatten(0, 1)
-    names = [i // 10 for i in range(len(grid))] if shown is not None and labels is not None else None
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def draw(picture: Callable[[], None]) -> None:
+    """Draws; a picture that cannot be drawn is said and costs nothing else of the run."""
+    try:
+        picture()
+    except Exception as error:  # whatever matplotlib raises
+        print(f"a picture could not be drawn ({type(error).__name__}: {error})", file=sys.stderr)
+
+
+def draw_samples(trainer: Trainer, folder: Path, generated: Tensor, labels: Tensor | None) -> None:
+    """A grid of ten samples of each of the first ten classes, or of a hundred samples."""
+    config, classes = trainer.config, trainer.images.num_classes
+    shown, names = generated[:100], None
+    if labels is not None and len(generated) >= 10 * classes:
+        rows = range(min(classes, 10))
+        shown = torch.cat([generated[row : 10 * classes : classes] for row in rows])
+        names = [row for row in rows for _ in range(10)]
     title = f"{config.model} ({config.routing}), {config.steps} steps, guidance {config.guidance:g}"
-    plot_samples(folder / "samples.png", grid, names, columns=10, title=title)
-    if labels is None:
-        return {}
+    plot_samples(folder / "samples.png", shown, names, columns=10, title=title)
+
+
+def measure(trainer: Trainer, generated: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Measures the samples and prints what was found."""
+    config = trainer.config
     metrics = evaluate(trainer.images, generated, labels)
     print(f"\n{metrics.generated} images, guidance {config.guidance:g}, {config.sample_steps} DDIM steps:")
     print(metrics.describe())

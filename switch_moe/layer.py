@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops._backend import BACKENDS
-from .ops._checks import check_shape, check_top_k
+from .ops._checks import check_choice, check_flags, check_integers, check_shape, check_tensors, check_top_k
 from .ops.expert_linear import expert_linear
 from .ops.expert_mlp import expert_mlp
 from .router import Router, Routing
@@ -31,8 +31,7 @@ class SwitchMoE(nn.Module):
 
     Parameters: ``router.weight [1, M, D]`` and ``router.bias [1, M]``, unless ``router=False``; for linear
     experts ``weight [M, D, D]`` and ``bias [M, D]``, for the others ``weight_in [M, D, H]``, ``bias_in``,
-    ``weight_out [M, H, D]`` and ``bias_out`` (2H for SwiGLU's input). Keep the router in float32: gates are
-    computed in float32 always.
+    ``weight_out [M, H, D]`` and ``bias_out`` (2H for SwiGLU's input).
 
     Raises ``ValueError`` for a setting out of range.
     """
@@ -50,10 +49,10 @@ class SwitchMoE(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if expert not in EXPERTS:
-            raise ValueError(f"expert is {expert!r}; it must be one of {', '.join(EXPERTS)}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        check_choice("expert", expert, EXPERTS)
+        check_choice("backend", backend, BACKENDS)
+        check_flags(bias=bias, router=router)
+        check_integers(hidden_size=hidden_size)
         if expert == "linear" and expert_hidden_size is not None:
             raise ValueError(
                 f"expert_hidden_size is {expert_hidden_size}; linear experts have no hidden layer"
@@ -61,13 +60,7 @@ class SwitchMoE(nn.Module):
         if expert != "linear" and backend == "native":
             raise ValueError(f"backend is {backend!r}; {expert} experts have no compiled CPU kernels")
         hidden = 4 * hidden_size if expert_hidden_size is None else expert_hidden_size
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("num_experts", num_experts),
-            ("expert_hidden_size", hidden),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_integers(expert_hidden_size=hidden)
         check_top_k(top_k, num_experts)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.expert, self.backend = expert, backend
@@ -123,8 +116,10 @@ class SwitchMoE(nn.Module):
             time_embedding: ``[B, D]``, what the router sees. routing: that of this layer, computed ahead by a
                 :class:`switch_moe.Router`. Exactly one of the two (``ValueError``).
         """
+        check_tensors(x=x)
         check_shape("x", x, ("B", "T", self.hidden_size))
         if routing is None and time_embedding is not None:
+            check_tensors(time_embedding=time_embedding)
             check_shape("time_embedding", time_embedding, (x.shape[0], self.hidden_size))
             routing = self.route(time_embedding)
         elif routing is None or time_embedding is not None:
@@ -139,7 +134,10 @@ class SwitchMoE(nn.Module):
             x, self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated,
             backend=self.backend,
         )  # fmt: skip
-        return x + x * mixture if modulate else mixture
+        if not modulate:
+            return mixture
+        x = x.to(mixture.dtype)  # under autocast in its type, like linear experts
+        return x + x * mixture
 
     def extra_repr(self) -> str:
         return (

@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ops._checks import check_shape, check_top_k
+from .ops._checks import check_integers, check_positive, check_shape, check_top_k
 from .ops.diffusion_prior import diffusion_prior_loss
 from .ops.match_columns import MOST_TIMESTEPS, match_columns
 
 
-def prior_table(num_timesteps: int, columns: int, active: int, alpha: float) -> Tensor:
+def prior_table(
+    num_timesteps: int, columns: int, active: int, alpha: float, device: torch.device | None = None
+) -> Tensor:
     """0/1 table ``[N, columns]``: row t has ones in columns ``i_t .. i_t + active - 1``.
 
     ``i_t = round((t / (N - 1)) ** alpha * (columns - active))``: neighbouring timesteps share most of their
-    columns, and the columns move fastest at large t. Float32.
+    columns, and the columns move fastest at large t. Float32, whatever the default type.
     """
-    fraction = torch.arange(num_timesteps, dtype=torch.float64) / max(num_timesteps - 1, 1)
+    fraction = torch.arange(num_timesteps, dtype=torch.float64, device=device) / max(num_timesteps - 1, 1)
     first = torch.round(fraction**alpha * (columns - active))[:, None]
-    column = torch.arange(columns)
+    column = torch.arange(columns, device=device)
     return ((column >= first) & (column < first + active)).float()
 
 
@@ -31,10 +33,12 @@ class DiffusionPrior(nn.Module):
     Args:
         depth: blocks, L. num_experts: experts per block, M. top_k: chosen per block, k.
         num_timesteps: diffusion timesteps, N.
-        alpha: exponent of the table; larger keeps small timesteps together for longer.
+        alpha: exponent of the table, positive; larger keeps small timesteps together for longer.
 
     Attributes:
         table: the prior, float32 0/1 ``[N, L*M]`` with ``k*L`` ones in each row; not part of the state_dict.
+
+    Raises ``ValueError`` or ``TypeError`` for a setting that does not fit.
     """
 
     table: Tensor
@@ -44,17 +48,28 @@ class DiffusionPrior(nn.Module):
     ) -> None:
         super().__init__()
         check_top_k(top_k, num_experts)
-        for name, value in (("depth", depth), ("num_timesteps", num_timesteps)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_integers(depth=depth, num_timesteps=num_timesteps)
+        check_positive(alpha=alpha)
         if num_timesteps > MOST_TIMESTEPS:
             raise ValueError(
                 f"num_timesteps is {num_timesteps}; it must be at most 2^24, what float32 counts"
             )
         self.depth, self.num_experts, self.top_k = depth, num_experts, top_k
         self.num_timesteps, self.alpha = num_timesteps, alpha
-        table = prior_table(num_timesteps, depth * num_experts, depth * top_k, alpha)
-        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("table", self._fresh_table(), persistent=False)
+        self.register_load_state_dict_post_hook(_fill_table)
+
+    def _fresh_table(self, device: torch.device | None = None) -> Tensor:
+        slots, active = self.depth * self.num_experts, self.depth * self.top_k
+        return prior_table(self.num_timesteps, slots, active, self.alpha, device)
+
+    def reset_parameters(self) -> None:
+        """Fills the table again, as after ``to_empty``; loading a state_dict does it too.
+
+        A table that is still on the meta device stays there: nothing says where it belongs.
+        """
+        fresh = self._fresh_table(self.table.device)
+        self.table = self.table.copy_(fresh) if self.table.dtype == fresh.dtype else fresh
 
     @torch.no_grad()
     def match(self, selected: Tensor, prices: Tensor | None = None) -> Tensor:
@@ -75,7 +90,7 @@ class DiffusionPrior(nn.Module):
         check_shape("selected", selected, tuple(self.table.shape))
         slots = self.table.shape[1]
         if selected.device.type == "cpu":
-            of_model, of_table = torch.randperm(slots), torch.randperm(slots)
+            of_model, of_table = (torch.randperm(slots, device="cpu") for _ in range(2))
         else:  # fewer launches
             of_model, of_table = torch.rand(2, slots, device=selected.device).argsort(-1)
         return match_columns(selected, self.table, of_model, of_table, prices=prices)
@@ -98,3 +113,7 @@ class DiffusionPrior(nn.Module):
             f"depth={self.depth}, num_experts={self.num_experts}, top_k={self.top_k}, "
             f"num_timesteps={self.num_timesteps}, alpha={self.alpha}"
         )
+
+
+def _fill_table(prior: DiffusionPrior, _: object) -> None:
+    prior.reset_parameters()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops._backend import BACKENDS
-from .ops._checks import check_top_k
+from .ops._checks import check_choice, check_integers, check_top_k
 from .ops.timestep_gate import selected_experts, timestep_gate
 
 
@@ -29,6 +29,9 @@ class Routing(NamedTuple):
         return selected_experts(self.probs, self.expert_index) if self.kept is None else self.kept
 
 
+torch.serialization.add_safe_globals([Routing])  # for torch.load with weights_only
+
+
 class Router(nn.Module):
     """The routers of L blocks in one module, for layers made with ``SwitchMoE(..., router=False)``.
 
@@ -39,8 +42,8 @@ class Router(nn.Module):
         depth: blocks, L. hidden_size: D. num_experts: M. top_k: experts per sample, 1 to M.
         backend: of :func:`switch_moe.ops.timestep_gate`.
 
-    Parameters: ``weight [L, M, D]`` and ``bias [L, M]``. Keep them in float32: gates are computed in float32
-    always.
+    Parameters: ``weight [L, M, D]`` and ``bias [L, M]``. Gates are computed in float32 always, so parameters
+    in a half type only lose precision.
 
     Raises ``ValueError`` for a setting out of range.
     """
@@ -49,13 +52,9 @@ class Router(nn.Module):
         self, depth: int, hidden_size: int, num_experts: int = 3, top_k: int = 2, *, backend: str = "auto"
     ) -> None:
         super().__init__()
-        sizes = {"depth": depth, "hidden_size": hidden_size, "num_experts": num_experts}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_integers(depth=depth, hidden_size=hidden_size)
         check_top_k(top_k, num_experts)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+        check_choice("backend", backend, BACKENDS)
         self.top_k, self.backend = top_k, backend
         self.weight = nn.Parameter(torch.empty(depth, num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(depth, num_experts))

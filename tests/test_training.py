@@ -161,12 +161,12 @@ def test_a_graphed_step_is_the_eager_step(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"cuda_graph": True}, "cuda_graph is True; it needs a GPU"),
-        ({"prior_every": 0}, "prior_every is 0; it must be positive"),
-        ({"steps": 0}, "steps is 0; it must be positive"),
-        ({"lr": -1.0}, "lr is -1.0; it must be positive"),
+        ({"prior_every": 0}, "prior_every is 0; it must be at least 1"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"lr": -1.0}, "lr is -1.0; it must be a positive finite number"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"batch_size": 5000}, "batch_size is 5000; digits has 1437 training images"),
-        ({"top_k": 4}, r"top_k is 4; it must be in \[1, num_experts = 3\]"),
+        ({"top_k": 4}, r"top_k is 4; it must be between 1 and the number of experts, 3"),
         ({"model": "M/2"}, "model is 'M/2'; it must be one of tiny/2"),
         ({"model": "tiny/16"}, "model is 'tiny/16'"),
         ({"weighting": "snr"}, "weighting is 'snr'; it must be constant, p2 or min_snr"),
@@ -178,7 +178,7 @@ def test_a_graphed_step_is_the_eager_step(tmp_path: Path) -> None:
         ({"name": "taken"}, "name is 'taken'; .*exists, choose another"),
         ({"generated": 1}, "generated is 1; it must be 0, or at least 10"),
         ({"seed": 2**40}, r"seed is 1099511627776; it must be in \[0, 2\*\*32\)"),
-        ({"lr": float("inf")}, "lr is inf; it must be positive"),
+        ({"lr": float("inf")}, "lr is inf; it must be a positive finite number"),
         ({"output": Path(__file__)}, "output is .*test_training.py; it must be a folder"),
         (
             {"model": "tiny/8", "data": "OWN"},
@@ -214,7 +214,9 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path: Path, monkeypatch: pytes
         return original(self, number, chosen)
 
     monkeypatch.setattr(Trainer, "step", interrupt_at_three)
-    with pytest.raises(SystemExit, match=r"interrupted; the weights so far are in .*checkpoint"):
+    with pytest.raises(
+        SystemExit, match=r"interrupted after 3 of 12 steps; the weights so far are in .*checkpoint"
+    ):
         run_training(config(tmp_path))
     assert load_checkpoint(tmp_path / "digits" / "checkpoint", "model")[0].routing == "switch"
 
@@ -230,7 +232,7 @@ def test_commands(tmp_path: Path) -> None:
         assert setting in shown.stdout
     failed = command("train_switch_dit.py", "--steps", "-3")
     assert failed.returncode == 1
-    assert failed.stderr.strip() == "error: steps is -3; it must be positive"
+    assert failed.stderr.strip() == "error: steps is -3; it must be at least 1"
     failed = command("sample_switch_dit.py", "--run", "nowhere")
     assert failed.returncode == 1
     assert "nowhere/checkpoint is no checkpoint: config.json is missing" in failed.stderr
@@ -310,8 +312,9 @@ def test_digits_split() -> None:
     images = load_images("digits")
     assert images.train.shape == (1437, 1, 8, 8)
     assert len(images.held_out) == 360
-    assert images.train.min() == -1
-    assert images.train.max() == 1
+    assert images.train.dtype == torch.uint8
+    scaled = images.scale(images.train)
+    assert (scaled.min(), scaled.max(), scaled.dtype) == (-1, 1, torch.float32)
     assert images.held_out_labels.bincount().min() >= 34
 
 
@@ -357,20 +360,20 @@ def test_frechet_distance() -> None:
 
 def test_metrics_tell_good_from_bad() -> None:
     images = load_images("digits")
-    good = evaluate(images, images.held_out, images.held_out_labels)
+    held_out = images.scale(images.held_out)
+    good = evaluate(images, held_out, images.held_out_labels)
     assert good.conditional_accuracy == good.classifier_accuracy > 0.95
     assert good.frechet_distance == pytest.approx(0, abs=1e-6)
-    mislabelled = evaluate(images, images.held_out, images.held_out_labels.roll(1))
+    mislabelled = evaluate(images, held_out, images.held_out_labels.roll(1))
     assert mislabelled.conditional_accuracy < 0.3
-    noise = evaluate(images, torch.randn_like(images.held_out), images.held_out_labels)
+    noise = evaluate(images, torch.randn_like(held_out), images.held_out_labels)
     assert noise.frechet_distance > 10 * noise.frechet_floor
 
 
 def test_classifier_repeats() -> None:
     images = load_images("digits")
-    first, second = (
-        Classifier(images.train, images.train_labels).features(images.held_out) for _ in range(2)
-    )
+    train, held_out = images.scale(images.train), images.scale(images.held_out)
+    first, second = (Classifier(train, images.train_labels).features(held_out) for _ in range(2))
     assert np.array_equal(first, second)
 
 

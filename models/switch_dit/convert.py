@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,32 @@ _EXPERT_NAMES = {"experts.w": "weight", "experts.b": "bias"}
 _ROUTER_NAMES = {"f_gate.1.weight": "weight", "f_gate.1.bias": "bias"}
 
 
-def convert_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The official names to SwitchDiT's. Tables that SwitchDiT computes itself are left out."""
+def without_wrappers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict without the prefixes that DDP (``module.``) and torch.compile (``_orig_mod.``) add."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
+
+
+def convert_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The official names to SwitchDiT's. Tables that SwitchDiT computes itself are left out.
+
+    ``state_dict`` may also be a whole checkpoint of the official training script: then its moving average,
+    ``ema``, is taken. Prefixes of DDP and torch.compile are cut. ``ValueError`` or ``TypeError`` for what is
+    no state_dict.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"state_dict is a {type(state_dict).__name__}; it must be a mapping of names to tensors"
+        )
+    for name in ("ema", "model"):
+        if isinstance(state_dict.get(name), Mapping):
+            state_dict = state_dict[name]
+            break
+    state_dict = without_wrappers(state_dict)
+    for name, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"state_dict holds {name!r}, a {type(value).__name__}; every entry must be a tensor"
+            )
     converted = {}
     routers: dict[str, dict[int, Tensor]] = {}
     for name, value in state_dict.items():
@@ -33,6 +58,8 @@ def convert_official_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, T
             known = ", ".join([*_ROUTER_NAMES, *_EXPERT_NAMES])
             raise ValueError(f"state_dict holds {name!r}; routers of the official code have {known}")
     for kind, of_block in routers.items():
+        if sorted(of_block) != list(range(len(of_block))):
+            raise ValueError(f"state_dict holds the routers' {kind} of the blocks {sorted(of_block)} only")
         converted[f"router.{kind}"] = torch.stack([of_block[i] for i in range(len(of_block))])
     return converted
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,21 @@ _SPLIT_SEED = 0  # the split is the same for every run, so that runs can be comp
 
 @dataclass
 class Images:
-    """Images scaled to [-1, 1], split into training and held-out ones, each class in the same proportion."""
+    """Images, split into training and held-out ones, each class in the same proportion.
 
-    train: Tensor  # float32 [n, C, H, W]
+    They stay in bytes; :meth:`scale` makes floats of a batch on its device.
+    """
+
+    train: Tensor  # uint8 [n, C, H, W], or float32 in [-1, 1]
     train_labels: Tensor  # int64 [n]
     held_out: Tensor
     held_out_labels: Tensor
     num_classes: int
+    largest: int = 255  # the value of white
+
+    def scale(self, images: Tensor) -> Tensor:
+        """Bytes to float32 in [-1, 1]; floats stay as they are."""
+        return images if images.is_floating_point() else images.float() * (2 / self.largest) - 1
 
 
 def load_images(data: str) -> Images:
@@ -40,17 +50,19 @@ def load_images(data: str) -> Images:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images, labels = digits.images[..., None] / 8.0 - 1.0, digits.target  # grey values are 0 to 16
+        images, labels, largest = digits.images[..., None].astype(np.uint8), digits.target, 16
     else:
-        images, labels = _load_npz(data)
-    scaled = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32))
-    targets = torch.from_numpy(labels.astype(np.int64))
+        (images, labels), largest = _load_npz(data), 255
+    labels = labels.astype(np.int64)
     train, held_out = train_test_split(
-        np.arange(len(targets)), test_size=HELD_OUT, random_state=_SPLIT_SEED, stratify=targets.numpy()
+        np.arange(len(labels)), test_size=HELD_OUT, random_state=_SPLIT_SEED, stratify=labels
     )
-    return Images(
-        scaled[train], targets[train], scaled[held_out], targets[held_out], num_classes=int(targets.max()) + 1
-    )
+
+    def part(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        pixels = torch.from_numpy(images[chosen].transpose(0, 3, 1, 2).copy())
+        return pixels, torch.from_numpy(labels[chosen])
+
+    return Images(*part(train), *part(held_out), num_classes=int(labels.max()) + 1, largest=largest)
 
 
 def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
@@ -59,11 +71,18 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"data is {data!r}; it must be digits or the path of an .npz file")
     if not path.is_file():
         raise FileNotFoundError(f"data is {data!r}; there is no such file")
-    with np.load(path) as file:
-        missing = {"images", "labels"} - set(file.files)
-        if missing:
-            raise ValueError(f"data {data!r} has no array {' and no array '.join(sorted(missing))}")
-        images, labels = file["images"], file["labels"]
+    try:
+        with np.load(path) as file:
+            missing = {"images", "labels"} - set(file.files)
+            arrays = {name: file[name] for name in ("images", "labels") if name not in missing}
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"data is {data!r}; the file is broken or no .npz file ({type(error).__name__}); write it again "
+            "with numpy.savez"
+        ) from None
+    if missing:
+        raise ValueError(f"data {data!r} has no array {' and no array '.join(sorted(missing))}")
+    images, labels = arrays["images"], arrays["labels"]
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.dtype != np.uint8:
@@ -80,12 +99,13 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"labels in {data!r} hold class {rare} {counts[rare]} times; each class needs 5 or more"
         )
-    return images / 127.5 - 1.0, labels
+    return images, labels
 
 
 def batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Endless shuffled batches of indices, int64 [batch_size], from the seed alone."""
     per_epoch = count // batch_size
     for epoch in itertools.count():
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=generator, device="cpu")
         yield from order[: per_epoch * batch_size].split(batch_size)

@@ -13,19 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from switch_moe.ops._checks import (
+    check_choice,
+    check_dtype,
+    check_integers,
+    check_range,
+    check_shape,
+    check_tensors,
+)
+
 SCHEDULES = ("linear", "cosine")
 
 
 def betas_of(schedule: str, num_timesteps: int) -> np.ndarray:
     """float64 [N]: ``linear`` from 1e-4 to 0.02 at N = 1000 (scaled for other N), or ``cosine`` (eq. 17)."""
+    check_choice("schedule", schedule, SCHEDULES)
+    check_integers(num_timesteps=num_timesteps)
+    if schedule == "linear" and num_timesteps <= 20:  # the last beta is 20 / N
+        raise ValueError(f"num_timesteps is {num_timesteps}; the linear schedule needs at least 21")
     if schedule == "linear":
         scale = 1000 / num_timesteps
         return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
-    if schedule == "cosine":
-        time = np.linspace(0, 1, num_timesteps + 1)
-        alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+    time = np.linspace(0, 1, num_timesteps + 1)
+    alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 class GaussianDiffusion:
@@ -35,7 +46,9 @@ class GaussianDiffusion:
         schedule: ``linear`` or ``cosine``.
         num_timesteps: N.
         weighting: how the squared error is weighted, see :meth:`mse_weight`.
-        betas: float64 [N], instead of a schedule.
+        betas: float64 [N], each in (0, 1), instead of a schedule.
+
+    Raises ``ValueError`` or ``TypeError`` for a setting that does not fit.
     """
 
     def __init__(
@@ -48,6 +61,11 @@ class GaussianDiffusion:
         self.betas = (
             betas_of(schedule, num_timesteps) if betas is None else np.asarray(betas, dtype=np.float64)
         )
+        if self.betas.ndim != 1 or not len(self.betas):
+            raise ValueError(f"betas has shape {self.betas.shape}; it must be [N]")
+        outside = ~((self.betas > 0) & (self.betas < 1))  # NaN too
+        if outside.any():
+            raise ValueError(f"betas holds {self.betas[outside][0]}; each must be in (0, 1)")
         self.num_timesteps = len(self.betas)
         self.weighting = weighting
         self.alphas_cumprod = np.cumprod(1 - self.betas)
@@ -77,7 +95,7 @@ class GaussianDiffusion:
             return np.ones_like(snr)
         if weighting == "p2":
             return 1 / (1 + snr)
-        match = re.fullmatch(r"min_snr_(\d+(?:\.\d+)?)", weighting)
+        match = re.fullmatch(r"min_snr_(\d+(?:\.\d+)?)", str(weighting))
         if match and float(match[1]) > 0:
             return np.minimum(snr, float(match[1])) / snr
         raise ValueError(
@@ -86,6 +104,7 @@ class GaussianDiffusion:
 
     def respaced(self, steps: int) -> tuple[GaussianDiffusion, Tensor]:
         """The process through ``steps`` evenly spaced timesteps, and those, int64 [steps] rising."""
+        check_integers(-self.num_timesteps, steps=steps)
         if not 1 <= steps <= self.num_timesteps:
             raise ValueError(
                 f"steps is {steps}; it must be between 1 and the {self.num_timesteps} trained timesteps"
@@ -102,16 +121,29 @@ class GaussianDiffusion:
             self._on_device[key] = torch.as_tensor(self._tables[table], dtype=torch.float32, device=t.device)
         return self._on_device[key][t].view(-1, *[1] * (like.dim() - 1))
 
+    def _check(self, t: Tensor, **images: Tensor) -> None:
+        """``ValueError`` or ``TypeError`` unless the images are alike and t fits them."""
+        check_tensors(t=t, **images)
+        first = next(iter(images.values()))
+        for name, image in images.items():
+            check_shape(name, image, tuple(first.shape))
+        check_shape("t", t, (first.shape[0],))
+        check_dtype("t", t, torch.int64, torch.int32)
+        check_range("t", t, self.num_timesteps, "the timesteps of the process")
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t for x_start and noise [B, C, H, W], t int64 [B] (DDPM eq. 4)."""
+        self._check(t, x_start=x_start, noise=noise)
         return self._at("signal", t, x_start) * x_start + self._at("noise", t, x_start) * noise
 
     def predict_x_start(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The x_start that ``noise`` implies."""
+        self._check(t, x_t=x_t, noise=noise)
         return (x_t - self._at("noise", t, x_t) * noise) / self._at("signal", t, x_t)
 
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_start) (DDPM eq. 7)."""
+        self._check(t, x_start=x_start, x_t=x_t)
         return self._at("posterior_x_start", t, x_t) * x_start + self._at("posterior_x_t", t, x_t) * x_t
 
     def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
@@ -120,6 +152,8 @@ class GaussianDiffusion:
         The second half of the channels interpolates the log variance between its bounds (eq. 15 of arXiv
         2102.09672).
         """
+        self._check(t, x_t=x_t)
+        check_shape("model_output", model_output, (x_t.shape[0], 2 * x_t.shape[1], *x_t.shape[2:]))
         noise, v = model_output.chunk(2, dim=1)
         share = (v + 1) / 2
         low, high = self._at("min_log_variance", t, x_t), self._at("max_log_variance", t, x_t)
@@ -135,6 +169,9 @@ class GaussianDiffusion:
         ``vb`` is in bits per dimension and trains the variance only: the mean is detached (eq. 16 of arXiv
         2102.09672).
         """
+        self._check(t, x_start=x_start, x_t=x_t, noise=noise)
+        channels = x_t.shape[1] * (1 + (model_output.shape[1] > x_t.shape[1]))
+        check_shape("model_output", model_output, (x_t.shape[0], channels, *x_t.shape[2:]))
         model_output = model_output.float()
         predicted = model_output[:, : x_t.shape[1]]
         weight = self._at("mse_weight", t, t)

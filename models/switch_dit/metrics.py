@@ -18,7 +18,10 @@ _MEANING = {
     "classifier_accuracy": "the same classifier on real held-out images: what perfect samples would get",
     "frechet_distance": "generated against held-out real images, in the classifier's features; 0 is best",
     "frechet_floor": "the same distance between two halves of the real images, by sampling noise alone",
+    "out_of_range": "share of generated pixels beyond [-1, 1], where a picture cuts them off",
 }
+_ROUNDING = 1 / 510  # half a grey value
+_FITTED = 10_000  # training images that the classifier sees at most: it is as good, and fits the memory
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Metrics:
     classifier_accuracy: float
     frechet_distance: float
     frechet_floor: float
+    out_of_range: float
     generated: int
 
     def describe(self) -> str:
@@ -55,7 +59,8 @@ class Classifier:
 
 
 def _pixels(images: Tensor) -> np.ndarray:
-    return images.flatten(1).double().clamp(-1, 1).numpy()
+    """What a picture of 8 bits shows of the images."""
+    return ((images.flatten(1).double().clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1).numpy()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -70,17 +75,24 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def evaluate(images: Images, generated: Tensor, labels: Tensor) -> Metrics:
-    """Measures for generated images [n, C, H, W] on the CPU, asked for with ``labels [n]``."""
-    classifier = Classifier(images.train, images.train_labels)
-    real = np.concatenate([classifier.features(images.train), classifier.features(images.held_out)])
+    """Measures for generated images [n, C, H, W] on the CPU, asked for with ``labels [n]``.
+
+    ``ValueError`` where they are not finite.
+    """
+    if not bool(generated.isfinite().all()):
+        raise ValueError("generated holds numbers that are not finite; there is nothing to measure")
+    order = np.random.default_rng(0).permutation(len(images.train))[:_FITTED]
+    order.sort()
+    train, held_out = images.scale(images.train[order]), images.scale(images.held_out)
+    classifier = Classifier(train, images.train_labels[order])
+    real = np.concatenate([classifier.features(train), classifier.features(held_out)])
     order = np.random.default_rng(0).permutation(len(real))
     half = len(real) // 2
     return Metrics(
         conditional_accuracy=classifier.accuracy(generated, labels),
-        classifier_accuracy=classifier.accuracy(images.held_out, images.held_out_labels),
-        frechet_distance=frechet_distance(
-            classifier.features(generated), classifier.features(images.held_out)
-        ),
+        classifier_accuracy=classifier.accuracy(held_out, images.held_out_labels),
+        frechet_distance=frechet_distance(classifier.features(generated), classifier.features(held_out)),
         frechet_floor=frechet_distance(real[order[:half]], real[order[half:]]),
+        out_of_range=float((generated.abs() > 1 + _ROUNDING).double().mean()),
         generated=len(generated),
     )

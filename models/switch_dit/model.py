@@ -10,7 +10,7 @@ M experts, k experts per sample, N diffusion timesteps.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -18,6 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE
+from switch_moe.ops._backend import BACKENDS
+from switch_moe.ops._checks import (
+    FLOATS,
+    check_choice,
+    check_dtype,
+    check_flags,
+    check_integers,
+    check_numbers,
+    check_positive,
+    check_range,
+    check_shape,
+    check_tensors,
+)
+from switch_moe.ops._operator import without_autocast
 from switch_moe.prior import prior_table
 from switch_moe.streams import SideStream
 
@@ -52,21 +66,45 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of the timestep through a two-layer MLP, always in float32: t [B] to [B, D]."""
+    """Sinusoids of the timestep through a two-layer MLP: t [B] to [B, D].
+
+    Computed in float32, or in float64 with weights of that type: in a half type the angles of large timesteps
+    would be wrong by a radian.
+    """
 
     def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        half = frequencies // 2
-        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+        rates = torch.empty(frequencies // 2, dtype=torch.float32)
         self.register_buffer("rates", rates, persistent=False)
+        self.reset_rates()
+
+    def reset_rates(self, device: torch.device | None = None) -> None:
+        """Fills the table of frequencies, on ``device`` or where it is."""
+        half = self.rates.shape[0]
+        steps = torch.arange(half, dtype=torch.float32, device=device or self.rates.device)
+        self.rates = torch.exp(-math.log(10000) * steps / half)
+
+    def _apply(self, *arguments: Any, **options: Any) -> TimestepEmbedder:
+        """``to``, ``half``, ``to_empty`` and their like end here. The frequencies stay float32 and whole."""
+        super()._apply(*arguments, **options)
+        self.reset_rates()
+        return self
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):
+        with without_autocast(t.device):
             angle = t[:, None].float() * self.rates
-            return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+            hidden = torch.cat([angle.cos(), angle.sin()], dim=-1)
+            first, activation, last = self.mlp
+            return _linear_in_float32(last, activation(_linear_in_float32(first, hidden)))
+
+
+def _linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``layer(x)`` in float32 at least, whatever the type of the weights."""
+    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -92,7 +130,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        return rearrange(self.proj(x.to(self.proj.weight.dtype)), "b d h w -> b (h w) d")
 
 
 class Attention(nn.Module):
@@ -124,10 +162,8 @@ class Mlp(nn.Module):
 class ChannelMask(nn.Module):
     """DTR's part of a block, in the place of SwitchMoE: masks [B, D] of the channels of x [B, T, D]."""
 
-    def forward(self, x: Tensor, routing: Tensor, modulate: bool = True) -> Tensor:
-        """``x * mask``. A mask has no mixture to add to x by itself, so ``modulate`` must be true."""
-        assert modulate
-        return x * routing[:, None]
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask[:, None].to(x.dtype)
 
 
 class Block(nn.Module):
@@ -148,10 +184,17 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, routing: Routing | Tensor | None) -> Tensor:
-        """x [B, T, D], condition c [B, D], and what ``moe`` routes by."""
+    def forward(self, x: Tensor, c: Tensor, *routing: Tensor) -> Tensor:
+        """x [B, T, D], condition c [B, D], and what ``moe`` routes by: the tensors of a Routing, or a mask.
+
+        They come one by one because checkpointing with ``use_reentrant=True`` sees no tensors in a tuple.
+        """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
-        r = x if self.moe is None else self.moe(x, routing=routing, modulate=True)
+        r = x
+        if isinstance(self.moe, ChannelMask):
+            r = self.moe(x, *routing)
+        elif self.moe is not None:
+            r = self.moe(x, routing=Routing(*routing), modulate=True)
         attention = gate_msa[:, None] * self.attn(modulate(self.norm1(r), shift_msa, scale_msa))  # [B, T, D]
         inner = gate_mlp[:, None] * self.mlp(modulate(self.norm2(r + attention), shift_mlp, scale_mlp))
         return x + attention + inner
@@ -189,8 +232,11 @@ class SwitchDiT(nn.Module):
         num_experts: M, in every block.
         top_k: k.
         num_timesteps: N.
+        backend: of the experts, the router and the prior, see :func:`switch_moe.ops.expert_linear`.
 
-    Raises ``ValueError`` for a setting that does not fit.
+    The type of the weights may be any floating one; timesteps and routers are computed in float32 at least.
+
+    Raises ``ValueError`` or ``TypeError`` for a setting that does not fit.
     """
 
     def __init__(
@@ -209,26 +255,28 @@ class SwitchDiT(nn.Module):
         num_experts: int = 3,
         top_k: int = 2,
         num_timesteps: int = 1000,
+        backend: str = "auto",
     ) -> None:
         # Before any other name is bound, these are the arguments.
-        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__", "backend")}
         super().__init__()
-        self.settings = settings
-        for name in (
-            "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio",
-        ):  # fmt: skip
-            if not settings[name] > 0:
-                raise ValueError(f"{name} is {settings[name]}; it must be positive")
-        if routing not in ROUTINGS:
-            raise ValueError(f"routing is {routing!r}; it must be one of {', '.join(ROUTINGS)}")
+        self.settings = settings  # what a checkpoint keeps; the backend belongs to the machine
+        check_integers(
+            input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
+            depth=depth, num_heads=num_heads, num_timesteps=num_timesteps,
+        )  # fmt: skip
+        check_integers(0, num_classes=num_classes)
+        check_positive(mlp_ratio=mlp_ratio)
+        check_numbers(0, 1, "between 0 and 1", class_dropout_prob=class_dropout_prob)
+        check_flags(learn_sigma=learn_sigma)
+        check_choice("routing", routing, ROUTINGS)
+        check_choice("backend", backend, BACKENDS)
         if input_size % patch_size:
             raise ValueError(f"patch_size is {patch_size}; it must divide input_size, {input_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
                 f"hidden_size is {hidden_size}; it must be a multiple of 4 and of num_heads, {num_heads}"
             )
-        if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob is {class_dropout_prob}; it must be between 0 and 1")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.learn_sigma, self.routing = num_classes, learn_sigma, routing
@@ -237,10 +285,10 @@ class SwitchDiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
-        grid = input_size // patch_size
-        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, grid)[None], requires_grad=False)
+        tokens = (input_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size), requires_grad=False)
         make_moe = {
-            "switch": lambda: SwitchMoE(hidden_size, num_experts, top_k, router=False),
+            "switch": lambda: SwitchMoE(hidden_size, num_experts, top_k, router=False, backend=backend),
             "dtr": ChannelMask,
             "none": lambda: None,
         }[routing]
@@ -249,16 +297,50 @@ class SwitchDiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         if routing == "switch":
-            self.router = Router(depth, hidden_size, num_experts, top_k)
+            self.router = Router(depth, hidden_size, num_experts, top_k, backend=backend)
             self.prior = DiffusionPrior(depth, num_experts, top_k, num_timesteps)
-            self.register_buffer("assignment", torch.arange(depth * num_experts), persistent=False)
+            slots = torch.empty(depth * num_experts, dtype=torch.int64)
+            self.register_buffer("assignment", slots, persistent=False)
         if routing == "dtr":
-            self.register_buffer("dtr_mask", dtr_mask(num_timesteps, hidden_size), persistent=False)
+            mask = torch.empty(num_timesteps, hidden_size, dtype=torch.float32)
+            self.register_buffer("dtr_mask", mask, persistent=False)
+        self.register_load_state_dict_post_hook(_after_loading)
         self.initialize_weights()
 
     @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Fills what the state_dict does not hold: frequencies, the prior's table and assignment, DTR's mask.
+
+        They go to the device of the parameters. Loading a state_dict calls this, so a model that was built on
+        the meta device is complete after ``load_state_dict(..., assign=True)``, or ``to_empty`` and
+        ``load_state_dict``.
+        """
+        device = self.pos_embed.device
+        self.t_embedder.reset_rates(device)
+        if self.routing == "switch":
+            self.prior.table = _on(device, self.prior.table)
+            self.prior.reset_parameters()
+            self.assignment = _on(device, self.assignment)
+            torch.arange(len(self.assignment), out=self.assignment)
+        if self.routing == "dtr":
+            self.dtr_mask = _on(device, self.dtr_mask)
+            self.dtr_mask.copy_(dtr_mask(*self.dtr_mask.shape, device))
+
+    @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in DiT: Xavier for linear layers, zeros where a fresh block must be the identity."""
+        """Fills all parameters and buffers, also after ``to_empty``.
+
+        As in DiT: Xavier for linear layers, zeros where a fresh block must be the identity; the positions are
+        a fixed table.
+        """
+        self.reset_buffers()
+        grid = self.input_size // self.patch_size
+        table = sincos_positions(self.pos_embed.shape[-1], grid, self.pos_embed.device)
+        if hasattr(self.pos_embed, "device_mesh"):  # FSDP has it in shards
+            from torch.distributed.tensor import distribute_tensor
+
+            table = distribute_tensor(table[None], self.pos_embed.device_mesh, self.pos_embed.placements)
+        self.pos_embed.copy_(table)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -272,12 +354,15 @@ class SwitchDiT(nn.Module):
         for adaptive in [*self.blocks, self.final_layer]:
             nn.init.zeros_(adaptive.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        for module in self.modules():
+            if isinstance(module, (SwitchMoE, Router)):
+                module.reset_parameters()
 
-    def block_routings(self, routing: Routing | None, t: Tensor) -> list[Routing] | list[Tensor] | list[None]:
-        """What each block's ``moe`` routes by: its part of ``routing``, or DTR's masks [B, D] at t."""
+    def block_routings(self, routing: Routing | None, t: Tensor) -> list[tuple[Tensor, ...]]:
+        """What each block's ``moe`` routes by: the tensors of its Routing, or DTR's masks [B, D] at t."""
         if routing is not None:
-            return [routing.block(i) for i in range(len(self.blocks))]
-        return [self.dtr_mask[t] if self.routing == "dtr" else None] * len(self.blocks)
+            return [routing.block(i)[:3] for i in range(len(self.blocks))]
+        return [(self.dtr_mask[t],) if self.routing == "dtr" else ()] * len(self.blocks)
 
     def route(self, time_embedding: Tensor) -> Routing:
         """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
@@ -294,26 +379,43 @@ class SwitchDiT(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
-        ``with_prior`` adds the diffusion prior loss: a scalar, zero without experts. Without ``match`` it
-        takes the assignment of the last call that matched.
+        H and W are ``input_size``, labels are int64, num_classes standing for none; an unconditional model
+        takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero without experts. Without
+        ``match`` it takes the assignment of the last call that matched.
+
+        Raises ``ValueError`` or ``TypeError`` for an argument that does not fit; timesteps and labels are
+        looked at on a CPU only.
         """
+        self._check_inputs(x, t, y)
         e = self.t_embedder(t)  # [B, D]
         routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
-        c = e if self.y_embedder is None else e + self.embed_labels(y)  # [B, D]
+        c = e if y is None else e + self.y_embedder(y)  # [B, D]
+        c = c.to(self.final_layer.linear.weight.dtype)
         with SideStream(x.device) as side:  # the prior needs the routing only, and little of a GPU
             prior_loss = self.diffusion_prior_loss(routing, t, match) if with_prior else None
         h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         for block, of_block in zip(self.blocks, self.block_routings(routing, t), strict=True):
-            h = block(h, c, of_block)
+            h = block(h, c, *of_block)
         out = self.unpatchify(self.final_layer(h, c))  # [B, C or 2C, H, W]
         side.join()
         return (out, prior_loss) if with_prior else out
 
-    def embed_labels(self, y: Tensor | None) -> Tensor:
-        """Embeddings [B, D] of the labels [B] of a conditional model."""
-        if y is None:
-            raise ValueError(f"y is None; a model with {self.num_classes} classes needs labels [B]")
-        return self.y_embedder(y)
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        check_tensors(x=x, t=t)
+        check_shape("x", x, ("B", self.in_channels, self.input_size, self.input_size))
+        check_dtype("x", x, *FLOATS)
+        check_shape("t", t, (x.shape[0],))
+        check_dtype("t", t, *FLOATS, torch.int64, torch.int32)
+        check_range("t", t, self.num_timesteps, "the timesteps")
+        if (y is None) != (self.y_embedder is None):
+            found, wanted = ("None", "labels [B]") if y is None else ("given", "None")
+            raise ValueError(f"y is {found}; a model with {self.num_classes} classes takes {wanted}")
+        if y is not None:
+            check_tensors(y=y)
+            check_shape("y", y, (x.shape[0],))
+            check_dtype("y", y, torch.int64, torch.int32)
+            labels = self.y_embedder.embedding_table.num_embeddings
+            check_range("y", y, labels, "the classes and, if trained with dropout, the null label")
 
     def diffusion_prior_loss(self, routing: Routing | None, t: Tensor, match: bool) -> Tensor:
         """The diffusion prior loss, a scalar, of the routing at t; with ``match``, of a new assignment."""
@@ -339,8 +441,12 @@ class SwitchDiT(nn.Module):
         """Classifier-free guidance (arXiv 2207.12598) on all channels of the noise.
 
         The first half of the batch has the labels, the second half the null label, and both see the x of the
-        first half.
+        first half. ``cfg_scale`` must be a finite number.
         """
+        check_numbers(cfg_scale=cfg_scale)
+        check_tensors(x=x)
+        if x.shape[0] % 2:
+            raise ValueError(f"x has {x.shape[0]} rows; their number must be even: with labels, then without")
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
         noise, rest = out.split([self.in_channels, self.out_channels - self.in_channels], dim=1)
@@ -349,20 +455,30 @@ class SwitchDiT(nn.Module):
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
 
-def sincos_positions(hidden_size: int, grid: int) -> Tensor:
+def _on(device: torch.device, buffer: Tensor) -> Tensor:
+    """The buffer, or an uninitialised one like it on ``device`` where it is elsewhere."""
+    return buffer if buffer.device == device else torch.empty_like(buffer, device=device)
+
+
+def _after_loading(model: SwitchDiT, _: object) -> None:
+    model.reset_buffers()
+
+
+def sincos_positions(hidden_size: int, grid: int, device: torch.device | None = None) -> Tensor:
     """Fixed 2D sine-cosine positions [grid * grid, D], a quarter each for sin and cos of x and y."""
     quarter = hidden_size // 4
-    rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates  # [grid, D/4]
+    rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
+    angles = torch.arange(grid, dtype=torch.float64, device=device)[:, None] * rates  # [grid, D/4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, D/2]
     columns = axis[None].expand(grid, grid, -1)
     rows = axis[:, None].expand(grid, grid, -1)
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
 
-def dtr_mask(num_timesteps: int, hidden_size: int) -> Tensor:
+def dtr_mask(num_timesteps: int, hidden_size: int, device: torch.device | None = None) -> Tensor:
     """The channel mask of DTR, float32 0/1 [N, D]: floor(0.8 D) neighbouring channels slide with t."""
-    return prior_table(num_timesteps, hidden_size, math.floor(DTR_CHANNELS_ON * hidden_size), DTR_ALPHA)
+    active = math.floor(DTR_CHANNELS_ON * hidden_size)
+    return prior_table(num_timesteps, hidden_size, active, DTR_ALPHA, device)
 
 
 def create_model(preset: str, **settings: object) -> SwitchDiT:

@@ -3,58 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from switch_dit.model import SwitchDiT
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+def _figure(*rows_columns: int, **options: Any) -> tuple[Figure, Any]:
+    """A figure with axes, without pyplot: no window, no MPLBACKEND, nothing to close."""
+    figure = Figure(layout="constrained", figsize=options.pop("figsize"))
+    return figure, figure.subplots(*rows_columns, squeeze=False, **options)
 
 
-def _save(plt, figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def check_picture(name: str, path: Path | str) -> None:
+    """``ValueError`` unless the ending of ``path`` is one that a picture can have."""
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lower().lstrip(".") not in endings:
+        raise ValueError(f"{name} is {path}; it must end in one of {', '.join('.' + end for end in endings)}")
 
 
-def plot_samples(path: Path, images: Tensor, labels: list[int] | None, columns: int, title: str) -> None:
+def grid_of(images: Tensor, columns: int, border: int = 1) -> np.ndarray:
+    """Images [n, C, H, W] in [-1, 1] side by side as one, in [0, 1]: [rows*(H+1)+1, columns*(W+1)+1, C or 3].
+
+    Of images that have neither 1 nor 3 channels the first is shown.
+    """
+    count, channels, height, width = images.shape
+    pixels = ((images.clamp(-1, 1) + 1) / 2).float().cpu()
+    if channels != 3:
+        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
+    rows = -(-count // columns)
+    cells = torch.ones(rows * columns, 3, height + border, width + border)
+    cells[:count, :, border:, border:] = pixels
+    cells = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return torch.nn.functional.pad(cells, (0, 0, 0, border, 0, border), value=1.0).numpy()
+
+
+def plot_samples(
+    path: Path | str, images: Tensor, labels: list[int] | None, columns: int, title: str
+) -> None:
     """A grid of images [n, C, H, W] in [-1, 1], row by row; rows are named where labels are given."""
-    plt = _pyplot()
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(0.6 * columns + 0.6, 0.6 * rows + 0.6), squeeze=False, layout="constrained"
-    )
-    pixels = ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
-    for i, axis in enumerate(axes.flat):
-        axis.set_xticks([])
-        axis.set_yticks([])
-        if i >= len(pixels):
-            axis.set_axis_off()
-            continue
-        grey = pixels.shape[-1] != 3
-        axis.imshow(pixels[i, ..., 0] if grey else pixels[i], cmap="gray" if grey else None, vmin=0, vmax=1)
-        if labels is not None and i % columns == 0:
-            axis.set_ylabel(str(labels[i]), rotation=0, ha="right", va="center")
+    size = min(1.0, 60 / max(rows, columns))  # inches of a cell: a picture of 60 inches is enough
+    figure, axes = _figure(1, 1, figsize=(0.6 * size * columns + 0.6, 0.6 * size * rows + 0.6))
+    axis = axes[0, 0]
+    axis.imshow(grid_of(images, columns), interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if labels is not None and rows:
+        step = images.shape[2] + 1
+        middles = [row * step + step / 2 for row in range(rows)]
+        axis.set_yticks(middles, [str(labels[row * columns]) for row in range(rows)])
+        axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
     figure.suptitle(title, fontsize=9)
-    _save(plt, figure, path)
+    figure.savefig(path, dpi=130)
 
 
-def plot_loss(path: Path, stats: list[dict]) -> None:
+def plot_loss(path: Path | str, stats: list[dict]) -> None:
     """The logged losses over steps; each point is the mean since the last one."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, ((left, right),) = _figure(1, 2, figsize=(9, 3.4))
     steps = [row["step"] for row in stats]
     for axis, keys, title in (
-        (axes[0], ("mse", "vb"), "denoising loss (mse of the noise; vb in bits/dim)"),
-        (axes[1], ("prior",), "diffusion prior loss (Jensen-Shannon, nats)"),
+        (left, ("mse", "vb"), "denoising loss (mse of the noise; vb in bits/dim)"),
+        (right, ("prior",), "diffusion prior loss (Jensen-Shannon, nats)"),
     ):
         for key in keys:
             axis.plot(steps, [row[key] for row in stats], label=key)
@@ -63,26 +80,23 @@ def plot_loss(path: Path, stats: list[dict]) -> None:
         axis.set_title(title, fontsize=9)
         axis.legend()
         axis.grid(alpha=0.3)
-    _save(plt, figure, path)
+    figure.savefig(path, dpi=130)
 
 
 @torch.no_grad()
-def plot_routing(path: Path, model: SwitchDiT) -> None:
+def plot_routing(path: Path | str, model: SwitchDiT) -> None:
     """The routing of a model above, and below it the prior that training pulls it towards.
 
     The left shows the experts that each timestep uses, block by block, with their gates; the right shows the
     share of experts that two timesteps have in common, over all blocks.
     """
-    plt = _pyplot()
     routing = model.route_all_timesteps()
     gates = torch.zeros_like(routing.probs).scatter(2, routing.expert_index.long(), routing.expert_gate)
     depth, timesteps, experts = gates.shape
     selected = routing.selected().cpu()
     used = gates.permute(0, 2, 1).flatten(0, 1).cpu().numpy()  # [L*M, N]
     matched = model.prior.table[:, model.prior.match(routing.selected())].cpu()
-    figure, axes = plt.subplots(
-        2, 2, figsize=(11, 7.5), layout="constrained", gridspec_kw={"width_ratios": [1.7, 1]}, sharex="col"
-    )
+    figure, axes = _figure(2, 2, figsize=(11, 7.5), gridspec_kw={"width_ratios": [1.7, 1]}, sharex="col")
     rows = (
         ("experts in use (brightness: gate)", used, selected),
         ("the prior, matched to these experts", matched.t().numpy(), matched),
@@ -102,4 +116,4 @@ def plot_routing(path: Path, model: SwitchDiT) -> None:
         figure.colorbar(picture, ax=right, shrink=0.8)
     for axis in axes[1]:
         axis.set_xlabel(f"timestep (0 is the clean image, {timesteps - 1} is noise)")
-    _save(plt, figure, path)
+    figure.savefig(path, dpi=130)

@@ -13,32 +13,45 @@ from torch import Tensor
 
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import SwitchDiT
+from switch_moe.ops._checks import (
+    check_choice,
+    check_dtype,
+    check_integers,
+    check_numbers,
+    check_shape,
+    check_tensors,
+)
 
 SCHEDULERS = ("ddim", "ddpm", "dpm-solver++")
 
 
 def make_scheduler(
-    name: str, diffusion: GaussianDiffusion, steps: int, learn_sigma: bool
+    name: str, diffusion: GaussianDiffusion, steps: int, learn_sigma: bool, clip: bool = False
 ) -> tuple[Any, dict[int, int]]:
     """A diffusers scheduler, and the trained timestep that each of its timesteps stands for.
 
-    clip_sample is off: latents are not confined to [-1, 1].
+    With ``clip`` the predicted image is confined to [-1, 1] in each step, as pixels are and latents are not.
     """
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-    if name not in SCHEDULERS:
-        raise ValueError(f"scheduler is {name!r}; it must be one of {', '.join(SCHEDULERS)}")
+    check_choice("scheduler", name, SCHEDULERS)
     respaced, kept = diffusion.respaced(steps)
+    if name == "dpm-solver++" and steps >= diffusion.num_timesteps:
+        raise ValueError(
+            f"steps is {steps}; dpm-solver++ takes fewer than the {diffusion.num_timesteps} trained timesteps"
+        )
     trained_timestep = dict(enumerate(kept.tolist()))
     if name == "dpm-solver++":
         # variance_type stays None and the model's variance is dropped: learned_range would slice 3 channels.
+        # Thresholding is dynamic; a largest value of 1 makes it a clip to [-1, 1].
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=diffusion.num_timesteps, trained_betas=diffusion.betas,
-            algorithm_type="dpmsolver++", timestep_spacing="linspace",
+            algorithm_type="dpmsolver++", timestep_spacing="linspace", thresholding=clip,
+            sample_max_value=1.0,
         )  # fmt: skip
         trained_timestep = {t: t for t in range(diffusion.num_timesteps)}
     else:
-        settings = {"num_train_timesteps": steps, "trained_betas": respaced.betas, "clip_sample": False}
+        settings = {"num_train_timesteps": steps, "trained_betas": respaced.betas, "clip_sample": clip}
         if name == "ddim":
             scheduler = DDIMScheduler(**settings)
         else:
@@ -63,55 +76,85 @@ def sample(
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
     batch_size: int = 250,
+    clip: bool | None = None,
 ) -> Tensor:
-    """Images (or latents) float32 [n, C, H, W] from noise.
+    """Images (or latents) float32 [n, C, H, W] from noise, by the model in evaluation mode.
 
     Args:
-        labels: int64 [n] on the model's device; an unconditional model takes None, and ``count`` instead.
-        steps: model evaluations (twice as many samples each where there is guidance).
+        labels: int64 [n]; an unconditional model takes None, and ``count`` instead.
+        steps: model evaluations (twice as many samples each where there is guidance); fewer than the trained
+            timesteps for ``dpm-solver++``.
         scheduler: ``ddim`` (eta 0), ``ddpm`` (with the learned variance) or ``dpm-solver++``.
         guidance: classifier-free scale; 1 is none.
         generator: the source of noise, on the CPU, for any device.
         start: the noise to begin with, [n, C, H, W], instead of drawing it.
         batch_size: samples at a time.
+        clip: whether each step confines the predicted image to [-1, 1], as it must for pixels: the first
+            steps of the cosine schedule divide by as little as 5e-5. None clips 1 and 3 channels (grey and
+            colour) and no others, which are latents.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit. FloatingPointError: a sample is not finite.
     """
     if (labels is None) != (model.num_classes == 0):
         raise ValueError(f"labels is {labels}; the model has {model.num_classes} classes")
-    if (
-        labels is not None
-        and len(labels)
-        and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes
-    ):
-        raise ValueError(f"labels holds {labels.tolist()}; each must be in [0, {model.num_classes})")
+    if model.num_timesteps != diffusion.num_timesteps:
+        raise ValueError(
+            f"diffusion has {diffusion.num_timesteps} timesteps; the model was made for {model.num_timesteps}"
+        )
+    check_integers(batch_size=batch_size)
+    check_numbers(guidance=guidance)
+    device = model.pos_embed.device
+    if labels is not None:
+        check_tensors(labels=labels)
+        check_shape("labels", labels, ("n",))
+        check_dtype("labels", labels, torch.int64, torch.int32)
+        labels = labels.to(device)
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes:
+            raise ValueError(f"labels holds {labels.tolist()}; each must be in [0, {model.num_classes})")
     if labels is not None and guidance != 1 and model.y_embedder.dropout == 0:
         raise ValueError(
             f"guidance is {guidance}; a model trained with class_dropout_prob 0 has no null label, use 1"
         )
-    if labels is None and (count is None or count < 0):
-        raise ValueError(f"count is {count}; it must say how many samples, as there are no labels")
-    n = len(labels) if labels is not None else int(count or 0)
+    if labels is None:
+        if count is None:
+            raise ValueError("count is None; it must say how many samples, as there are no labels")
+        check_integers(0, count=count)
+    n = labels.shape[0] if labels is not None else int(count or 0)
     shape = (n, model.in_channels, model.input_size, model.input_size)
-    x = torch.randn(shape, generator=generator).to(model.pos_embed.device) if start is None else start
-    parts = []
-    for begin in range(0, n, batch_size):
-        part = slice(begin, begin + batch_size)
-        classes = None if labels is None else labels[part]
-        parts.append(_sample_batch(model, diffusion, x[part], classes, steps, scheduler, guidance, generator))
+    if start is None:
+        start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    check_tensors(start=start)
+    check_shape("start", start, shape)
+    x = start.to(device, torch.float32)
+    if clip is None:
+        clip = model.in_channels in (1, 3)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        parts = []
+        for begin in range(0, n, batch_size):
+            part = slice(begin, begin + batch_size)
+            classes = None if labels is None else labels[part]
+            stepper = make_scheduler(scheduler, diffusion, steps, model.learn_sigma, clip)
+            parts.append(_sample_batch(model, x[part], classes, *stepper, scheduler, guidance, generator))
+    finally:
+        for module, training in modes:
+            module.training = training
     return torch.cat(parts) if parts else x
 
 
 def _sample_batch(
     model: SwitchDiT,
-    diffusion: GaussianDiffusion,
     x: Tensor,
     labels: Tensor | None,
-    steps: int,
+    stepper: Any,
+    trained_timestep: dict[int, int],
     scheduler: str,
     guidance: float,
     generator: torch.Generator | None,
 ) -> Tensor:
     n, device = len(x), x.device
-    stepper, trained_timestep = make_scheduler(scheduler, diffusion, steps, model.learn_sigma)
     guided = labels is not None and guidance != 1
     both = torch.cat([labels, torch.full_like(labels, model.num_classes)]) if guided else labels
     for step in stepper.timesteps.tolist():
@@ -123,6 +166,9 @@ def _sample_batch(
         out = out.float()
         if scheduler != "ddpm":
             out = out[:, : model.in_channels]
-        extra = {} if scheduler == "ddim" else {"generator": generator}
+        # DDIM with a clipped image takes the noise that this image implies, as the official code does.
+        extra = {"use_clipped_model_output": True} if scheduler == "ddim" else {"generator": generator}
         x = stepper.step(out, step, x, **extra).prev_sample
+    if not bool(x.isfinite().all()):
+        raise FloatingPointError("samples are not finite; the weights may be broken, or the schedule unfit")
     return x

@@ -21,8 +21,16 @@ from switch_dit.data import Images, batches
 from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.graphs import GraphedStep
-from switch_dit.model import PRESETS, create_model
+from switch_dit.model import PRESETS, ROUTINGS, create_model
 from switch_dit.sampling import sample
+from switch_moe.ops._checks import (
+    check_choice,
+    check_flags,
+    check_integers,
+    check_numbers,
+    check_positive,
+    check_top_k,
+)
 
 
 @dataclass
@@ -97,27 +105,35 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises ``ValueError`` that names the setting, its value and what would be right."""
-        positive = (
-            "steps", "batch_size", "log_every", "sample_steps",
-            "num_experts", "prior_every", "lr", "guidance",
+        check_integers(
+            steps=self.steps, batch_size=self.batch_size, log_every=self.log_every,
+            num_experts=self.num_experts, sample_steps=self.sample_steps, prior_every=self.prior_every,
         )  # fmt: skip
-        bounds = {name: (lambda value: 0 < value < math.inf, "positive") for name in positive}
-        bounds |= {
-            name: (lambda value: 0 <= value < math.inf, "0 or more")
-            for name in ("warmup", "weight_decay", "prior_weight")
-        }
-        bounds |= {
+        check_integers(0, warmup=self.warmup, generated=self.generated, seed=self.seed)
+        check_positive(lr=self.lr, guidance=self.guidance)
+        check_numbers(
+            0, wanted="0 or more", weight_decay=self.weight_decay, prior_weight=self.prior_weight,
+            label_dropout=self.label_dropout, ema_decay=self.ema_decay,
+        )  # fmt: skip
+        check_top_k(self.top_k, self.num_experts)
+        check_flags(
+            learn_sigma=self.learn_sigma, conditional=self.conditional, lr_decay=self.lr_decay,
+            compile=self.compile, cuda_graph=self.cuda_graph,
+        )  # fmt: skip
+        check_choice("routing", self.routing, ROUTINGS)
+        check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
+        self.output = Path(self.output)
+        bounds = {
             "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
             "generated": (lambda value: value == 0 or value >= 10, "0, or at least 10 to measure anything"),
             "label_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
             "ema_decay": (lambda value: 0 <= value < 1, "in [0, 1)"),
-            "top_k": (
-                lambda value: 1 <= value <= self.num_experts,
-                f"in [1, num_experts = {self.num_experts}]",
-            ),
             "model": (lambda value: value in PRESETS, f"one of {', '.join(PRESETS)}"),
             "sample_steps": (lambda value: 1 <= value <= 1000, "in [1, 1000]"),
-            "name": (lambda value: Path(value).name == value, "a folder name without separators"),
+            "name": (
+                lambda value: Path(value).name == value and value not in (".", ".."),
+                "a folder name without separators",
+            ),
             "output": (_can_hold_runs, "a folder that can be written to"),
         }
         for name, (fits, wanted) in bounds.items():
@@ -173,7 +189,7 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, images: Images, create: Callable[..., torch.nn.Module] = create_model
     ) -> None:
-        self.config, self.images = config, images
+        self.config, self.images, self.steps_done = config, images, 0
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
@@ -209,12 +225,12 @@ class Trainer:
         if config.compile:
             self.with_prior = torch.compile(self.with_prior)
         self.advance = GraphedStep(self._advance) if config.cuda_graph else self._advance
-        self.train_images = images.train.to(self.device)
+        self.train_images = images.train.to(self.device)  # bytes: a batch is scaled on the device
         self.train_labels = images.train_labels.to(self.device)
 
     def loss_terms(self, x_start: Tensor, y: Tensor | None, match: bool = True) -> dict[str, Tensor]:
         """Batch means of mse, vb (zero without learned variance) and prior, at random timesteps."""
-        t = torch.randint(self.diffusion.num_timesteps, (len(x_start),), device=self.device)
+        t = torch.randint(self.diffusion.num_timesteps, (x_start.shape[0],), device=self.device)
         noise = torch.randn_like(x_start)
         x_t = self.diffusion.q_sample(x_start, t, noise)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
@@ -238,7 +254,7 @@ class Trainer:
     def _advance(self, chosen: Tensor, match: bool) -> dict[str, Tensor]:
         """The part of a step that a CUDA graph can hold."""
         y = self.train_labels[chosen] if self.config.conditional else None
-        terms = self.loss_terms(self.train_images[chosen], y, match)
+        terms = self.loss_terms(self.images.scale(self.train_images[chosen]), y, match)
         loss = terms["mse"] + terms["vb"] + self.config.prior_weight * terms["prior"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -252,7 +268,7 @@ class Trainer:
 
     def fit(self, folder: Path) -> list[dict[str, float]]:
         """All steps, with a progress bar; writes stats.jsonl as it goes and returns its rows."""
-        config = self.config
+        config, self.steps_done = self.config, 0
         self.model.train()
         rows: list[dict[str, float]] = []
         sums: dict[str, Tensor] = {}
@@ -266,7 +282,7 @@ class Trainer:
                 for name, value in self.step(number, chosen).items():
                     sums[name] = sums.get(name, 0) + value
                 bar.update()
-                done = number + 1
+                done = self.steps_done = number + 1
                 if done % config.log_every and done != config.steps:
                     continue
                 now, since = time.perf_counter(), done - logged
@@ -289,19 +305,26 @@ class Trainer:
 
     def generate(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Samples of the moving average on the CPU, the classes in turn, and their labels."""
-        labels = torch.arange(count) % self.images.num_classes if self.config.conditional else None
+        conditional, classes = self.config.conditional, self.images.num_classes
+        labels = torch.arange(count, device="cpu") % classes if conditional else None
         images = sample(
-            self.ema.eval(),
+            self.ema,
             self.diffusion,
-            None if labels is None else labels.to(self.device),
+            labels,
             count=count,
             steps=self.config.sample_steps,
             guidance=self.config.guidance,
-            generator=torch.Generator().manual_seed(self.config.seed),
+            generator=torch.Generator("cpu").manual_seed(self.config.seed),
+            clip=True,
         )
         return images.cpu(), labels
 
     def save(self, folder: Path) -> None:
-        """The checkpoint of the run."""
+        """The checkpoint of the run; ``FloatingPointError`` where the weights are not finite."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.steps_done}; nothing is saved"
+                )
         settings = {"model": self.model.settings, "diffusion": self.diffusion_settings}
         save_checkpoint(folder / "checkpoint", self.model, self.ema, settings)

@@ -64,16 +64,20 @@ def check_integers(low: int = 1, **settings: Any) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {low}")
 
 
-def check_numbers(low: float, high: float = math.inf, **settings: Any) -> None:
+def check_numbers(
+    low: float = -math.inf, high: float = math.inf, wanted: str = "a finite number", **settings: Any
+) -> None:
     """``TypeError`` unless all are numbers, ``ValueError`` unless they are finite and in [low, high]."""
     for name, value in settings.items():
         if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-            raise TypeError(f"{name} is {_shown(value)}; it must be a number")
+            raise TypeError(f"{name} is {_shown(value)}; it must be {wanted}")
         if not (math.isfinite(value) and low <= value <= high):
-            wanted = (
-                f"between {low:g} and {high:g}" if high < math.inf else f"a finite number from {low:g} on"
-            )
             raise ValueError(f"{name} is {value}; it must be {wanted}")
+
+
+def check_positive(**settings: Any) -> None:
+    """``TypeError`` unless all are numbers, ``ValueError`` unless they are finite and above zero."""
+    check_numbers(math.ulp(0.0), wanted="a positive finite number", **settings)
 
 
 def check_flags(**settings: Any) -> None:
@@ -105,8 +109,8 @@ def has_values(tensor: Tensor) -> bool:
 def check_range(name: str, tensor: Tensor, size: int, what: str) -> None:
     """``ValueError`` unless all are in ``[0, size)``; looks where :func:`has_values` allows it."""
     if tensor.numel() and has_values(tensor):
-        low, high = (int(bound) for bound in values(tensor).aminmax())
-        if low < 0 or high >= size:
+        low, high = (bound.item() for bound in values(tensor).aminmax())
+        if not (low >= 0 and high < size):  # NaN too
             raise ValueError(f"{name} holds {low} to {high}; it must stay in [0, {size}), {what}")
 
 

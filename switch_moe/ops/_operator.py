@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+from ._flops import register as register_flops
 
 NAMESPACE = "switch_moe"
 """All operators live in ``torch.ops.<NAMESPACE>``."""
@@ -52,7 +53,7 @@ def operator(
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         packet = getattr(getattr(torch.ops, NAMESPACE), name)
-        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: flops(*args))
+        register_flops(packet, flops)
         registered: Callable[..., Any] = packet.default
         if autocast is not None:
             for device_type in ("cpu", "cuda"):
