@@ -136,7 +136,8 @@ def sample(
         for begin in range(0, n, batch_size):
             part = slice(begin, begin + batch_size)
             classes = None if labels is None else labels[part]
-            stepper = make_scheduler(scheduler, diffusion, steps, model.learn_sigma, clip)
+            with torch.device("cpu"):  # diffusers makes its tables on the default device
+                stepper = make_scheduler(scheduler, diffusion, steps, model.learn_sigma, clip)
             parts.append(_sample_batch(model, x[part], classes, *stepper, scheduler, guidance, generator))
     finally:
         for module, training in modes:
@@ -168,7 +169,8 @@ def _sample_batch(
             out = out[:, : model.in_channels]
         # DDIM with a clipped image takes the noise that this image implies, as the official code does.
         extra = {"use_clipped_model_output": True} if scheduler == "ddim" else {"generator": generator}
-        x = stepper.step(out, step, x, **extra).prev_sample
+        with torch.device("cpu"):
+            x = stepper.step(out, step, x, **extra).prev_sample
     if not bool(x.isfinite().all()):
         raise FloatingPointError("samples are not finite; the weights may be broken, or the schedule unfit")
     return x
