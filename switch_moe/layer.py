@@ -27,7 +27,8 @@ class SwitchMoE(nn.Module):
         bias: whether the experts have biases. The router always has one.
         router: whether the layer has its own router; without one, every call needs ``routing``, from a
             :class:`switch_moe.Router` of all blocks.
-        backend: of the experts, see :func:`switch_moe.ops.expert_linear` and ``expert_mlp``.
+        backend: see :func:`switch_moe.ops.expert_linear` and ``expert_mlp``; the router takes it too, but for
+            ``native``.
 
     Parameters: ``router.weight [1, M, D]`` and ``router.bias [1, M]``, unless ``router=False``; for linear
     experts ``weight [M, D, D]`` and ``bias [M, D]``, for the others ``weight_in [M, D, H]``, ``bias_in``,
@@ -65,7 +66,8 @@ class SwitchMoE(nn.Module):
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.expert, self.backend = expert, backend
 
-        self.router = Router(1, hidden_size, num_experts, top_k) if router else None
+        of_router = "auto" if backend == "native" else backend  # it has no compiled CPU kernel
+        self.router = Router(1, hidden_size, num_experts, top_k, backend=of_router) if router else None
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape))

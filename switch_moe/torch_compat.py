@@ -5,6 +5,8 @@ Each function has an answer where a later torch has no such question any more.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -31,6 +33,12 @@ def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 def transforming() -> bool:
     """Whether a transform of torch.func (grad, jvp, vmap, ...) or forward-mode AD is at work."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def exporting_onnx() -> bool:
+    """Whether torch.onnx.export traces this call; asked without importing torch.onnx, which is heavy."""
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and bool(onnx.is_in_onnx_export())
 
 
 def values(tensor: Tensor) -> Tensor:

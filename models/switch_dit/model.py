@@ -232,7 +232,8 @@ class SwitchDiT(nn.Module):
         num_experts: M, in every block.
         top_k: k.
         num_timesteps: N.
-        backend: of the experts, the router and the prior, see :func:`switch_moe.ops.expert_linear`.
+        backend: of the experts and, but for ``native``, of the router: see
+            :func:`switch_moe.ops.expert_linear`.
 
     The type of the weights may be any floating one; timesteps and routers are computed in float32 at least.
 
@@ -297,7 +298,8 @@ class SwitchDiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         if routing == "switch":
-            self.router = Router(depth, hidden_size, num_experts, top_k, backend=backend)
+            of_router = "auto" if backend == "native" else backend  # it has no compiled CPU kernel
+            self.router = Router(depth, hidden_size, num_experts, top_k, backend=of_router)
             self.prior = DiffusionPrior(depth, num_experts, top_k, num_timesteps)
             slots = torch.empty(depth * num_experts, dtype=torch.int64)
             self.register_buffer("assignment", slots, persistent=False)

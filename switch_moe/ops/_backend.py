@@ -10,10 +10,10 @@ triton       ``switch_moe/kernels/``     CUDA tensors; CPU tensors on request, i
 ===========  ==========================  =================================================================
 
 ``auto`` takes the last row that can run. A backend that is named and cannot run raises: nothing is silently
-replaced, but for transforms: the kernels have first derivatives only, so under torch.func (grad, jvp, vmap)
-and in forward-mode AD the reference computes every operation that has gradients, whatever the backend. A
-second derivative of a call comes from the reference too. Among the compiled algorithms of ``expert_linear``
-on a CPU, :func:`switch_moe.cpu.expert_linear.algorithm` decides.
+replaced, with one exception. The kernels have first derivatives only, so under torch.func (grad, jvp, vmap)
+and in forward-mode AD the reference computes every operation that has gradients, whatever the backend; second
+derivatives come from it too, and so does what torch.onnx exports. Among the compiled algorithms of
+``expert_linear`` on a CPU, :func:`switch_moe.cpu.expert_linear.algorithm` decides.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..torch_compat import transforming
+from ..torch_compat import exporting_onnx, transforming
 from ._checks import check_choice, check_dtype
 
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -109,7 +109,7 @@ def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
         RuntimeError: the named backend cannot run here.
     """
     path = _available(op, backend, tensors[0].device)
-    if op.differentiable and transforming():
+    if op.differentiable and (transforming() or exporting_onnx()):
         return "reference"
     dtype = tensors[0].dtype
     if path != "reference" and op.dtypes and dtype not in op.dtypes:

@@ -205,8 +205,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
     experts = LinearExperts(weight, bias, index, gate)
-    if backend == "triton":  # compiled code gets its addresses from native.address, which checks sizes
+    if backend == "triton":
         _check(x, experts, modulate)
+    elif bias is not None:  # the rest goes by native.address or torch's products, which check sizes
+        check_shape("bias", bias, (weight.shape[0], weight.shape[2]))
     experts = _converted(x, experts)
     check_like("grad", grad, x, (x.shape[0], x.shape[1], weight.shape[2]))
     if mixture is not None:

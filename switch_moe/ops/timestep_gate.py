@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..experts import empty_gradients
 from ..reference.timestep_gate import probabilities
 from ..reference.timestep_gate import timestep_gate as reference_timestep_gate
-from ..torch_compat import silu_backward, softmax_backward, transforming
+from ..torch_compat import exporting_onnx, silu_backward, softmax_backward, transforming
 from ._backend import choose, operation
 from ._checks import FLOATS, check_device, check_dtype, check_like, check_shape, check_tensors, check_top_k
 from ._gradient import create_graph, differentiable_gradients
@@ -55,7 +55,7 @@ def timestep_gate(
     """
     check_tensors(embedding=embedding, weight=weight, bias=bias)
     path = choose(_OPERATION, backend, embedding, weight)
-    if backend == "reference" or transforming():
+    if backend == "reference" or transforming() or exporting_onnx():
         _check(embedding, weight, bias, top_k)
         with without_autocast(embedding.device):
             probs, index, gate = reference_timestep_gate(embedding, weight, bias, top_k)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..torch_compat import exporting_onnx
+
 
 def probabilities(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Softmax over experts of SiLU(embedding) W^T + b, ``[L, N', M]`` in the type of ``weight``."""
@@ -21,6 +23,9 @@ def timestep_gate(
     Shapes as in :func:`switch_moe.ops.timestep_gate`. Differentiable.
     """
     probs = probabilities(embedding, weight, bias)
+    if exporting_onnx():  # it has no stable sort
+        gate, index = torch.topk(probs, top_k, dim=-1)
+        return probs, index.to(torch.int32), gate
     # A stable sort lets the lowest index win a tie.
     gate, index = torch.sort(probs, dim=-1, descending=True, stable=True)
     return probs, index[..., :top_k].to(torch.int32), gate[..., :top_k]
