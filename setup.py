@@ -1,7 +1,10 @@
 """Builds the compiled modules with ninja; torch is not needed for it.
 
-``switch_moe._cpu`` needs g++, or the compiler that CXX names. ``switch_moe._cuda`` needs nvcc too.
+``switch_moe._cpu`` needs g++, or the compiler that CXX names; a launcher may stand before it ("ccache g++").
+``switch_moe._cuda`` needs nvcc too. CPPFLAGS, CXXFLAGS and LDFLAGS are added to the commands.
 
+    SWITCH_MOE_CPU         1 (default); 0: build nothing and need no compiler, for the plain PyTorch reference
+                           and Triton's kernels
     SWITCH_MOE_CUDA        auto (default): build it where that works; 0: do not; 1: fail where it does not
     SWITCH_MOE_CUDA_ARCHS  GPU architectures, default "80 90a 100+PTX"; +PTX lets newer GPUs translate
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -18,9 +22,11 @@ import sysconfig
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHS = "80 90a 100+PTX"
@@ -44,13 +50,35 @@ class BuildError(SystemExit):
         super().__init__(f"\nswitch_moe: {message}\n")
 
 
-def find_compiler() -> str:
-    wanted = os.environ.get("CXX", "")
+def find_compiler() -> list[str]:
+    """The words of the compiler's command: a program, maybe behind a launcher and with options."""
+    wanted = os.environ.get("CXX", "").strip()
     for candidate in [wanted] if wanted else ["g++", "clang++", "c++"]:
-        if shutil.which(candidate.split()[0]):
-            return candidate
+        words = [candidate] if shutil.which(candidate) else shlex.split(candidate)  # a path may have spaces
+        if all(shutil.which(word) for word in words[:1]) and compiler_of(words):
+            return words
     named = f"CXX={wanted} was not found" if wanted else "no C++ compiler was found (g++, clang++)"
-    raise BuildError(f"{named}. Install one (Debian and Ubuntu: apt-get install g++) or set CXX to its path.")
+    raise BuildError(
+        f"{named}. Install one (Debian and Ubuntu: apt-get install g++), set CXX to its path, or set "
+        "SWITCH_MOE_CPU=0 to install without compiled code (plain PyTorch and Triton only)."
+    )
+
+
+def compiler_of(words: list[str]) -> str:
+    """The compiler itself among the words of a command: the last program, after any launcher."""
+    programs = [word for word in words if not word.startswith("-") and shutil.which(word)]
+    return programs[-1] if programs else ""
+
+
+def flags_of(*names: str) -> list[str]:
+    """The words of some environment variables."""
+    return [word for name in names for word in shlex.split(os.environ.get(name, ""))]
+
+
+def runtime_library(compiler: str) -> list[str]:
+    """What a C compiler (gcc, clang) must be told to link C++."""
+    is_c = re.fullmatch(r"(.*-)?(gcc|clang|cc)(-[\d.]+)?", Path(compiler).name)
+    return ["-lc++" if sys.platform == "darwin" else "-lstdc++"] if is_c else []
 
 
 def find_nvcc() -> Path | None:
@@ -101,13 +129,26 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         started = time.perf_counter()
+        choice = os.environ.get("SWITCH_MOE_CPU", "1")
+        if choice not in ("0", "1"):
+            raise BuildError(f"SWITCH_MOE_CPU is {choice!r}; it must be 0 or 1")
+        if choice == "0":
+            for extension in (CPU, CUDA):  # an older build's
+                self._output(extension).unlink(missing_ok=True)
+            print("switch_moe: built nothing: SWITCH_MOE_CPU=0", flush=True)
+            return
         nvcc, why_no_cuda = cuda_choice()
         outputs = {extension.name: self._output(extension) for extension in (CPU, CUDA)}
         folder = self._write_ninja_file(nvcc, outputs)
         if not self._ninja(folder, outputs[CPU.name]):
             raise BuildError("compiling the CPU module failed, the compiler's messages are above")
+        if fault := load_fault(outputs[CPU.name]):
+            raise BuildError(f"the CPU module was compiled but does not load: {fault}")
         if nvcc and not self._ninja(folder, outputs[CUDA.name]):
             why_no_cuda = f"{nvcc} failed, its messages are above"
+        elif nvcc and (fault := load_fault(outputs[CUDA.name])):
+            why_no_cuda = f"it was compiled but does not load: {fault}"
+        if nvcc and why_no_cuda:
             if os.environ.get("SWITCH_MOE_CUDA") == "1":
                 raise BuildError(f"SWITCH_MOE_CUDA=1, but {why_no_cuda}")
             nvcc = None
@@ -121,6 +162,16 @@ class NinjaBuild(build_ext):
     def get_outputs(self) -> list[str]:
         return [str(output) for output in getattr(self, "_built", [])]
 
+    def get_output_mapping(self) -> dict[str, str]:
+        """Only what was built: strict editable installs link every file that is named here."""
+        built = {str(Path(output)) for output in self.get_outputs()}
+        mapping = super().get_output_mapping()
+        return {
+            new: old
+            for new, old in mapping.items()
+            if {str(Path(new).resolve()), str(Path(old).resolve())} & built
+        }
+
     def _output(self, extension: Extension) -> Path:
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +182,12 @@ class NinjaBuild(build_ext):
         return subprocess.run([ninja, "-C", folder, output], check=False).returncode == 0
 
     def _write_ninja_file(self, nvcc: Path | None, outputs: dict[str, Path]) -> Path:
-        import pybind11
+        try:
+            import pybind11
+        except ImportError:
+            raise BuildError(
+                "the package pybind11 was not found; install it with: pip install pybind11"
+            ) from None
 
         escape = import_ninja().ninja_syntax.escape
         folder = Path(self.build_temp).resolve()
@@ -141,17 +197,22 @@ class NinjaBuild(build_ext):
         host = [*common, "-fopenmp-simd", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         host += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
         host += [f'-DSWITCH_MOE_CUDA_ARCHS="{" ".join(archs)}"'] if archs else []
+        host += flags_of("CPPFLAGS", "CXXFLAGS")
         device = [*common, "--threads=0", *arch_flags(archs)]
         device.append("-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
-        undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+        device += [word for flag in flags_of("CPPFLAGS") for word in ("-Xcompiler", flag)]
+        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        libraries = ["-lpthread", "-ldl", *runtime_library(compiler_of(cxx)), *flags_of("LDFLAGS")]
+        compiler = escape(shlex.join(cxx))
         with (folder / "build.ninja").open("w") as file:
             # Not wrapped: the writer could break a line inside a quoted word.
             writer = import_ninja().ninja_syntax.Writer(file, width=sys.maxsize)
-            compile_host = f"{cxx} {escape(shlex.join(host))} -MMD -MF $out.d -c $in -o $out"
+            compile_host = f"{compiler} {escape(shlex.join(host))} $sources -MMD -MF $out.d -c $in -o $out"
             writer.rule("cpp", compile_host, depfile="$out.d")
-            writer.rule("link_cpp", f"{cxx} -shared {undefined} $in -o $out -lpthread -ldl")
+            ends = escape(shlex.join(libraries))
+            writer.rule("link_cpp", f"{compiler} -shared {shlex.join(link)} $in -o $out {ends}")
             if nvcc:
-                program = escape(shlex.join([str(nvcc), "-ccbin", cxx.split()[0]]))
+                program = escape(shlex.join([str(nvcc), "-ccbin", compiler_of(cxx)]))
                 compile_device = f"{program} {escape(shlex.join(device))} -MD -MF $out.d -c $in -o $out"
                 writer.rule("cu", compile_device, depfile="$out.d")
                 writer.rule("link_cu", f"{program} -shared -cudart static $in -o $out")
@@ -159,9 +220,40 @@ class NinjaBuild(build_ext):
                 objects = []
                 for source in map(Path, extension.sources):
                     target = escape(str(folder / f"{source.name}.o"))
-                    objects += writer.build(target, source.suffix[1:], escape(str(ROOT / source)))
+                    number = f"-DSWITCH_MOE_SOURCES={checksum()}u" if "bindings" in source.name else ""
+                    source_file, variables = escape(str(ROOT / source)), {"sources": number}
+                    objects += writer.build(target, source.suffix[1:], source_file, variables=variables)
                 writer.build(escape(str(outputs[extension.name])), link, objects)
         return folder
+
+
+def load_fault(module: Path) -> str:
+    """What Python says when it loads a compiled module in a process of its own; empty where it loads."""
+    name = module.name.split(".")[0]
+    code = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location(*sys.argv[1:])\n"
+        "spec.loader.exec_module(importlib.util.module_from_spec(spec))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, name, str(module)], capture_output=True, text=True, check=False
+    )
+    return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1] if done.returncode else ""
+
+
+def checksum() -> int:
+    """Of the sources, by the function that compares it when the module is loaded."""
+    return runpy.run_path(str(ROOT / "switch_moe" / "sources.py"))["checksum"](ROOT / "csrc")
+
+
+class EditableWheel(editable_wheel):
+    """Editable installs of the kind "compat" put one folder on the path; switch_dit is in another."""
+
+    def _select_strategy(self, *arguments: Any, **options: Any) -> Any:
+        strategy = super()._select_strategy(*arguments, **options)
+        if hasattr(strategy, "path_entries"):
+            strategy.path_entries.append(ROOT / "models")
+        return strategy
 
 
 def import_ninja() -> ModuleType:
@@ -173,4 +265,4 @@ def import_ninja() -> ModuleType:
     return ninja
 
 
-setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": NinjaBuild})
+setup(ext_modules=[CPU, CUDA], cmdclass={"build_ext": NinjaBuild, "editable_wheel": EditableWheel})

@@ -10,6 +10,7 @@ from the same round.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from benchmarks.environment import DEVICE
 from benchmarks.environment import describe as describe_machine
 from benchmarks.peers import parse_peer_path, peer_states
 from benchmarks.timing import Call, Timed, input_sets, time_together
+from switch_moe import native
+
+# At the end of the path: packages that are installed come before the folders here.
+sys.path += [str(Path(__file__).resolve().parent.parent / name) for name in ("models", "tests")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu" and native.cpu.reason is not None:
+        raise pytest.UsageError(f"plain PyTorch would be timed: {native.cpu.reason}")
     try:
         for text in config.getoption("--peer-path"):
             parse_peer_path(text)

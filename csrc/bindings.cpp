@@ -30,6 +30,7 @@ Routes routes_at(uintptr_t index, uintptr_t gate, int64_t num_routes, int64_t to
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Compiled CPU kernels of switch_moe; call them through switch_moe.ops.";
     m.attr("compiler") = __VERSION__;
+    m.attr("sources") = SWITCH_MOE_SOURCES;  // compared with the sources beside the package
     m.def(
         "merge_experts",
         [](uintptr_t weight, int64_t num_experts, int64_t elements, uintptr_t index, uintptr_t gate,

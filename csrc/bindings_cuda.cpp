@@ -9,6 +9,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Compiled CUDA kernels of switch_moe; call them through switch_moe.ops.";
     m.attr("architectures") = SWITCH_MOE_CUDA_ARCHS;
+    m.attr("sources") = SWITCH_MOE_SOURCES;  // compared with the sources beside the package
     m.attr("max_assignment_rows") = switch_moe::kMaxRows;
     m.def(
         "linear_assignment",

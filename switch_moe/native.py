@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from .sources import checksum
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype, size: int, device: str = "cpu") -> int:
@@ -36,6 +40,16 @@ def address(tensor: Tensor | None, dtype: torch.dtype, size: int, device: str = 
     return pointer
 
 
+def _hidden_copy(name: str) -> str:
+    """Where an installed copy has the module, that the folder of this package hides; empty without one."""
+    folder, module = Path(__file__).resolve().parent, name.rpartition(".")[2]
+    for entry in sys.path:
+        other = Path(entry or ".").resolve() / folder.name
+        if other != folder and any(other.glob(f"{module}.*")):
+            return f" in {folder}, which hides the installed {other}"
+    return ""
+
+
 class NativeModule:
     """A compiled module that may be absent; ``reason`` then says why and what to do."""
 
@@ -43,11 +57,17 @@ class NativeModule:
         self.module: ModuleType | None = None
         self.reason: str | None = None
         try:
-            self.module = importlib.import_module(name)
+            module = importlib.import_module(name)
         except ImportError as error:
             built = importlib.util.find_spec(name) is not None
-            self.reason = f"{name} was built but does not load ({error})" if built else f"{name} is not built"
-            self.reason += f"; {remedy}"
+            why = f"was built but does not load ({error})" if built else f"is not built{_hidden_copy(name)}"
+        else:
+            here = checksum()
+            if here is None or getattr(module, "sources", None) == here:
+                self.module = module
+                return
+            why = "was built from other sources than those here"
+        self.reason = f"{name} {why}; {remedy}"
 
     def require(self) -> ModuleType:
         """The module; ``RuntimeError`` with the reason where it is missing."""

@@ -1,15 +1,28 @@
-"""Where torch sees no GPU, Triton kernels run in its interpreter: settled before they are imported."""
+"""What is tested, and how: the installed package, and Triton kernels in its interpreter without a GPU."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+ROOT = Path(__file__).resolve().parent.parent
+# At the end of the path: the package that is installed comes before the folder of the same name here.
+sys.path += [str(ROOT / "tests"), str(ROOT / "models"), str(ROOT)]
+if not torch.cuda.is_available():  # settled before the kernels are imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure() -> None:
+    """Tests of plain PyTorch alone would pass, and say nothing about the compiled code."""
+    from switch_moe import native
+
+    if native.cpu.reason is not None and os.environ.get("SWITCH_MOE_CPU") != "0":
+        raise pytest.UsageError(f"{native.cpu.reason}; to test without it set SWITCH_MOE_CPU=0")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -18,8 +18,10 @@ derivatives come from it too, and so does what torch.onnx exports. Among the com
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -99,6 +101,13 @@ def triton_reason(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def _warn(reason: str) -> None:
+    """Says once why plain PyTorch runs where compiled code could; SWITCH_MOE_CPU=0 is who wants it so."""
+    if os.environ.get("SWITCH_MOE_CPU") != "0":
+        warnings.warn(f"switch_moe runs in plain PyTorch on this CPU: {reason}", RuntimeWarning, stacklevel=4)
+
+
 def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
     """The backend of a call of ``op`` on ``tensors``: 'triton', 'native' or 'reference'.
 
@@ -148,5 +157,7 @@ def _available(op: Operation, backend: str, device: torch.device) -> str:
     if reason is None:
         return "native"
     if backend == "auto":
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            _warn(reason)
         return "reference"
     raise RuntimeError(f"backend 'native' of {op.name} cannot run: {reason}")
