@@ -1,10 +1,14 @@
-.PHONY: install test lint format bench bench-report gpu
+.PHONY: install test fuzz lint format bench bench-report gpu
 
 install:
 	pip install -e ".[dev]"
 
 test:
 	pytest
+
+# 10,000 random calls of every operation against float64, then 5,000 during which memory must not grow.
+fuzz:
+	python tests/fuzz_ops.py --calls 10000 --memory 5000 $(ARGS)
 
 lint:
 	ruff check .
