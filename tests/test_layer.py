@@ -119,6 +119,23 @@ def test_compile_fullgraph_trains(settings: dict, autocast: bool) -> None:
         assert_close(name, a.grad, b.grad, 2e-2 if autocast else 1e-5)
 
 
+@pytest.mark.parametrize("settings", [*KINDS, {"expert": "linear", "backend": "reference"}])
+def test_gradients_repeat_bit_for_bit(settings: dict) -> None:
+    """On two threads, where sums of a gradient could meet in any order."""
+    torch.manual_seed(0)
+    layer = SwitchMoE(64, num_experts=3, **settings)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, e, threads = torch.randn(32, 48, 64, requires_grad=True), torch.randn(32, 64), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [torch.autograd.grad(layer(x, e).square().sum(), [x, *layer.parameters()]) for _ in range(8)]
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
 def test_training_with_the_kernels_equals_training_with_the_reference() -> None:
     """Forty AdamW steps on a regression target, native against reference: the same losses."""
     losses = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_switch_dit
 from helpers import assert_close, random_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -219,6 +220,43 @@ def test_an_interrupted_run_keeps_its_weights(tmp_path: Path, monkeypatch: pytes
     ):
         run_training(config(tmp_path))
     assert load_checkpoint(tmp_path / "digits" / "checkpoint", "model")[0].routing == "switch"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path), load_images("digits"))
+    trainer.model.final_layer.linear.bias.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"final_layer.linear.bias is not finite after step 0"):
+        trainer.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no fonts")
+
+    for name in ("plot_samples", "plot_loss", "plot_routing"):
+        monkeypatch.setattr(train_switch_dit, name, broken)
+    summary = run_training(config(tmp_path, generated=100))
+    written = json.loads((tmp_path / "digits" / "summary.json").read_text())
+    assert written == summary
+    assert "conditional_accuracy" in written
+    assert capsys.readouterr().err.count("a picture could not be drawn (RuntimeError: no fonts)") == 3
+
+
+def test_a_thousand_classes_are_a_hundred_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(config(tmp_path), load_images("digits"))
+    drawn = []
+    monkeypatch.setattr(train_switch_dit, "plot_samples", lambda *a, **_: drawn.append(a))
+    for classes, count in ((10, 100), (10, 1000), (1000, 10_000), (1000, 50)):
+        trainer.images.num_classes = classes
+        labels = torch.arange(count) % classes
+        images = labels.float()[:, None, None, None].expand(-1, 1, 8, 8)
+        train_switch_dit.draw_samples(trainer, tmp_path, images, labels)
+        _, shown, names = drawn.pop()[:3]
+        assert len(shown) <= 100
+        assert names is None or shown[:, 0, 0, 0].tolist() == names
 
 
 def test_commands(tmp_path: Path) -> None:
