@@ -1,6 +1,7 @@
 #include "match_columns.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -16,16 +17,17 @@ constexpr int64_t kVectorWidth = 16;  // columns that a vector holds
 // is not zero in them; others[j] becomes nonzero where it holds another number than 0 and 1.
 template <int kCount>
 inline __attribute__((always_inline)) void pack_vector(const float* row, int64_t num_columns, int first,
-                                                       int64_t width, uint32_t* packed, uint32_t* others) {
+                                                       int64_t width, uint32_t* packed, float* others) {
     for (int64_t j = 0; j < width; ++j) {
-        uint32_t bits = 0, other = 0;
+        uint32_t bits = 0;
+        float other = 0;
         for (int i = 0; i < kCount; ++i) {
             const float value = row[i * num_columns + j];
             bits |= uint32_t{value != 0} << i;
-            other |= uint32_t{value != 0} & uint32_t{value != 1};
+            other += std::fabs(value * value - value);  // zero for 0 and 1 only; NaN stays
         }
         packed[j] |= bits << first;
-        others[j] |= other;
+        others[j] += other;
     }
 }
 
@@ -33,7 +35,7 @@ inline __attribute__((always_inline)) void pack_vector(const float* row, int64_t
 // changes nothing.
 template <int kCount>
 inline __attribute__((always_inline)) void pack_rows(const float* row, int64_t num_columns, int first,
-                                                     uint32_t* packed, uint32_t* others) {
+                                                     uint32_t* packed, float* others) {
     if (num_columns < kVectorWidth) {
         return pack_vector<kCount>(row, num_columns, first, num_columns, packed, others);
     }
@@ -48,7 +50,7 @@ inline __attribute__((always_inline)) void pack_rows(const float* row, int64_t n
 // the table. `others`, likewise, tells the columns that hold other numbers than 0 and 1.
 SWITCH_MOE_VECTORISED
 void pack_columns(const float* table, int64_t timesteps, int64_t num_columns, const int64_t* order,
-                  int64_t words, uint32_t* packed, uint32_t* others, uint64_t* bits) {
+                  int64_t words, uint32_t* packed, float* others, uint64_t* bits) {
     for (int64_t first = 0; first < timesteps; first += 32) {
         std::fill(packed, packed + num_columns, 0);
         const int count = static_cast<int>(std::min<int64_t>(32, timesteps - first));
@@ -92,12 +94,13 @@ bool match_columns(int64_t timesteps, int64_t num_columns, const float* selected
     if (!is_permutation(rows, num_columns) || !is_permutation(columns, num_columns)) return false;
     const int64_t words = (timesteps + 63) / 64;
     std::vector<uint64_t> bits(2 * words * num_columns);
-    std::vector<uint32_t> packed(num_columns), others(num_columns);
+    std::vector<uint32_t> packed(num_columns);
+    std::vector<float> others(num_columns);
     std::vector<int64_t> cost(num_columns * num_columns), assigned(num_columns), permuted;
     uint64_t *first = bits.data(), *second = first + words * num_columns;
     pack_columns(selected, timesteps, num_columns, rows, words, packed.data(), others.data(), first);
     pack_columns(table, timesteps, num_columns, columns, words, packed.data(), others.data(), second);
-    if (std::any_of(others.begin(), others.end(), [](uint32_t other) { return other != 0; })) return false;
+    if (std::any_of(others.begin(), others.end(), [](float other) { return other != 0; })) return false;
     count_differences(first, second, num_columns, words, cost.data());
     for (int64_t b = 0; prices != nullptr && b < num_columns; ++b) permuted.push_back(prices[columns[b]]);
     // This always succeeds: costs of at most `timesteps` are neither infinite nor too large.
