@@ -10,7 +10,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "csrc"
 
 def checksum(folder: Path = FOLDER) -> int | None:
     """A number for the contents of all sources; None where they are not here, as in an installed package."""
-    paths = sorted(folder.glob("*.*")) if folder.is_dir() else []
+    paths = sorted(path for kind in ("*.h", "*.cpp", "*.cu") for path in folder.glob(kind))
     total = 0
     for path in paths:
         total = zlib.crc32(path.name.encode() + b"\0" + path.read_bytes(), total)

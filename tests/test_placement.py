@@ -13,6 +13,7 @@ from helpers import assert_close, random_model
 from switch_dit import GaussianDiffusion, SwitchDiT, sample
 from switch_dit.data import batches
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -163,6 +164,17 @@ class TestMeta:
             setattr(model.get_submodule(owner), leaf, parameter)
         model.reset_buffers()
         self.check(model, good)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_fake_tensors(routing: str) -> None:
+    """They have no values to look at."""
+    with FakeTensorMode():
+        model = random_model(routing=routing)
+        labels = torch.zeros(2, dtype=torch.int64)
+        out, prior = model.forward_with_prior(torch.randn(2, 3, 8, 8), labels, labels)
+        (out.sum() + prior).backward()
+    assert out.shape == (2, 6, 8, 8)
 
 
 def test_a_prior_alone_after_to_empty() -> None:

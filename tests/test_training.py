@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -260,9 +261,13 @@ def test_a_thousand_classes_are_a_hundred_pictures(tmp_path: Path, monkeypatch: 
 
 
 def test_commands(tmp_path: Path) -> None:
+    environment = os.environ | {"MPLBACKEND": "nonsense"}  # pictures need no backend
+
     def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         full = [sys.executable, str(ROOT / "models" / script), *arguments]
-        return subprocess.run(full, capture_output=True, text=True, cwd=tmp_path, check=False)
+        return subprocess.run(
+            full, capture_output=True, text=True, cwd=tmp_path, check=False, env=environment
+        )
 
     shown = command("train_switch_dit.py", "--help")
     assert shown.returncode == 0

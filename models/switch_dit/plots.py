@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from switch_dit.model import SwitchDiT
 
 
-def _figure(*rows_columns: int, **options: Any) -> tuple[Figure, Any]:
+def _matplotlib() -> tuple[Any, Any]:
+    """What is used of matplotlib. It refuses an unknown MPLBACKEND, which has no part in writing files."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure, FigureCanvasBase
+
+
+_Figure, _FigureCanvasBase = _matplotlib()
+
+
+def _figure(*rows_columns: int, **options: Any) -> tuple[Any, Any]:
     """A figure with axes, without pyplot: no window, no MPLBACKEND, nothing to close."""
-    figure = Figure(layout="constrained", figsize=options.pop("figsize"))
+    figure = _Figure(layout="constrained", figsize=options.pop("figsize"))
     return figure, figure.subplots(*rows_columns, squeeze=False, **options)
 
 
 def check_picture(name: str, path: Path | str) -> None:
     """``ValueError`` unless the ending of ``path`` is one that a picture can have."""
-    endings = FigureCanvasBase.get_supported_filetypes()
+    endings = _FigureCanvasBase.get_supported_filetypes()
     if Path(path).suffix.lower().lstrip(".") not in endings:
         raise ValueError(f"{name} is {path}; it must end in one of {', '.join('.' + end for end in endings)}")
 

@@ -102,8 +102,12 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a device: on a CPU, outside a compiled program."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values can be looked at without waiting for a device: on a CPU, outside a compiled program.
+
+    Other classes of tensors, fake ones among them, may have none.
+    """
+    plain = tensor.__class__ is Tensor or tensor.__class__ is torch.nn.Parameter
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_range(name: str, tensor: Tensor, size: int, what: str) -> None:
