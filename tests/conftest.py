@@ -13,6 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # At the end of the path: the package that is installed comes before the folder of the same name here.
 sys.path += [str(ROOT / "tests"), str(ROOT / "models"), str(ROOT)]
+import interpreter_bfloat16  # noqa: E402
+
 if not torch.cuda.is_available():  # settled before the kernels are imported
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -20,7 +22,11 @@ if not torch.cuda.is_available():  # settled before the kernels are imported
 def pytest_configure() -> None:
     """Tests of plain PyTorch alone would pass, and say nothing about the compiled code."""
     from switch_moe import native
+    from switch_moe.ops import _backend
 
+    if not torch.cuda.is_available() and _backend.triton_reason(torch.device("cpu")) is None:
+        interpreter_bfloat16.install()
+        _backend.INTERPRETER_HAS_BFLOAT16 = True
     if native.cpu.reason is not None and os.environ.get("SWITCH_MOE_CPU") != "0":
         raise pytest.UsageError(f"{native.cpu.reason}; to test without it set SWITCH_MOE_CPU=0")
 

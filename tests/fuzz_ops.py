@@ -26,7 +26,7 @@ from torch import Tensor
 
 from switch_moe import DiffusionPrior, Router, SwitchMoE, native, ops
 from switch_moe.cpu import expert_linear as cpu
-from switch_moe.ops._backend import interpreting
+from switch_moe.ops import _backend
 
 SIZES = (0, 1, 2, 3, 5, 8, 16, 17, 33)
 TOKENS = (0, 1, 2, 5, 17, 48, 70)
@@ -173,8 +173,8 @@ OPERATIONS = (expert_linear, expert_linear, expert_mlp, timestep_gate, diffusion
 
 def backend(r: Chooser, names: tuple[str, ...], work: int, dtype: torch.dtype) -> str:
     """One of the backends; the interpreter of Triton takes small calls only."""
-    small = work < 3000 and dtype != torch.bfloat16
-    return r.choice((*names, "triton")) if small and interpreting() else r.choice(names)
+    small = work < 3000 and (dtype != torch.bfloat16 or _backend.INTERPRETER_HAS_BFLOAT16)
+    return r.choice((*names, "triton")) if small and _backend.interpreting() else r.choice(names)
 
 
 @contextlib.contextmanager

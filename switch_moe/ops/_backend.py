@@ -31,6 +31,9 @@ from .. import native
 from ..torch_compat import exporting_onnx, transforming
 from ._checks import check_choice, check_dtype
 
+INTERPRETER_HAS_BFLOAT16 = False
+"""Whether products of bfloat16 are right in Triton's interpreter. The tests cure it, and say so here."""
+
 BACKENDS = ("auto", "reference", "native", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -125,7 +128,8 @@ def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
         if backend == path:
             check_dtype("x", tensors[0], *op.dtypes)
         return "reference"
-    if path == "triton" and dtype == torch.bfloat16 and tensors[0].device.type == "cpu" and op.dtypes:
+    in_interpreter = path == "triton" and tensors[0].device.type == "cpu"
+    if in_interpreter and dtype == torch.bfloat16 and op.dtypes and not INTERPRETER_HAS_BFLOAT16:
         raise RuntimeError(
             f"backend 'triton' of {op.name} cannot run: bfloat16 products are wrong in Triton's interpreter; "
             "use float32 or float16"
