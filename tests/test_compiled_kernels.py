@@ -58,6 +58,28 @@ def test_a_part_of_them_is_sound(tmp_path: Path) -> None:
     assert [describe(row) for row in rows if row["faults"]] == []
 
 
+def test_calls_of_other_sizes_share_binaries(tmp_path: Path) -> None:
+    """Batches and tokens of 24 sizes: no size compiles a kernel again, but for tiles and sums."""
+    code = """
+from functools import partial
+import torch
+from benchmarks import kernel_calls
+from benchmarks.compiled import record
+sizes = [(batch, tokens) for batch in (1, 2, 3, 8, 17, 64, 128, 256) for tokens in (64, 255, 256)]
+call = partial(kernel_calls.expert_linear, torch.bfloat16)
+found = record([partial(call, *size, 768, 3, 2, True, True) for size in sizes], 90)
+print(len(sizes), len(found), len({spec.key for spec in found}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    calls, launches, binaries = map(int, done.stdout.split())
+    assert calls == 24
+    assert launches > 100
+    assert binaries <= 20
+
+
 def launched_kernels() -> list[str]:
     """module.kernel for every first argument of ``launch`` in switch_moe/kernels."""
     found = set()

@@ -60,7 +60,7 @@ def sum_first(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _sum_kernel(partial_ptr, out_ptr, count, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """``out[i] = sum_s partial[s, i]``, ROWS of them at a time in a fixed order; a program owns BLOCK i."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._launch import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "timesteps"])
 def _divergence_kernel(
     probs_ptr, table_ptr, t_ptr, assignment_ptr, loss_ptr, grad_ptr, batch, timesteps,
     S: tl.constexpr, DEPTH: tl.constexpr, ACTIVE: tl.constexpr, BLOCK_S: tl.constexpr,

@@ -56,7 +56,7 @@ def _pair_key(index_ptr, pair, mask, M: tl.constexpr):
     return tl.minimum(tl.maximum(expert, 0), M - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _dispatch_kernel(
     index_ptr, order_ptr, pairs_ptr, offsets_ptr, batch,
     TOP_K: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, BLOCK: tl.constexpr,

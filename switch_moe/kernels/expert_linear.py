@@ -44,7 +44,7 @@ _IEEE_PRODUCT = Tile(64, 64, 32, 8, 2)
 _WEIGHTS = {
     ("half", 80): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
     ("half", 90): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
-    ("half", 100): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
+    ("half", 100): (Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
     ("tf32", 80): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 90): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
     ("tf32", 100): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 3)),
@@ -273,7 +273,7 @@ def _merged_product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, order_ptr, out_ptr, mixture_ptr, tokens,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
@@ -312,7 +312,7 @@ def _forward_kernel(
         tl.store(out_ptr + place, m.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _grad_x_kernel(
     grad_ptr, x_ptr, mixture_ptr, weight_ptr, index_ptr, gate_ptr, order_ptr, grad_x_ptr, tokens,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, MODULATE: tl.constexpr,
@@ -392,7 +392,7 @@ def _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M: tl.conste
     return new_weights, new_biases
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tokens", "splits"])
 def _grad_weights_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, grad_weight_ptr, grad_bias_ptr, grad_gate_ptr,
     batch, tokens, splits,
@@ -459,7 +459,7 @@ def _grad_weights_kernel(
             tl.store(grad_bias_ptr + e * D_OUT, biases[e].to(dtype), mask=column_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "tokens", "splits"])
 def _grad_each_weight_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, offsets_ptr,
     grad_weight_ptr, grad_bias_ptr, grad_gate_ptr, batch, tokens, splits,

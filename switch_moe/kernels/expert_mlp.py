@@ -231,7 +231,7 @@ def _activation(a, b, GATED: tl.constexpr):
     return value, slope_a, slope_b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_pairs"])
 def _hidden_kernel(
     x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, pre_ptr, units_ptr, tokens, num_pairs,
     D: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
@@ -274,7 +274,7 @@ def _hidden_kernel(
         tl.store(place, (gate * units).to(units_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "batch"])
 def _mixture_kernel(
     a_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, order_ptr, out_ptr, tokens, batch,
     N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -305,7 +305,7 @@ def _mixture_kernel(
     tl.store(place, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "num_pairs"])
 def _hidden_grad_kernel(
     grad_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, pre_ptr, grad_pre_ptr, units_ptr,
     grad_gate_ptr, sums_pre_ptr, sums_out_ptr, tokens, num_pairs,
@@ -385,7 +385,7 @@ def _hidden_grad_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def _weight_grad_kernel(
     left_ptr, right_ptr, pairs_ptr, offsets_ptr, out_ptr, tokens, splits,
     D_LEFT: tl.constexpr, D_RIGHT: tl.constexpr, M: tl.constexpr, LEFT_PER: tl.constexpr,
@@ -430,7 +430,7 @@ def _weight_grad_kernel(
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(i < D_LEFT)[:, None] & (o < D_RIGHT)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_t"])
 def _bias_grad_kernel(
     sums_ptr, pairs_ptr, offsets_ptr, gate_ptr, out_ptr, blocks_t,
     N: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

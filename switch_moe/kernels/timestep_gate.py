@@ -24,7 +24,7 @@ def _every_fourth(x, A: tl.constexpr, B: tl.constexpr):
     return x0, x1, x2, x3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     embedding_ptr, weight_ptr, bias_ptr, probs_ptr, index_ptr, gate_ptr, selected_ptr, rows,
     L: tl.constexpr, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, SELECTED: tl.constexpr,
@@ -121,7 +121,7 @@ def _grad_logits(
     return tl.reshape(grad, [BLOCK_N, BLOCK_L * MP])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _grad_weight_kernel(
     grad_probs_ptr, grad_gate_ptr, embedding_ptr, probs_ptr, index_ptr, grad_weight_ptr, grad_bias_ptr, rows,
     L: tl.constexpr, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, FROM_PROBS: tl.constexpr,
@@ -158,7 +158,7 @@ def _grad_weight_kernel(
         tl.store(grad_bias_ptr + place, grad_bias, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _grad_embedding_kernel(
     grad_probs_ptr, grad_gate_ptr, embedding_ptr, weight_ptr, probs_ptr, index_ptr, grad_embedding_ptr, rows,
     L: tl.constexpr, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr, FROM_PROBS: tl.constexpr,

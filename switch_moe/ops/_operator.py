@@ -94,6 +94,15 @@ def cast(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-def contiguous(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors laid out row by row, as the kernels read them; None stays None."""
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+def contiguous(*tensors: Any, aligned: bool = False) -> tuple[Any, ...]:
+    """The tensors laid out row by row, as the kernels read them; None stays None.
+
+    With ``aligned`` they begin at a multiple of 16 bytes, by a copy where they do not: for other addresses Triton
+    compiles other code, which loads a number at a time and spills.
+    """
+    found = tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+    if not aligned:
+        return found
+    return tuple(
+        tensor.clone() if tensor is not None and tensor.data_ptr() % 16 else tensor for tensor in found
+    )

@@ -121,5 +121,5 @@ def _forward(
     from ..kernels import diffusion_prior as kernels
 
     _check(probs, table, t, assignment, depth, active)
-    probs, table, t, assignment = contiguous(probs, table, t, assignment)
+    probs, table, t, assignment = contiguous(probs, table, t, assignment, aligned=True)
     return kernels.forward(probs, table, t, assignment, depth, active)

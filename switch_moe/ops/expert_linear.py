@@ -185,7 +185,7 @@ def _forward(
     experts = LinearExperts(weight, bias, index, gate)
     _check(x, experts, modulate)
     experts = _converted(x, experts)
-    x, *read = contiguous(x, *experts)
+    x, *read = contiguous(x, *experts, aligned=backend == "triton")
     outputs: tuple[Tensor, Tensor] = _module(backend, experts).forward(
         x, LinearExperts(*read), modulate, keep
     )
@@ -213,7 +213,7 @@ def _backward(
     check_like("grad", grad, x, (x.shape[0], x.shape[1], weight.shape[2]))
     if mixture is not None:
         check_like("mixture", mixture, x, tuple(grad.shape))
-    grad, x, mixture, *read = contiguous(grad, x, mixture, *experts)
+    grad, x, mixture, *read = contiguous(grad, x, mixture, *experts, aligned=backend == "triton")
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _module(backend, experts).backward(
         grad, x, LinearExperts(*read), mixture, modulate, wanted
     )

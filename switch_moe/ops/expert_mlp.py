@@ -169,7 +169,7 @@ def _forward(
     from ..kernels import expert_mlp as kernels
 
     experts = _checked(x, MLPExperts(weight_in, bias_in, weight_out, bias_out, index, gate), gated)
-    x, *read = contiguous(x, *experts)
+    x, *read = contiguous(x, *experts, aligned=True)
     return kernels.forward(x, MLPExperts(*read), gated, keep)
 
 
@@ -189,5 +189,5 @@ def _backward(
     experts = _checked(x, MLPExperts(weight_in, bias_in, weight_out, bias_out, index, gate), gated)
     check_like("grad", grad, x, tuple(x.shape))
     check_like("hidden", hidden, x, experts.hidden_shape(x))
-    grad, x, hidden, *read = contiguous(grad, x, hidden, *experts)
+    grad, x, hidden, *read = contiguous(grad, x, hidden, *experts, aligned=True)
     return kernels.backward(grad, x, MLPExperts(*read), hidden, gated, wanted)

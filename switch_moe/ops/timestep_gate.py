@@ -140,7 +140,7 @@ def _forward(
     if backend == "triton":
         from ..kernels import timestep_gate as kernels
 
-        embedding, weight, bias = contiguous(embedding, weight, bias)
+        embedding, weight, bias = contiguous(embedding, weight, bias, aligned=True)
         return kernels.forward(embedding, weight, bias, top_k, selected)
     probs, index, gate = reference_timestep_gate(embedding, weight, bias, top_k)
     table = selected_experts(probs, index) if selected else probs.new_empty(0)
@@ -168,7 +168,8 @@ def _backward(
     if backend == "triton":
         from ..kernels import timestep_gate as kernels
 
-        return kernels.backward(*contiguous(grad_probs, grad_gate, embedding, weight, probs, index))
+        given = grad_probs, grad_gate, embedding, weight, probs, index
+        return kernels.backward(*contiguous(*given, aligned=True))
     total = torch.zeros_like(probs) if grad_probs is None else grad_probs
     if grad_gate is not None:
         total = total.scatter_add(2, index.long(), grad_gate)
