@@ -97,8 +97,8 @@ def cast(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:
 def contiguous(*tensors: Any, aligned: bool = False) -> tuple[Any, ...]:
     """The tensors laid out row by row, as the kernels read them; None stays None.
 
-    With ``aligned`` they begin at a multiple of 16 bytes, by a copy where they do not: for other addresses Triton
-    compiles other code, which loads a number at a time and spills.
+    With ``aligned`` they begin at a multiple of 16 bytes, by a copy where they do not. For other addresses
+    Triton compiles other code, which loads a number at a time and spills.
     """
     found = tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
     if not aligned:
