@@ -120,6 +120,7 @@ class SwitchMoE(nn.Module):
         """
         check_tensors(x=x)
         check_shape("x", x, ("B", "T", self.hidden_size))
+        check_flags(modulate=modulate)
         if routing is None and time_embedding is not None:
             check_tensors(time_embedding=time_embedding)
             check_shape("time_embedding", time_embedding, (x.shape[0], self.hidden_size))
@@ -127,6 +128,9 @@ class SwitchMoE(nn.Module):
         elif routing is None or time_embedding is not None:
             given = "neither" if routing is None else "both"
             raise ValueError(f"time_embedding and routing: {given} given; it must be exactly one of them")
+        if not isinstance(routing, Routing):
+            raise TypeError(f"routing is a {type(routing).__name__}; it must be a switch_moe.Routing")
+        check_tensors(expert_index=routing.expert_index, expert_gate=routing.expert_gate)
         check_shape("routing.expert_index", routing.expert_index, (x.shape[0], "k"))
         index, gate = routing.expert_index, routing.expert_gate
         if self.expert == "linear":

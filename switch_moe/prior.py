@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ops._checks import check_integers, check_positive, check_shape, check_top_k
+from .ops._checks import check_integers, check_positive, check_shape, check_tensors, check_top_k
 from .ops.diffusion_prior import diffusion_prior_loss
 from .ops.match_columns import MOST_TIMESTEPS, match_columns
 
@@ -87,6 +87,7 @@ class DiffusionPrior(nn.Module):
             int64 ``[L*M]``, a permutation at the least ``sum |selected - table|``. Ties break at random, from
             torch's default generator on the device: both sides are permuted before the matching.
         """
+        check_tensors(selected=selected)
         check_shape("selected", selected, tuple(self.table.shape))
         slots = self.table.shape[1]
         if selected.device.type == "cpu":

@@ -18,15 +18,24 @@ class Routing(NamedTuple):
     probs: Tensor  # [L, B, M] float32
     expert_index: Tensor  # [L, B, k] int32
     expert_gate: Tensor  # [L, B, k] float32
-    kept: Tensor | None = None  # [B, L*M], what selected() returns, where the router was asked for it
+    # What selected() returns, [B, L*M], and the expert_index that it is of, if the router was asked for it.
+    kept: tuple[Tensor, Tensor] | None = None
 
     def block(self, index: int) -> Routing:
         """The routing of one block of a routing of L blocks."""
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"index is {index!r} ({type(index).__name__}); it must be the number of a block")
         return Routing(self.probs[index], self.expert_index[index], self.expert_gate[index])
 
     def selected(self) -> Tensor:
         """0/1 float32 ``[B, L*M]`` of a routing of L blocks: one where an expert is among the top k."""
-        return selected_experts(self.probs, self.expert_index) if self.kept is None else self.kept
+        if self.probs.dim() != 3:
+            raise ValueError(
+                f"probs has shape {tuple(self.probs.shape)}; selected() is of all blocks [L, B, M]"
+            )
+        if self.kept is not None and self.kept[1] is self.expert_index:
+            return self.kept[0]
+        return selected_experts(self.probs, self.expert_index)
 
 
 torch.serialization.add_safe_globals([Routing])  # for torch.load with weights_only
@@ -73,7 +82,8 @@ class Router(nn.Module):
         """
         weight, bias = self.weight.float(), self.bias.float()
         outputs = timestep_gate(embedding, weight, bias, self.top_k, selected=selected, backend=self.backend)
-        return Routing(*outputs)
+        probs, index, gate = outputs[:3]
+        return Routing(probs, index, gate, (outputs[3], index) if selected else None)
 
     def extra_repr(self) -> str:
         depth, num_experts, hidden_size = self.weight.shape

@@ -24,6 +24,13 @@ def softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
     return gradient
 
 
+def silu(x: Tensor) -> Tensor:
+    """``x sigmoid(x)``; under a transform of two operations, since torch has no forward-mode derivative of
+    the gradient of its own.
+    """
+    return x * torch.sigmoid(x) if transforming() else torch.nn.functional.silu(x)
+
+
 def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of x from that of ``SiLU(x)``."""
     gradient: Tensor = torch.ops.aten.silu_backward(grad, x)
@@ -33,6 +40,11 @@ def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
 def transforming() -> bool:
     """Whether a transform of torch.func (grad, jvp, vmap, ...) or forward-mode AD is at work."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
+def tracing() -> bool:
+    """Whether make_fx records the operations, as for torch.func.linearize: then values are not to be read."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def exporting_onnx() -> bool:

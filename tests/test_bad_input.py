@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers import random_model
 from safetensors.torch import load_file, save_file
-from switch_dit import GaussianDiffusion, SwitchDiT, convert_official_state_dict, sample
+from switch_dit import GaussianDiffusion, SwitchDiT, convert_official_state_dict, create_model, sample
 from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.convert import convert_to_official_state_dict
 from switch_dit.data import load_images
@@ -93,6 +94,35 @@ def test_guidance_of_an_odd_batch() -> None:
         (lambda: DiffusionPrior(2, 3, 2, alpha=math.nan), ValueError, "alpha is nan"),
         (lambda: DiffusionPrior(2, 3, 2, alpha=True), TypeError, "alpha is True"),
         (lambda: DiffusionPrior(2.5, 3, 2), TypeError, "depth is 2.5"),
+        (lambda: DiffusionPrior(2, 3, torch.tensor(2)), TypeError, "top_k is tensor"),
+        (lambda: DiffusionPrior(2, 3, 2, alpha=10**400), ValueError, "alpha is 1000"),
+        (lambda: DiffusionPrior(2, 3, 2, alpha=np.ones(3)), TypeError, "alpha is array"),
+        (lambda: GaussianDiffusion(betas=[1e-17, 0.5]), ValueError, "betas holds 1e-17"),
+        (lambda: GaussianDiffusion(betas=np.array([0.1 + 1j])), TypeError, "betas is ndarray of complex128"),
+        (lambda: GaussianDiffusion(betas=["0.1"]), TypeError, "betas is list"),
+        (lambda: GaussianDiffusion(num_timesteps=10**30), ValueError, "num_timesteps is 1000"),
+        (lambda: SwitchMoE(10**30), ValueError, "hidden_size is 1000"),
+        (lambda: SwitchMoE(16, top_k=np.array(2.5)), TypeError, "top_k is array"),
+        (lambda: SwitchMoE(16, expert=np.ones(2)), ValueError, "expert is array"),
+        (lambda: create_model([]), ValueError, r"preset is \[\]"),
+        (lambda: random_model(routing="none").route(X), ValueError, "routing is 'none'; only a model with"),
+        (lambda: random_model(routing="dtr")(X, T.float(), Y), TypeError, "t is torch.float32"),
+        (lambda: random_model()(X, T, Y, with_prior=1), TypeError, "with_prior is 1"),
+        (lambda: random_model()(X.to("meta"), T, Y), ValueError, "x is on meta; it must be on cpu"),
+        (lambda: SwitchMoE(16)(torch.zeros(2, 3, 16), routing=(1, 2)), TypeError, "routing is a tuple"),
+        (lambda: SwitchMoE(16, expert="mlp")(torch.zeros(2, 3, 16), X, modulate=3), TypeError, "modulate is"),
+        (lambda: Router(2, 16)(torch.zeros(3, 16)).block("a"), TypeError, "index is 'a'"),
+        (lambda: Router(2, 16)(torch.zeros(3, 16)).block(0).selected(), ValueError, r"\(\) is of all"),
+        (lambda: ops.timestep_gate(torch.zeros(3, 4), X, X, None), TypeError, "top_k is None"),
+        (lambda: ops.linear_assignment(torch.eye(2).to(torch.uint64)), TypeError, "cost is torch.uint64"),
+        (lambda: ops.linear_assignment(torch.eye(2), prices=[0, 0]), TypeError, r"prices is \[0, 0\]"),
+        (
+            lambda: ops.match_columns(torch.eye(4) + 5j, torch.eye(4), *[torch.arange(4)] * 2),
+            TypeError,
+            "selected is torch.complex64",
+        ),
+        (lambda: ops.match_columns(torch.eye(4), None, *[torch.arange(4)] * 2), TypeError, "table is None"),
+        (lambda: DiffusionPrior(1, 3, 1).match([1]), TypeError, r"selected is \[1\]"),
         (lambda: SwitchMoE(16.0), TypeError, "hidden_size is 16.0"),
         (lambda: SwitchMoE(True), TypeError, "hidden_size is True"),
         (lambda: SwitchMoE(16, 3.0), TypeError, "num_experts is 3.0"),
@@ -138,6 +168,8 @@ def test_of_settings_and_operations(make: Callable[[], Any], error: type[Excepti
         (lambda d: d.predict_x_start(X, T, X[:, :1]), "noise has shape"),
         (lambda d: d.training_losses(X[:, :2], X, X, T, X), "model_output has shape"),
         (lambda d: d.p_mean_variance(X, X, T), "model_output has shape"),
+        (lambda d: d.q_sample(X[0, 0, 0], T, X[0, 0, 0]), "x_start has shape"),
+        (lambda d: d.q_sample(X.to("meta"), T, X.to("meta")), "t is on cpu; it must be on meta"),
     ],
 )
 def test_of_the_process(call: Callable[[GaussianDiffusion], Any], message: str) -> None:
@@ -168,6 +200,15 @@ def test_dpm_solver_takes_fewer_steps_than_timesteps(schedule: str, count: int) 
         ({"batch_size": 0}, ValueError, "batch_size is 0"),
         ({"scheduler": "euler"}, ValueError, "scheduler is 'euler'"),
         ({"start": X[:1]}, ValueError, "start has shape"),
+        ({"start": X * 1j}, TypeError, "start is torch.complex64"),
+        ({"start": X + math.nan}, ValueError, "start holds numbers that are not finite"),
+        ({"steps": 0, "labels": Y[:0]}, ValueError, "steps is 0"),
+        ({"scheduler": "euler", "labels": Y[:0]}, ValueError, "scheduler is 'euler'"),
+        ({"generator": 3}, TypeError, "generator is a int"),
+        ({"clip": "yes"}, TypeError, "clip is 'yes'"),
+        ({"count": "a"}, TypeError, "count is 'a'"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "model is a Linear"),
+        ({"diffusion": None}, TypeError, "diffusion is a NoneType"),
         ({"diffusion": GaussianDiffusion(num_timesteps=500)}, ValueError, "diffusion has 500 timesteps; the"),
     ],
 )
@@ -282,9 +323,40 @@ class TestCheckpoints:
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
         with pytest.raises(OSError, match="MiB are needed and 0 MiB are free"):
-            save_checkpoint(saved, random_model(1), random_model(1), {})
+            save_checkpoint(saved, random_model(1), random_model(1), {"model": {}, "diffusion": {}})
         assert sorted(path.name for path in saved.parent.iterdir()) == ["checkpoint"]
         assert torch.equal(load_file(saved / "ema.safetensors")["pos_embed"], before["pos_embed"])
+
+    @pytest.mark.parametrize("kind", [b"I32", b"U32"])
+    def test_weights_of_another_type(self, saved: Path, kind: bytes) -> None:
+        path = saved / "ema.safetensors"
+        path.write_bytes(path.read_bytes().replace(b"F32", kind))
+        with pytest.raises(ValueError, match=r"ema.safetensors is broken: .* is torch.u?int32"):
+            load_checkpoint(saved)
+
+    def test_weights_that_are_not_finite(self, saved: Path) -> None:
+        state = load_file(saved / "ema.safetensors")
+        state["pos_embed"][0, 0, 0] = math.inf
+        save_file(state, saved / "ema.safetensors")
+        with pytest.raises(ValueError, match=r"ema.safetensors is broken: pos_embed is not finite"):
+            load_checkpoint(saved)
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"hidden_size": 2**62}, {"num_classes": 2**60}, {"mlp_ratio": 1e300}, {"num_timesteps": 50}],
+    )
+    def test_a_config_that_no_model_has(self, saved: Path, change: dict[str, Any]) -> None:
+        settings = json.loads((saved / "config.json").read_text())
+        settings["model"] |= change
+        (saved / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=r"config.json is broken"):
+            load_checkpoint(saved)
+
+    @pytest.mark.parametrize("settings", [None, [1], {}, {"model": {}, "diffusion": object()}])
+    def test_settings_that_fit_no_checkpoint_replace_none(self, saved: Path, settings: Any) -> None:
+        with pytest.raises(TypeError, match="settings"):
+            save_checkpoint(saved, random_model(), random_model(), settings)
+        load_checkpoint(saved)
 
     def test_permissions_are_those_of_the_umask(self, saved: Path) -> None:
         modes = {path.stat().st_mode & 0o777 for path in saved.iterdir()}
@@ -316,6 +388,48 @@ def test_broken_data_files(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> N
     with pytest.raises(ValueError, match=r"own.npz'; the file is broken or no .npz file") as caught:
         load_images(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"images": np.zeros((20, 0, 0), np.uint8), "labels": np.arange(20) % 2},
+            "they must be square uint8",
+        ),
+        (
+            {"images": np.zeros((20, 4, 4), np.uint8), "labels": 2**40 * (np.arange(20) % 2)},
+            "fewer images than",
+        ),
+        (
+            {"images": np.zeros((20, 4, 4), np.uint8), "labels": np.full(20, 2**64 - 1, dtype=np.uint64)},
+            "fewer images than",
+        ),
+    ],
+)
+def test_data_that_cannot_be_meant(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "own.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_images(str(tmp_path / "own.npz"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.arange(20)[:, None] % 10}, "labels has shape"),
+        ({"labels": torch.arange(1)}, "labels has shape"),
+        ({"labels": torch.arange(20) % 10 + 100}, "labels holds 100 to 109"),
+        ({"labels": (torch.arange(20) % 10).float()}, "labels is torch.float32"),
+        ({"generated": torch.zeros(20, 64)}, "generated has shape"),
+        ({"generated": torch.zeros(20, 1, 8, 8, dtype=torch.complex64)}, "generated is torch.complex64"),
+        ({"generated": None}, "generated is None"),
+        ({"generated": torch.zeros(1, 1, 8, 8), "labels": torch.zeros(1).long()}, "generated has 1 images"),
+    ],
+)
+def test_of_the_measures(change: dict[str, Any], message: str) -> None:
+    given = {"generated": torch.zeros(20, 1, 8, 8), "labels": torch.arange(20) % 10} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluate(load_images("digits"), **given)
 
 
 def test_pictures_without_samples_or_with_many(tmp_path: Path) -> None:

@@ -157,6 +157,18 @@ class TestFlops:
                 step()
             assert counter.get_total_flops() == counts.product_flops(step) > 0
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 17])
+    @pytest.mark.parametrize("routes", [1, 8])
+    def test_torch_counts_the_algorithm_that_runs(self, routes: int, tokens: int, dtype: torch.dtype) -> None:
+        """Samples of one timestep share a merged weight, and float16 is computed in float32."""
+        layer, x, e, _ = make(3, 2, dtype, batch=32, tokens=tokens)
+        routing = layer.route(e[:routes].repeat_interleave(32 // routes, 0))
+        with FlopCounterMode(display=False) as counter:
+            layer(x, routing=routing)
+        assert counter.get_total_flops() == counts.product_flops(lambda: layer(x, routing=routing))
+
     @pytest.mark.parametrize("experts", [3, 8])
     def test_of_the_kernels_by_the_formulas(self, experts: int) -> None:
         """One unit each for out, dx and dW, or for dW of many experts one for each pair."""

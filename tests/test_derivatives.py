@@ -6,6 +6,7 @@ a missing share of a derivative cannot hide.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ def mlp(backend: str, gated: bool) -> Callable[..., Tensor]:
 def gate(backend: str, _: bool) -> Callable[..., Tensor]:
     def call(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if backend == "float64":  # the operation takes float32 routers only
-            hidden = torch.nn.functional.silu(embedding)
+            hidden = embedding * embedding.sigmoid()
             probs = torch.softmax(torch.einsum("nd,lmd->lnm", hidden, weight) + bias[:, None], dim=-1)
             gates = probs.sort(dim=-1, descending=True, stable=True).values[..., :K]
         else:
@@ -174,6 +175,56 @@ def test_transforms(name: str, backend: str) -> None:
             jacfwd(call)(*given), hessian(scalar)(*given),
         ])  # fmt: skip
     check(*results)
+
+
+@exactly
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_backward_inside_a_transform(
+    name: str, backend: str, flag: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward outside, backward inside: jvp, grad and dual numbers of the backward alone."""
+    reference = importlib.import_module("switch_moe.reference.expert_mlp")
+    monkeypatch.setattr(reference, "silu", lambda x: x * x.sigmoid())  # torch's has no such derivative
+    function, exact = functions(name, backend, flag)
+    inputs = arguments(name, flag)
+    results = []
+    for call, given in ((function, [t.float() for t in inputs]), (exact, inputs)):
+        leaves = [t.clone().requires_grad_() for t in given]
+        out = call(*leaves)
+
+        def pull(v: Tensor, out: Tensor = out, leaves: list[Tensor] = leaves, graph: bool = False) -> Any:
+            return torch.autograd.grad(out, leaves, v, retain_graph=True, create_graph=graph)
+
+        v = direction(out.detach()) if out.dim() else torch.ones_like(out)
+        _, tangents = jvp(pull, (v,), (v.flip(0) if v.dim() else v,))
+        norm = lambda v, pull=pull: sum(g.square().sum() for g in pull(v, graph=True))  # noqa: E731
+        with forward_ad.dual_level():
+            duals = [forward_ad.unpack_dual(g).tangent for g in pull(forward_ad.make_dual(v, v))]
+        results.append([*tangents, *duals, grad(norm)(v)])
+    check(*results)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_linearize_and_batches_of_gradients(backend: str) -> None:
+    x, weight, bias, gates = (t.float() for t in OPERATIONS["expert_linear"][1])
+    call = linear(backend, True)
+    out, slope = torch.func.linearize(lambda x: call(x, weight, bias, gates), x)
+    right, tangent = jvp(lambda x: call(x, weight, bias, gates), (x,), (direction(x),))
+    check([out, slope(direction(x))], [right, tangent], 1e-5)
+    x.requires_grad_()
+    out = call(x, weight, bias, gates)
+    many = torch.stack([torch.ones_like(out), direction(out.detach())])
+    (batch,) = torch.autograd.grad(out, x, many, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, x, one, retain_graph=True)[0] for one in many]
+    check(batch, each, 1e-5)
+
+
+def test_an_index_of_inference_mode() -> None:
+    x, weight, bias, gates = (t.float().requires_grad_() for t in OPERATIONS["expert_linear"][1])
+    with torch.inference_mode():
+        index = INDEX.clone()
+    ops.expert_linear(x, weight, bias, index, gates).sum().backward()
+    assert x.grad is not None
 
 
 def test_an_index_out_of_range_is_refused_under_a_transform() -> None:

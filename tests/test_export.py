@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close, random_model
+from switch_dit import GaussianDiffusion
 from torch import Tensor, nn
 
 from switch_moe import SwitchMoE
@@ -43,6 +44,23 @@ def test_torch_export(backend: str) -> None:
         operators = {str(node.target) for node in program.graph.nodes}
         own = any("switch_moe" in name for name in operators)
         assert own == (backend == "auto" and any(isinstance(part, SwitchMoE) for part in module.modules()))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exporting_a_loss_leaves_the_process_alone(strict: bool) -> None:
+    """Its tables move to a device once, and must not stay there as an export's tensors without values."""
+    diffusion = GaussianDiffusion()
+
+    class Noised(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+            return diffusion.q_sample(x, t, noise)
+
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 500])
+    program = torch.export.export(Noised(), (x, t, x), strict=strict)
+    right = GaussianDiffusion().q_sample(x, t, x)
+    for found in (diffusion.q_sample(x, t, x), program.module()(x, t, x)):
+        assert type(found) is Tensor
+        assert torch.equal(found, right)
 
 
 def test_an_exported_operator_checks_its_arguments() -> None:

@@ -84,7 +84,10 @@ def test_one_router_for_all_layers() -> None:
     assert routing.selected().shape == (5, 12)
     assert (routing.selected().sum(1) == 6).all()
     with torch.no_grad():
-        assert torch.equal(router(e, selected=True).kept, routing.selected())
+        asked = router(e, selected=True)
+        assert torch.equal(asked.kept[0], routing.selected())
+        other = asked._replace(expert_index=(asked.expert_index + 1) % 4)  # what was kept is not of these
+        assert torch.equal(other.selected(), routing._replace(expert_index=other.expert_index).selected())
     for i, layer in enumerate(layers):
         bare = SwitchMoE(16, 4, router=False)
         assert {name for name, _ in bare.named_parameters()} == {"weight", "bias"}

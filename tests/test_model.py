@@ -35,7 +35,7 @@ def test_presets() -> None:
     assert set(PRESETS) == {
         f"{size}/{patch}" for size in ("tiny", "S", "B", "L", "XL") for patch in (2, 4, 8)
     }
-    with pytest.raises(ValueError, match="model is 'M/2'; it must be one of tiny/2"):
+    with pytest.raises(ValueError, match="preset is 'M/2'; it must be one of tiny/2"):
         create_model("M/2")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from switch_dit.convert import without_wrappers
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import SwitchDiT
-from switch_moe.ops._checks import check_choice
+from switch_moe.ops._checks import FLOATS, check_choice
 
 
 def save_checkpoint(folder: Path | str, model: nn.Module, ema: nn.Module, settings: dict[str, Any]) -> None:
@@ -32,7 +32,16 @@ def save_checkpoint(folder: Path | str, model: nn.Module, ema: nn.Module, settin
     new one: the draft is complete before it takes the place, and what it replaces stays in ``<name>.old``
     until then. ``OSError`` where it cannot be written, a full disk among the reasons; the draft is removed.
     """
-    folder = Path(folder)
+    folder = _as_folder(folder)
+    for name, module in (("model", model), ("ema", ema)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} is a {type(module).__name__}; it must be a torch.nn.Module")
+    if not isinstance(settings, dict) or not {"model", "diffusion"} <= settings.keys():
+        raise TypeError("settings must be a dict with the keys 'model' and 'diffusion'")
+    try:
+        config = json.dumps(settings, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"settings cannot be written as JSON: {error}") from None
     draft, previous = _beside(folder, "new"), _beside(folder, "old")
     shutil.rmtree(draft, ignore_errors=True)
     states = {
@@ -49,7 +58,7 @@ def save_checkpoint(folder: Path | str, model: nn.Module, ema: nn.Module, settin
         for name, state in states.items():
             save_file(state, draft / f"{name}.safetensors")
             _give_usual_permissions(draft / f"{name}.safetensors")
-        (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (draft / "config.json").write_text(config)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
         if isinstance(error, SafetensorError):  # what it raises for a full disk
@@ -79,7 +88,7 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
             another model; the message names it.
     """
     check_choice("weights", weights, ("ema", "model"))
-    folder = Path(folder)
+    folder = _as_folder(folder)
     previous = _beside(folder, "old")
     found = previous if previous.is_dir() and not folder.exists() else folder
     config, tensors = found / "config.json", found / f"{weights}.safetensors"
@@ -90,8 +99,11 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
         settings = json.loads(config.read_text())
         model = SwitchDiT(**settings["model"])
         diffusion = GaussianDiffusion(**settings["diffusion"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, MemoryError, ArithmeticError) as error:
         raise ValueError(f"{config} is broken ({_first_line(error)}); take it from another copy") from None
+    if model.num_timesteps != diffusion.num_timesteps:
+        counts = f"{model.num_timesteps} timesteps and its diffusion process {diffusion.num_timesteps}"
+        raise ValueError(f"{config} is broken (the model has {counts}); take it from another copy")
     try:
         state = load_file(tensors)
     except (SafetensorError, OSError) as error:
@@ -116,7 +128,17 @@ def load_weights(model: SwitchDiT, state: Mapping[str, Tensor], source: str) -> 
              for text, keys in (("lacks", missing), ("has unknown", unknown)) if keys]  # fmt: skip
     if found or shapes:
         raise ValueError(f"{source} is of another model: it {', '.join([*found, *shapes[:1]])}")
+    for key, value in state.items():
+        if value.dtype not in FLOATS or not bool(value.isfinite().all()):
+            what = value.dtype if value.dtype not in FLOATS else "not finite"
+            raise ValueError(f"{source} is broken: {key} is {what}; take it from another copy")
     model.load_state_dict(state)
+
+
+def _as_folder(folder: Path | str) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"folder is {folder!r}; it must be a path")
+    return Path(folder)
 
 
 def _first_line(error: Exception) -> str:

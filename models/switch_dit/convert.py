@@ -18,6 +18,9 @@ _ROUTER_NAMES = {"f_gate.1.weight": "weight", "f_gate.1.bias": "bias"}
 
 def without_wrappers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The state_dict without the prefixes that DDP (``module.``) and torch.compile (``_orig_mod.``) add."""
+    for name in state_dict:
+        if not isinstance(name, str):
+            raise TypeError(f"state_dict holds the key {name!r}; every key must be a name")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
 
 
@@ -47,7 +50,7 @@ def convert_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tens
     for name, value in state_dict.items():
         if name == "full_time" or name.endswith("_unit_mapping"):
             continue
-        router = re.fullmatch(r"routers\.(\d+)\.(.+)", name)
+        router = re.fullmatch(r"routers\.(\d{1,6})\.(.+)", name)
         if router is None:
             converted[name] = value
         elif router[2] in _EXPERT_NAMES:
@@ -60,7 +63,12 @@ def convert_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tens
     for kind, of_block in routers.items():
         if sorted(of_block) != list(range(len(of_block))):
             raise ValueError(f"state_dict holds the routers' {kind} of the blocks {sorted(of_block)} only")
-        converted[f"router.{kind}"] = torch.stack([of_block[i] for i in range(len(of_block))])
+        blocks = [of_block[i] for i in range(len(of_block))]
+        if len({(block.shape, block.dtype) for block in blocks}) > 1:
+            raise ValueError(
+                f"state_dict holds routers of several shapes or types: their {kind} must be alike"
+            )
+        converted[f"router.{kind}"] = torch.stack(blocks)
     return converted
 
 

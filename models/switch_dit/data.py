@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +64,8 @@ def load_images(data: str) -> Images:
 
 
 def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(data, (str, Path)):
+        raise TypeError(f"data is {data!r}; it must be digits or the path of an .npz file")
     path = Path(data)
     if path.suffix != ".npz":
         raise ValueError(f"data is {data!r}; it must be digits or the path of an .npz file")
@@ -75,7 +75,7 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
         with np.load(path) as file:
             missing = {"images", "labels"} - set(file.files)
             arrays = {name: file[name] for name in ("images", "labels") if name not in missing}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a broken file makes numpy and zipfile raise almost anything
         raise ValueError(
             f"data is {data!r}; the file is broken or no .npz file ({type(error).__name__}); write it again "
             "with numpy.savez"
@@ -83,9 +83,11 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
     if missing:
         raise ValueError(f"data {data!r} has no array {' and no array '.join(sorted(missing))}")
     images, labels = arrays["images"], arrays["labels"]
+    if not all(isinstance(array, np.ndarray) for array in (images, labels)):
+        raise ValueError(f"data is {data!r}; images and labels in it are no arrays of numpy")
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.dtype != np.uint8:
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.dtype != np.uint8 or not images.size:
         raise ValueError(
             f"images in {data!r} are {images.dtype} {images.shape}; they must be square uint8 [n, H, W, C]"
         )
@@ -93,7 +95,9 @@ def _load_npz(data: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"labels in {data!r} are {labels.dtype} {labels.shape}; they must be {len(images)} integers >= 0"
         )
-    counts = np.bincount(labels)
+    if int(labels.max()) >= len(labels):
+        raise ValueError(f"labels in {data!r} hold {labels.max()}; there are fewer images than classes")
+    counts = np.bincount(labels.astype(np.int64))
     if counts.min() < 5:
         rare = int(counts.argmin())
         raise ValueError(

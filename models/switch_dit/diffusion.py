@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from switch_moe.ops._checks import (
+    FLOATS,
     check_choice,
+    check_device,
     check_dtype,
     check_integers,
     check_range,
@@ -23,6 +26,7 @@ from switch_moe.ops._checks import (
 )
 
 SCHEDULES = ("linear", "cosine")
+SMALLEST_BETA = 1e-12  # below, 1 - beta rounds so far that the posterior is not finite
 
 
 def betas_of(schedule: str, num_timesteps: int) -> np.ndarray:
@@ -37,6 +41,16 @@ def betas_of(schedule: str, num_timesteps: int) -> np.ndarray:
     time = np.linspace(0, 1, num_timesteps + 1)
     alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def _as_betas(betas: Any) -> np.ndarray:
+    try:
+        found = np.asarray(betas)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TypeError(f"betas is {type(betas).__name__}; it must be float64 [N] ({error})") from None
+    if found.dtype.kind not in "fiu":
+        raise TypeError(f"betas is {type(betas).__name__} of {found.dtype}; it must be float64 [N]")
+    return found.astype(np.float64)
 
 
 class GaussianDiffusion:
@@ -58,14 +72,14 @@ class GaussianDiffusion:
         weighting: str = "constant",
         betas: np.ndarray | None = None,
     ) -> None:
-        self.betas = (
-            betas_of(schedule, num_timesteps) if betas is None else np.asarray(betas, dtype=np.float64)
-        )
+        self.betas = betas_of(schedule, num_timesteps) if betas is None else _as_betas(betas)
         if self.betas.ndim != 1 or not len(self.betas):
             raise ValueError(f"betas has shape {self.betas.shape}; it must be [N]")
-        outside = ~((self.betas > 0) & (self.betas < 1))  # NaN too
+        outside = ~((self.betas >= SMALLEST_BETA) & (self.betas < 1))  # NaN too
         if outside.any():
-            raise ValueError(f"betas holds {self.betas[outside][0]}; each must be in (0, 1)")
+            raise ValueError(
+                f"betas holds {self.betas[outside][0]}; each must be in (0, 1), and at least {SMALLEST_BETA}"
+            )
         self.num_timesteps = len(self.betas)
         self.weighting = weighting
         self.alphas_cumprod = np.cumprod(1 - self.betas)
@@ -74,7 +88,7 @@ class GaussianDiffusion:
         # At t = 0 the posterior has no variance; its logarithm takes the value of t = 1, as officially.
         first = posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
-        self._tables = {
+        tables = {
             "signal": np.sqrt(self.alphas_cumprod),
             "noise": np.sqrt(1 - self.alphas_cumprod),
             "posterior_x_start": self.betas * np.sqrt(previous) / (1 - self.alphas_cumprod),
@@ -83,6 +97,7 @@ class GaussianDiffusion:
             "max_log_variance": np.log(self.betas),
             "mse_weight": self.mse_weight(weighting),
         }
+        self._tables = {name: torch.from_numpy(table).float() for name, table in tables.items()}
 
     def mse_weight(self, weighting: str) -> np.ndarray:
         """Weight of the squared error of the noise at each timestep, float64 [N]; snr = abar / (1 - abar).
@@ -116,17 +131,24 @@ class GaussianDiffusion:
 
     def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
         """float32 entries of a table at t, to broadcast over ``like``; a table moves to a device once."""
-        key = (table, t.device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.as_tensor(self._tables[table], dtype=torch.float32, device=t.device)
-        return self._on_device[key][t].view(-1, *[1] * (like.dim() - 1))
+        found = self._tables[table] if t.device.type == "cpu" else self._on_device.get((table, t.device))
+        if found is None:
+            found = self._tables[table].to(t.device)
+            if type(found) is Tensor:  # not one that an export makes up, without values
+                self._on_device[table, t.device] = found
+        return found[t].view(-1, *[1] * (like.dim() - 1))
 
     def _check(self, t: Tensor, **images: Tensor) -> None:
         """``ValueError`` or ``TypeError`` unless the images are alike and t fits them."""
         check_tensors(t=t, **images)
-        first = next(iter(images.values()))
+        first_name, first = next(iter(images.items()))
+        if first.dim() < 2:
+            raise ValueError(f"{first_name} has shape {tuple(first.shape)}; it must be [B, C, H, W]")
         for name, image in images.items():
             check_shape(name, image, tuple(first.shape))
+            check_dtype(name, image, *FLOATS)
+            check_device(name, image, first.device)
+        check_device("t", t, first.device)
         check_shape("t", t, (first.shape[0],))
         check_dtype("t", t, torch.int64, torch.int32)
         check_range("t", t, self.num_timesteps, "the timesteps of the process")
@@ -153,7 +175,9 @@ class GaussianDiffusion:
         2102.09672).
         """
         self._check(t, x_t=x_t)
+        check_tensors(model_output=model_output)
         check_shape("model_output", model_output, (x_t.shape[0], 2 * x_t.shape[1], *x_t.shape[2:]))
+        check_dtype("model_output", model_output, *FLOATS)
         noise, v = model_output.chunk(2, dim=1)
         share = (v + 1) / 2
         low, high = self._at("min_log_variance", t, x_t), self._at("max_log_variance", t, x_t)
@@ -170,8 +194,11 @@ class GaussianDiffusion:
         2102.09672).
         """
         self._check(t, x_start=x_start, x_t=x_t, noise=noise)
-        channels = x_t.shape[1] * (1 + (model_output.shape[1] > x_t.shape[1]))
+        check_tensors(model_output=model_output)
+        channels = x_t.shape[1] * (1 + (model_output.dim() > 1 and model_output.shape[1] > x_t.shape[1]))
         check_shape("model_output", model_output, (x_t.shape[0], channels, *x_t.shape[2:]))
+        check_dtype("model_output", model_output, *FLOATS)
+        check_device("model_output", model_output, x_t.device)
         model_output = model_output.float()
         predicted = model_output[:, : x_t.shape[1]]
         weight = self._at("mse_weight", t, t)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from switch_dit.data import Images
+from switch_moe.ops._checks import FLOATS, check_dtype, check_range, check_shape, check_tensors
 
 _MEANING = {
     "conditional_accuracy": "share of generated images that the classifier reads as the label asked for",
@@ -77,8 +79,17 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def evaluate(images: Images, generated: Tensor, labels: Tensor) -> Metrics:
     """Measures for generated images [n, C, H, W] on the CPU, asked for with ``labels [n]``.
 
-    ``ValueError`` where they are not finite.
+    ``ValueError`` or ``TypeError`` where they do not fit, or are not finite.
     """
+    check_tensors(generated=generated, labels=labels)
+    check_shape("generated", generated, ("n", *images.train.shape[1:]))
+    check_dtype("generated", generated, *FLOATS)
+    check_shape("labels", labels, (generated.shape[0],))
+    check_dtype("labels", labels, torch.int64, torch.int32)
+    check_range("labels", labels, images.num_classes, "the classes")
+    if generated.shape[0] < 2:
+        raise ValueError(f"generated has {generated.shape[0]} images; it takes at least 2 to measure")
+    generated = generated.detach()
     if not bool(generated.isfinite().all()):
         raise ValueError("generated holds numbers that are not finite; there is nothing to measure")
     order = np.random.default_rng(0).permutation(len(images.train))[:_FITTED]

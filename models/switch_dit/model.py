@@ -22,6 +22,7 @@ from switch_moe.ops._backend import BACKENDS
 from switch_moe.ops._checks import (
     FLOATS,
     check_choice,
+    check_device,
     check_dtype,
     check_flags,
     check_integers,
@@ -317,16 +318,31 @@ class SwitchDiT(nn.Module):
         the meta device is complete after ``load_state_dict(..., assign=True)``, or ``to_empty`` and
         ``load_state_dict``.
         """
-        device = self.pos_embed.device
+        device = next((p.device for p in self.parameters() if not p.is_meta), self.pos_embed.device)
         self.t_embedder.reset_rates(device)
         if self.routing == "switch":
             self.prior.table = _on(device, self.prior.table)
             self.prior.reset_parameters()
             self.assignment = _on(device, self.assignment)
-            torch.arange(len(self.assignment), out=self.assignment)
+            self.assignment.copy_(torch.arange(len(self.assignment), device=device))
         if self.routing == "dtr":
             self.dtr_mask = _on(device, self.dtr_mask)
             self.dtr_mask.copy_(dtr_mask(*self.dtr_mask.shape, device))
+
+    @torch.no_grad()
+    def reset_positions(self) -> None:
+        """Fills the table of positions, which is a parameter because the official state_dict has it."""
+        device = next((p.device for p in self.parameters() if not p.is_meta), self.pos_embed.device)
+        if self.pos_embed.device != device:
+            empty = torch.empty_like(self.pos_embed, device=device)
+            self.pos_embed = nn.Parameter(empty, requires_grad=False)
+        grid = self.input_size // self.patch_size
+        table = sincos_positions(self.pos_embed.shape[-1], grid, device)[None]
+        if hasattr(self.pos_embed, "device_mesh"):  # FSDP has it in shards
+            from torch.distributed.tensor import distribute_tensor
+
+            table = distribute_tensor(table, self.pos_embed.device_mesh, self.pos_embed.placements)
+        self.pos_embed.copy_(table)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -336,13 +352,7 @@ class SwitchDiT(nn.Module):
         a fixed table.
         """
         self.reset_buffers()
-        grid = self.input_size // self.patch_size
-        table = sincos_positions(self.pos_embed.shape[-1], grid, self.pos_embed.device)
-        if hasattr(self.pos_embed, "device_mesh"):  # FSDP has it in shards
-            from torch.distributed.tensor import distribute_tensor
-
-            table = distribute_tensor(table[None], self.pos_embed.device_mesh, self.pos_embed.placements)
-        self.pos_embed.copy_(table)
+        self.reset_positions()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -368,11 +378,13 @@ class SwitchDiT(nn.Module):
 
     def route(self, time_embedding: Tensor) -> Routing:
         """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
+        self._check_switch()
         return self.router(time_embedding)
 
     @torch.no_grad()
     def route_all_timesteps(self) -> Routing:
-        """The current routing of all N timesteps."""
+        """The current routing of all N timesteps; only with ``routing="switch"``."""
+        self._check_switch()
         timesteps = torch.arange(self.num_timesteps, device=self.pos_embed.device)
         return self.router(self.t_embedder(timesteps), selected=True)
 
@@ -388,7 +400,10 @@ class SwitchDiT(nn.Module):
         Raises ``ValueError`` or ``TypeError`` for an argument that does not fit; timesteps and labels are
         looked at on a CPU only.
         """
+        check_flags(with_prior=with_prior, match=match)
         self._check_inputs(x, t, y)
+        if with_prior or self.routing == "dtr":
+            check_dtype("t", t, torch.int64, torch.int32)
         e = self.t_embedder(t)  # [B, D]
         routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
         c = e if y is None else e + self.y_embedder(y)  # [B, D]
@@ -402,10 +417,16 @@ class SwitchDiT(nn.Module):
         side.join()
         return (out, prior_loss) if with_prior else out
 
+    def _check_switch(self) -> None:
+        if self.routing != "switch":
+            raise ValueError(f"routing is {self.routing!r}; only a model with 'switch' has a router")
+
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         check_tensors(x=x, t=t)
         check_shape("x", x, ("B", self.in_channels, self.input_size, self.input_size))
         check_dtype("x", x, *FLOATS)
+        check_device("x", x, self.pos_embed.device)
+        check_device("t", t, x.device)
         check_shape("t", t, (x.shape[0],))
         check_dtype("t", t, *FLOATS, torch.int64, torch.int32)
         check_range("t", t, self.num_timesteps, "the timesteps")
@@ -414,6 +435,7 @@ class SwitchDiT(nn.Module):
             raise ValueError(f"y is {found}; a model with {self.num_classes} classes takes {wanted}")
         if y is not None:
             check_tensors(y=y)
+            check_device("y", y, x.device)
             check_shape("y", y, (x.shape[0],))
             check_dtype("y", y, torch.int64, torch.int32)
             labels = self.y_embedder.embedding_table.num_embeddings
@@ -447,6 +469,7 @@ class SwitchDiT(nn.Module):
         """
         check_numbers(cfg_scale=cfg_scale)
         check_tensors(x=x)
+        check_shape("x", x, ("2B", "C", "H", "W"))
         if x.shape[0] % 2:
             raise ValueError(f"x has {x.shape[0]} rows; their number must be even: with labels, then without")
         half = x[: len(x) // 2]
@@ -462,7 +485,9 @@ def _on(device: torch.device, buffer: Tensor) -> Tensor:
     return buffer if buffer.device == device else torch.empty_like(buffer, device=device)
 
 
-def _after_loading(model: SwitchDiT, _: object) -> None:
+def _after_loading(model: SwitchDiT, incompatible: Any) -> None:
+    if any(key.split(".")[-1] == "pos_embed" for key in incompatible.missing_keys):
+        model.reset_positions()
     model.reset_buffers()
 
 
@@ -485,6 +510,5 @@ def dtr_mask(num_timesteps: int, hidden_size: int, device: torch.device | None =
 
 def create_model(preset: str, **settings: object) -> SwitchDiT:
     """A SwitchDiT of a named size, for example ``create_model("XL/2", num_classes=1000)``."""
-    if preset not in PRESETS:
-        raise ValueError(f"model is {preset!r}; it must be one of {', '.join(PRESETS)}")
+    check_choice("preset", preset, PRESETS)
     return SwitchDiT(**{**PRESETS[preset]._asdict(), **settings})

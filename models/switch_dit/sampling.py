@@ -6,6 +6,7 @@ are those of the official code for any number of steps; DPM-Solver++ chooses its
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import SwitchDiT
 from switch_moe.ops._checks import (
+    FLOATS,
     check_choice,
     check_dtype,
+    check_flags,
     check_integers,
     check_numbers,
     check_shape,
@@ -96,6 +99,11 @@ def sample(
     Raises:
         ValueError, TypeError: an argument does not fit. FloatingPointError: a sample is not finite.
     """
+    for name, value, kind in (("model", model, SwitchDiT), ("diffusion", diffusion, GaussianDiffusion)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
     if (labels is None) != (model.num_classes == 0):
         raise ValueError(f"labels is {labels}; the model has {model.num_classes} classes")
     if model.num_timesteps != diffusion.num_timesteps:
@@ -116,9 +124,9 @@ def sample(
         raise ValueError(
             f"guidance is {guidance}; a model trained with class_dropout_prob 0 has no null label, use 1"
         )
-    if labels is None:
-        if count is None:
-            raise ValueError("count is None; it must say how many samples, as there are no labels")
+    if labels is None and count is None:
+        raise ValueError("count is None; it must say how many samples, as there are no labels")
+    if count is not None:
         check_integers(0, count=count)
     n = labels.shape[0] if labels is not None else int(count or 0)
     shape = (n, model.in_channels, model.input_size, model.input_size)
@@ -126,9 +134,16 @@ def sample(
         start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     check_tensors(start=start)
     check_shape("start", start, shape)
+    check_dtype("start", start, *FLOATS)
+    if not bool(start.isfinite().all()):
+        raise ValueError("start holds numbers that are not finite; it must be noise")
     x = start.to(device, torch.float32)
     if clip is None:
         clip = model.in_channels in (1, 3)
+    check_flags(clip=clip)
+    new_scheduler = functools.partial(make_scheduler, scheduler, diffusion, steps, model.learn_sigma, clip)
+    with torch.device("cpu"):  # diffusers makes its tables on the default device
+        new_scheduler()  # settings that do not fit are refused before any work, and without samples too
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -136,8 +151,8 @@ def sample(
         for begin in range(0, n, batch_size):
             part = slice(begin, begin + batch_size)
             classes = None if labels is None else labels[part]
-            with torch.device("cpu"):  # diffusers makes its tables on the default device
-                stepper = make_scheduler(scheduler, diffusion, steps, model.learn_sigma, clip)
+            with torch.device("cpu"):
+                stepper = new_scheduler()
             parts.append(_sample_batch(model, x[part], classes, *stepper, scheduler, guidance, generator))
     finally:
         for module, training in modes:

@@ -109,7 +109,8 @@ class TrainConfig:
             steps=self.steps, batch_size=self.batch_size, log_every=self.log_every,
             num_experts=self.num_experts, sample_steps=self.sample_steps, prior_every=self.prior_every,
         )  # fmt: skip
-        check_integers(0, warmup=self.warmup, generated=self.generated, seed=self.seed)
+        check_integers(0, warmup=self.warmup, generated=self.generated)
+        check_integers(0, 2**32 - 1, seed=self.seed)
         check_positive(lr=self.lr, guidance=self.guidance)
         check_numbers(
             0, wanted="0 or more", weight_decay=self.weight_decay, prior_weight=self.prior_weight,
@@ -120,15 +121,18 @@ class TrainConfig:
             learn_sigma=self.learn_sigma, conditional=self.conditional, lr_decay=self.lr_decay,
             compile=self.compile, cuda_graph=self.cuda_graph,
         )  # fmt: skip
+        check_choice("model", self.model, PRESETS)
         check_choice("routing", self.routing, ROUTINGS)
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
-        self.output = Path(self.output)
+        for name, kinds in (("data", (str, Path)), ("output", (str, Path)), ("name", str), ("device", str)):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or "\0" in str(value):
+                raise TypeError(f"{name} is {value!r}; it must be text without a null character")
+        self.data, self.output = str(self.data), Path(self.output)
         bounds = {
-            "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
             "generated": (lambda value: value == 0 or value >= 10, "0, or at least 10 to measure anything"),
             "label_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
             "ema_decay": (lambda value: 0 <= value < 1, "in [0, 1)"),
-            "model": (lambda value: value in PRESETS, f"one of {', '.join(PRESETS)}"),
             "sample_steps": (lambda value: 1 <= value <= 1000, "in [1, 1000]"),
             "name": (
                 lambda value: Path(value).name == value and value not in (".", ".."),

@@ -42,9 +42,10 @@ def algorithm(tokens: float, experts: LinearExperts) -> str:
     grouped  samples are grouped by expert, then torch multiplies once for each expert
     """
     weight = experts.weight
-    fused = vector_width(weight.dtype) > 0
+    dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype  # computed in float32
+    fused = vector_width(dtype) > 0
     _, d_in, d_out = weight.shape
-    if not merging_pays(tokens, experts.expert_index.shape[1], d_in, d_out, weight.dtype, fused):
+    if not merging_pays(tokens, experts.expert_index.shape[1], d_in, d_out, dtype, fused):
         return "grouped"
     return "fused" if fused else "merged"
 
@@ -115,7 +116,7 @@ def _mixture(x: Tensor, experts: LinearExperts) -> Tensor:
     batch, tokens, _ = x.shape
     if x.dtype == torch.float16:  # torch's float16 products on a CPU are 40 times slower than float32
         return _mixture(x.float(), _in_float32(experts)).half()
-    shared = _shared_routes(experts.expert_index, experts.expert_gate)
+    shared = shared_routes(experts.expert_index, experts.expert_gate)
     counts = [1] * batch if shared is None else shared.counts
     chosen = algorithm(batch * tokens / len(counts), experts)
     if chosen == "grouped":
@@ -160,7 +161,7 @@ class _SharedRoutes(NamedTuple):
     counts: list[int]  # samples of each route
 
 
-def _shared_routes(index: Tensor, gate: Tensor) -> _SharedRoutes | None:
+def shared_routes(index: Tensor, gate: Tensor) -> _SharedRoutes | None:
     """Samples that share a timestep share experts and gates, and then a merged weight.
 
     None where every sample should be its own route, which is where fewer than half of the merges would be

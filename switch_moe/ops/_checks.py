@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..torch_compat import values
+from ..torch_compat import tracing, values
 
+_INTEGRAL: tuple[Any, ...] = (numbers.Integral, torch.SymInt)
+_REAL: tuple[Any, ...] = (numbers.Real, torch.SymFloat)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -19,8 +22,9 @@ def check_tensors(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {_shown(tensor)}; it must be a tensor")
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} is {tensor.layout}; it must be a dense tensor, see Tensor.to_dense")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name} is {kind}; it must be a dense tensor, see Tensor.to_dense")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
@@ -55,13 +59,15 @@ def check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> 
     check_device(name, tensor, x.device)
 
 
-def check_integers(low: int = 1, **settings: Any) -> None:
-    """``TypeError`` unless all settings are integers, ``ValueError`` unless they are at least ``low``."""
+def check_integers(low: int = 1, high: int = 2**31 - 1, **settings: Any) -> None:
+    """``TypeError`` unless all settings are integers, ``ValueError`` unless they are in [low, high]."""
     for name, value in settings.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        if isinstance(value, bool) or not isinstance(value, _INTEGRAL):
             raise TypeError(f"{name} is {_shown(value)}; it must be an integer")
         if value < low:
             raise ValueError(f"{name} is {value}; it must be at least {low}")
+        if value > high:
+            raise ValueError(f"{name} is {value}; it must be at most {high}")
 
 
 def check_numbers(
@@ -69,10 +75,14 @@ def check_numbers(
 ) -> None:
     """``TypeError`` unless all are numbers, ``ValueError`` unless they are finite and in [low, high]."""
     for name, value in settings.items():
-        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        if isinstance(value, bool) or not isinstance(value, _REAL):
             raise TypeError(f"{name} is {_shown(value)}; it must be {wanted}")
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"{name} is {value}; it must be {wanted}")
+        try:
+            fits = math.isfinite(value) and low <= value <= high
+        except OverflowError:  # an integer that no float holds
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} is {str(value)[:40]}; it must be {wanted}")
 
 
 def check_positive(**settings: Any) -> None:
@@ -89,8 +99,9 @@ def check_flags(**settings: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+    if not isinstance(value, str) or value not in choices:
+        shown = repr(value) if isinstance(value, str) else _shown(value)
+        raise ValueError(f"{name} is {shown}; it must be one of {', '.join(choices)}")
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:
@@ -107,7 +118,7 @@ def has_values(tensor: Tensor) -> bool:
     Other classes of tensors, fake ones among them, may have none.
     """
     plain = tensor.__class__ is Tensor or tensor.__class__ is torch.nn.Parameter
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or tracing())
 
 
 def check_range(name: str, tensor: Tensor, size: int, what: str) -> None:

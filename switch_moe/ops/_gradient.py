@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..torch_compat import transforming
 from ._operator import without_autocast
 
 
 def create_graph() -> bool:
     """Whether the gradients of a running backward must be differentiable themselves.
 
-    In a compiled program they never are: torch.compile refuses to differentiate its backward.
+    They must where the caller asked for a graph of them, and where a transform is at work: forward-mode AD
+    over a backward differentiates it too. In a compiled program they never are: torch.compile refuses that.
     """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (torch.is_grad_enabled() or transforming()) and not torch.compiler.is_compiling()
 
 
 def differentiable_gradients(
@@ -26,24 +28,27 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """Gradients of ``inputs`` through ``function``, in plain PyTorch, with a graph of their own.
 
+    ``torch.func.vjp`` takes each input for a variable of its own, also where one was computed from another,
+    and works below other transforms.
+
     Args:
         function: the reference, on all the inputs.
         inputs: what the operation saved for its backward.
         grads: gradients of the outputs of ``function``; None counts as zero.
         wanted: for each input, whether its gradient is needed; the others get None.
     """
-    with torch.enable_grad(), without_autocast(next(t.device for t in inputs if t is not None)):
-        # Views stand for the inputs: one input may have been computed from another, and then the gradient of
-        # the other must not go through it.
-        leaves = [
-            tensor.view_as(tensor) if tensor is not None and want else tensor
-            for tensor, want in zip(inputs, wanted, strict=True)
-        ]
-        outputs = function(*leaves)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-        through, weights = zip(*pairs, strict=True)
-        asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if leaf is not None and want]
-        found = torch.autograd.grad(through, asked, weights, create_graph=True, allow_unused=True)
-    rest = iter(found)
-    return [next(rest) if want else None for want in wanted]
+    places = [i for i, want in enumerate(wanted) if want and inputs[i] is not None]
+
+    def of_wanted(*leaves: Tensor) -> tuple[Tensor, ...]:
+        given = list(inputs)
+        for place, leaf in zip(places, leaves, strict=True):
+            given[place] = leaf
+        outputs = function(*given)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    with without_autocast(next(tensor.device for tensor in inputs if tensor is not None)):
+        outputs, pull = torch.func.vjp(of_wanted, *(inputs[place] for place in places))  # type: ignore[misc]
+        pairs = zip(outputs, grads, strict=True)
+        found = pull(tuple(torch.zeros_like(out) if grad is None else grad for out, grad in pairs))
+    of_place = dict(zip(places, found, strict=True))
+    return [of_place.get(i) for i in range(len(wanted))]

@@ -23,6 +23,7 @@ from ._checks import (
     check_range,
     check_shape,
     check_tensors,
+    has_values,
 )
 from ._gradient import create_graph, differentiable_gradients
 from ._operator import autocast_dtype, cast, contiguous, operator
@@ -69,6 +70,8 @@ def expert_linear(
         check_tensors(bias=bias)
     check_flags(modulate=modulate)
     x, weight, bias = cast(autocast_dtype(x.device), x, weight, bias)
+    if not torch.compiler.is_compiling() and expert_index.is_inference() and torch.is_grad_enabled():
+        expert_index = expert_index.clone()  # else it could not be saved for the backward
     path = choose(_OPERATION, backend, x, weight)
     experts = LinearExperts(weight, bias, expert_index, expert_gate)
     if path != "native":  # there the operator checks
@@ -148,14 +151,21 @@ def _product(x: Tensor, experts: LinearExperts) -> int:
     return 2 * x.numel() * experts.weight.shape[2]
 
 
-def _is_grouped(x: Tensor, experts: LinearExperts, backend: str) -> bool:
-    return backend == "native" and compiled.algorithm(x.shape[1], experts) == "grouped"
+def _is_grouped(x: Tensor, experts: LinearExperts, backend: str, forward: bool) -> bool:
+    if backend != "native":
+        return False
+    rows: float = x.shape[1]  # of a merged weight; in the forward, samples of one timestep share it
+    index, gate = experts.expert_index, experts.expert_gate
+    if forward and index.numel() and has_values(index) and has_values(gate):
+        shared = compiled.shared_routes(_converted(x, experts).expert_index, as_gate(gate, x).contiguous())
+        rows *= 1 if shared is None else x.shape[0] / len(shared.counts)
+    return compiled.algorithm(rows, experts) == "grouped"
 
 
 def _flops_forward(x: Tensor, *arguments: Any) -> int:
     *experts, _modulate, _keep, backend = arguments
     product, top_k = _product(x, LinearExperts(*experts)), int(experts[2].shape[1])
-    if _is_grouped(x, LinearExperts(*experts), backend):
+    if _is_grouped(x, LinearExperts(*experts), backend, forward=True):
         return top_k * (product + product // x.shape[2])  # the second is the sum weighted by gates
     return product
 
@@ -170,7 +180,7 @@ def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
         of_experts = top_k if each else 1
         return int(product * (of_x + (of_weight or of_bias or of_gate) * of_experts))
     through_bias = 2 * x.shape[0] * weight.shape[0] * weight.shape[2] if of_gate and bias is not None else 0
-    if _is_grouped(x, experts, backend):
+    if _is_grouped(x, experts, backend, forward=False):
         of_rows = (product + 2 * x.numel()) * (of_x or of_gate)
         return int(top_k * (of_rows + product * of_weight) + through_bias)
     return int(product * (of_x + (of_weight or of_gate)) + through_bias)

@@ -74,6 +74,8 @@ def expert_mlp(
     x, weight_in, bias_in, weight_out, bias_out = cast(
         autocast_dtype(x.device), x, weight_in, bias_in, weight_out, bias_out
     )
+    if not torch.compiler.is_compiling() and expert_index.is_inference() and torch.is_grad_enabled():
+        expert_index = expert_index.clone()  # else it could not be saved for the backward
     path = choose(_OPERATION, backend, x, weight_in)
     experts = MLPExperts(weight_in, bias_in, weight_out, bias_out, expert_index, expert_gate)
     _check(x, experts, gated)

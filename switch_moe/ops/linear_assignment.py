@@ -9,10 +9,11 @@ from .. import native
 from ..cpu import linear_assignment as compiled
 from ..reference.linear_assignment import linear_assignment as reference_linear_assignment
 from ._backend import choose, operation
-from ._checks import check_device, check_dtype, check_shape, check_tensors
+from ._checks import FLOATS, check_device, check_dtype, check_shape, check_tensors
 from ._operator import operator
 
 _OPERATION = operation("linear_assignment", native=("cpu", "cuda"), differentiable=False)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NO_FINITE_TOTAL, _NOT_A_NUMBER, _TOO_LARGE = 1, 2, 3  # AssignmentStatus of csrc/linear_assignment_core.h
 
 
@@ -23,7 +24,7 @@ def linear_assignment(cost: Tensor, *, prices: Tensor | None = None, backend: st
     solved exactly, floating costs in float64.
 
     Args:
-        cost: ``[n, n]``, any real type. +inf forbids a pair.
+        cost: ``[n, n]``, floating or a signed or 8-bit integer type. +inf forbids a pair.
         prices: where to start, ``[n]`` on the device of ``cost``, int64 for integer costs and float64 for
             floating ones; updated in place. Begin with zeros and pass the same tensor again: a problem like
             the last one is solved in a fraction of the time. Any prices are allowed and the total is the
@@ -41,16 +42,17 @@ def linear_assignment(cost: Tensor, *, prices: Tensor | None = None, backend: st
             large that sums overflow int64; ``prices`` has another shape or device, or is not contiguous. A
             compiled GPU solve does not wait for the host: it cannot raise for the values of ``cost``, and
             returns -1 everywhere instead.
-        TypeError: ``cost`` is not real, or ``prices`` has another type.
+        TypeError: ``cost`` or ``prices`` has another type.
         RuntimeError: the named backend cannot run here.
     """
     check_tensors(cost=cost)
     if cost.dim() != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"cost has shape {tuple(cost.shape)}; it must be square, [n, n]")
-    if cost.is_complex() or cost.dtype == torch.bool:
-        raise TypeError(f"cost is {cost.dtype}; it must be a real floating or integer type")
+    if cost.dtype not in (*FLOATS, *INTEGERS):
+        raise TypeError(f"cost is {cost.dtype}; it must be a real floating or signed or 8-bit integer type")
     cost = cost.detach()
     if prices is not None:
+        check_tensors(prices=prices)
         check_dtype("prices", prices, _exact_dtype(cost))
         check_shape("prices", prices, (cost.shape[0],))
         check_device("prices", prices, cost.device)

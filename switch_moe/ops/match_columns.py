@@ -8,9 +8,9 @@ from torch import Tensor
 from ..cpu import match_columns as compiled
 from ..reference.match_columns import match_columns as reference_match_columns
 from ._backend import choose, operation
-from ._checks import check_device, check_dtype, check_shape, check_zero_one, has_values
+from ._checks import FLOATS, check_device, check_dtype, check_shape, check_tensors, check_zero_one, has_values
 from ._operator import operator
-from .linear_assignment import linear_assignment
+from .linear_assignment import INTEGERS, linear_assignment
 
 MOST_TIMESTEPS = 2**24  # float32 counts to there
 
@@ -47,14 +47,18 @@ def match_columns(
     Raises:
         ValueError: a shape or device does not fit; N is over 2^24, what float32 counts to; ``prices`` is not
             contiguous; on a CPU, rows or columns are not permutations or a table holds another number than 0
-            and 1. TypeError: rows, columns or prices are
+            and 1. TypeError: selected or table is no real type, rows, columns or prices are
             not int64. RuntimeError: the named backend cannot run here.
     """
+    check_tensors(selected=selected, table=table, rows=rows, columns=columns)
     check_shape("selected", selected, ("N", "S"))
+    for name, tensor in (("selected", selected), ("table", table)):
+        check_dtype(name, tensor, *FLOATS, *INTEGERS, torch.bool)
     check_shape("table", table, tuple(selected.shape))
     check_device("table", table, selected.device)
     integers = [("rows", rows), ("columns", columns)]
     if prices is not None:
+        check_tensors(prices=prices)
         integers.append(("prices", prices))
         if not prices.is_contiguous():
             raise ValueError("prices is not contiguous; it is updated in place, so pass a contiguous tensor")

@@ -13,7 +13,17 @@ from ..reference.timestep_gate import probabilities
 from ..reference.timestep_gate import timestep_gate as reference_timestep_gate
 from ..torch_compat import exporting_onnx, silu_backward, softmax_backward, transforming
 from ._backend import choose, operation
-from ._checks import FLOATS, check_device, check_dtype, check_like, check_shape, check_tensors, check_top_k
+from ._checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_flags,
+    check_integers,
+    check_like,
+    check_shape,
+    check_tensors,
+    check_top_k,
+)
 from ._gradient import create_graph, differentiable_gradients
 from ._operator import contiguous, operator, without_autocast
 
@@ -54,6 +64,8 @@ def timestep_gate(
         RuntimeError: the named backend does not exist or cannot run here.
     """
     check_tensors(embedding=embedding, weight=weight, bias=bias)
+    check_integers(-(2**31), top_k=top_k)
+    check_flags(selected=selected)
     path = choose(_OPERATION, backend, embedding, weight)
     if backend == "reference" or transforming() or exporting_onnx():
         _check(embedding, weight, bias, top_k)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..experts import MLPExperts
+from ..torch_compat import silu
 
 
 def expert_mlp(x: Tensor, experts: MLPExperts, gated: bool) -> Tensor:
@@ -18,7 +19,7 @@ def expert_mlp(x: Tensor, experts: MLPExperts, gated: bool) -> Tensor:
         hidden = _linear(x, weight_in, bias_in, chosen)  # [B, T, H or 2H]
         if gated:
             a, b = hidden.chunk(2, dim=-1)
-            hidden = F.silu(a) * b
+            hidden = silu(a) * b
         else:
             hidden = F.gelu(hidden, approximate="tanh")
         out = _linear(hidden, weight_out, bias_out, chosen)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..torch_compat import exporting_onnx
+from ..torch_compat import exporting_onnx, silu
 
 
 def probabilities(embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Softmax over experts of SiLU(embedding) W^T + b, ``[L, N', M]`` in the type of ``weight``."""
-    hidden = F.silu(embedding.to(weight.dtype))  # [N', D]
+    hidden = silu(embedding.to(weight.dtype))  # [N', D]
     return torch.softmax(torch.einsum("nd,lmd->lnm", hidden, weight) + bias[:, None], dim=-1)
 
 
