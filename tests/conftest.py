@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# The workers share the cores: a thread that spins while it waits takes them from another worker. OpenMP reads
+# this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
