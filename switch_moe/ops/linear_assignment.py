@@ -13,7 +13,7 @@ from ._checks import FLOATS, check_device, check_dtype, check_shape, check_tenso
 from ._operator import operator
 
 _OPERATION = operation("linear_assignment", native=("cpu", "cuda"), differentiable=False)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REAL = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NO_FINITE_TOTAL, _NOT_A_NUMBER, _TOO_LARGE = 1, 2, 3  # AssignmentStatus of csrc/linear_assignment_core.h
 
 
@@ -48,7 +48,7 @@ def linear_assignment(cost: Tensor, *, prices: Tensor | None = None, backend: st
     check_tensors(cost=cost)
     if cost.dim() != 2 or cost.shape[0] != cost.shape[1]:
         raise ValueError(f"cost has shape {tuple(cost.shape)}; it must be square, [n, n]")
-    if cost.dtype not in (*FLOATS, *INTEGERS):
+    if cost.dtype not in REAL:
         raise TypeError(f"cost is {cost.dtype}; it must be a real floating or signed or 8-bit integer type")
     cost = cost.detach()
     if prices is not None:

@@ -8,9 +8,9 @@ from torch import Tensor
 from ..cpu import match_columns as compiled
 from ..reference.match_columns import match_columns as reference_match_columns
 from ._backend import choose, operation
-from ._checks import FLOATS, check_device, check_dtype, check_shape, check_tensors, check_zero_one, has_values
+from ._checks import check_device, check_dtype, check_shape, check_tensors, check_zero_one, has_values
 from ._operator import operator
-from .linear_assignment import INTEGERS, linear_assignment
+from .linear_assignment import REAL, linear_assignment
 
 MOST_TIMESTEPS = 2**24  # float32 counts to there
 
@@ -53,7 +53,7 @@ def match_columns(
     check_tensors(selected=selected, table=table, rows=rows, columns=columns)
     check_shape("selected", selected, ("N", "S"))
     for name, tensor in (("selected", selected), ("table", table)):
-        check_dtype(name, tensor, *FLOATS, *INTEGERS, torch.bool)
+        check_dtype(name, tensor, *REAL, torch.bool)
     check_shape("table", table, tuple(selected.shape))
     check_device("table", table, selected.device)
     integers = [("rows", rows), ("columns", columns)]
