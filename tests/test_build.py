@@ -101,6 +101,98 @@ def test_names_with_spaces_and_dollars_survive_ninja_and_the_shell(
     assert (folder / "bindings.cpp.o").is_file()
 
 
+def make_program(path: Path, text: str = "exit 0") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_compilers_behind_launchers_and_in_paths_with_spaces(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher, compiler = make_program(tmp_path / "ccache"), make_program(tmp_path / "g++")
+    spaced = make_program(tmp_path / "my tools" / "g++")
+    for wanted, words, chosen in (
+        (f"{launcher} {compiler}", [launcher, compiler], compiler),
+        (f"{compiler} -m64", [compiler, "-m64"], compiler),
+        (spaced, [spaced], spaced),
+        (f"{launcher} '{spaced}'", [launcher, spaced], spaced),
+    ):
+        monkeypatch.setenv("CXX", wanted)
+        assert build.find_compiler() == words
+        assert build.compiler_of(words) == chosen
+
+
+@pytest.mark.parametrize(
+    ("compiler", "is_c"),
+    [("gcc", True), ("/usr/bin/gcc-12", True), ("x86_64-linux-gnu-gcc", True), ("clang-18", True),
+     ("cc", True),
+     ("g++", False), ("/usr/bin/g++-12", False), ("clang++", False), ("c++", False)],
+)  # fmt: skip
+def test_a_c_compiler_links_the_library_of_cpp(build: ModuleType, compiler: str, is_c: bool) -> None:
+    assert bool(build.runtime_library(compiler)) == is_c
+
+
+def test_flags_reach_the_commands(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ninja")
+    pytest.importorskip("pybind11")
+    monkeypatch.setenv("CXX", make_program(tmp_path / "g++"))
+    monkeypatch.setenv("CXXFLAGS", "-O1 -march=native")
+    monkeypatch.setenv("CPPFLAGS", "'-DNAME=a b'")
+    monkeypatch.setenv("LDFLAGS", "-Wl,-z,now")
+    command = build.NinjaBuild(setuptools.Distribution())
+    command.build_temp = str(tmp_path / "build")
+    text = (command._write_ninja_file(None, {build.CPU.name: tmp_path / "out"}) / "build.ninja").read_text()
+    compiling, linking = (line for line in text.splitlines() if line.startswith("  command"))
+    assert "-O1 -march=native" in compiling
+    assert "'-DNAME=a b'" in compiling
+    assert linking.endswith("-Wl,-z,now")
+    assert f"-DSWITCH_MOE_SOURCES={build.checksum()}u" in text
+
+
+def test_a_module_that_does_not_load_is_a_fault(build: ModuleType, tmp_path: Path) -> None:
+    from switch_moe import native
+
+    broken = tmp_path / "_cpu.cpython-311-x86_64-linux-gnu.so"
+    broken.write_bytes(b"no module")
+    assert "ImportError" in build.load_fault(broken)
+    if native.cpu.module is not None:
+        assert build.load_fault(Path(native.cpu.module.__file__)) == ""
+
+
+def test_only_what_was_built_is_announced(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = build.NinjaBuild(setuptools.Distribution())
+    built, missing = tmp_path / "_cpu.so", tmp_path / "_cuda.so"
+    command._built = [built]
+    mapping = {"lib/_cpu.so": str(built), "lib/_cuda.so": str(missing)}
+    monkeypatch.setattr(build.build_ext, "get_output_mapping", lambda self: mapping)
+    assert command.get_output_mapping() == {"lib/_cpu.so": str(built)}
+
+
+def test_without_compiled_code(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    command = build.NinjaBuild(setuptools.Distribution())
+    monkeypatch.setattr(command, "_output", lambda extension: Path("/nowhere/none.so"))
+    monkeypatch.setenv("SWITCH_MOE_CPU", "0")
+    command.run()
+    assert "built nothing: SWITCH_MOE_CPU=0" in capsys.readouterr().out
+    monkeypatch.setenv("SWITCH_MOE_CPU", "no")
+    with pytest.raises(SystemExit, match="SWITCH_MOE_CPU is 'no'; it must be 0 or 1"):
+        command.run()
+
+
+def test_no_pybind11(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    command = build.NinjaBuild(setuptools.Distribution())
+    with pytest.raises(SystemExit, match="pybind11 was not found; install it with: pip install pybind11"):
+        command._write_ninja_file(None, {build.CPU.name: tmp_path / "out"})
+
+
 def test_no_ninja(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ninja.ninja_syntax", None)
     with pytest.raises(SystemExit, match="ninja was not found; install it with: pip install ninja"):
@@ -109,7 +201,9 @@ def test_no_ninja(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(SystemExit, match=r"no C\+\+ compiler was found .*apt-get install g\+\+"):
+    with pytest.raises(
+        SystemExit, match=r"no C\+\+ compiler was found .*apt-get install g\+\+.*SWITCH_MOE_CPU=0"
+    ):
         build.find_compiler()
     monkeypatch.setenv("CXX", "/opt/none/g++")
     with pytest.raises(SystemExit, match=r"CXX=/opt/none/g\+\+ was not found"):
