@@ -242,7 +242,7 @@ def load_fault(module: Path) -> str:
 
 
 def checksum() -> int:
-    """Of the sources, by the function that compares it when the module is loaded."""
+    """The number of these sources, from the function that compares it when the module is loaded."""
     return runpy.run_path(str(ROOT / "switch_moe" / "sources.py"))["checksum"](ROOT / "csrc")
 
 

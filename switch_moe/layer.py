@@ -9,7 +9,7 @@ from .ops._backend import BACKENDS
 from .ops._checks import check_choice, check_flags, check_integers, check_shape, check_tensors, check_top_k
 from .ops.expert_linear import expert_linear
 from .ops.expert_mlp import expert_mlp
-from .router import Router, Routing
+from .router import Router, Routing, backend_beside
 
 EXPERTS = ("linear", "mlp", "swiglu")
 
@@ -66,7 +66,7 @@ class SwitchMoE(nn.Module):
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.expert, self.backend = expert, backend
 
-        of_router = "auto" if backend == "native" else backend  # it has no compiled CPU kernel
+        of_router = backend_beside(backend)
         self.router = Router(1, hidden_size, num_experts, top_k, backend=of_router) if router else None
 
         def parameter(*shape: int) -> nn.Parameter:

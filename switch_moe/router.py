@@ -41,6 +41,11 @@ class Routing(NamedTuple):
 torch.serialization.add_safe_globals([Routing])  # for torch.load with weights_only
 
 
+def backend_beside(experts: str) -> str:
+    """The backend of a router whose experts have the backend ``experts``: it has no compiled CPU kernel."""
+    return "auto" if experts == "native" else experts
+
+
 class Router(nn.Module):
     """The routers of L blocks in one module, for layers made with ``SwitchMoE(..., router=False)``.
 

@@ -281,7 +281,7 @@ def check_values(r: Chooser) -> str:
     ):
         if actual.shape != expected.shape:
             raise Fault(f"{name} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}: {what}")
-        # Of a few numbers the reference may be lucky: one rounding step is always allowed.
+        # The reference may be lucky where there are few numbers, so one rounding step is always allowed.
         step = max((torch.finfo(dtype).eps for dtype in narrow), default=0.0)
         allowed = max(2e-5, step, 3 * error_of(rounded, expected) if narrow else 0.0)
         tiny = 1e-6 * max(float(expected.double().abs().max()) if expected.numel() else 0.0, 1.0)
@@ -381,7 +381,7 @@ def check_refusal(r: Chooser) -> str:
         if name not in str(error):
             raise Fault(f"the error does not name the argument ({error}): {what}") from None
         return what
-    except Exception as error:
+    except Exception as error:  # any other kind is a fault of its own
         raise Fault(f"{type(error).__name__} ({error}) in place of ValueError or TypeError: {what}") from None
     raise Fault(f"not refused: {what}")
 

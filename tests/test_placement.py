@@ -46,7 +46,7 @@ def poisoned() -> Iterator[None]:
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_floating_types(dtype: torch.dtype, routing: str) -> None:
-    """As exact as the type allows; timesteps and routers are computed in float32 at least."""
+    """The output is as exact as the type allows; timesteps and routers are computed in float32 at least."""
     model = random_model(routing=routing).eval()
     exact = copy.deepcopy(model).double()
     x, t, y = inputs()
@@ -173,7 +173,7 @@ class TestMeta:
         model(*inputs())
 
     def test_parameter_by_parameter(self, routing: str) -> None:
-        """As accelerate dispatches a checkpoint; then reset_buffers() fills the rest."""
+        """accelerate dispatches a checkpoint so; reset_buffers() then fills the rest."""
         good, model = random_model(routing=routing).eval(), self.on_meta(routing)
         for name, value in good.state_dict().items():
             owner, _, leaf = name.rpartition(".")

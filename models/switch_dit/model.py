@@ -34,6 +34,7 @@ from switch_moe.ops._checks import (
 )
 from switch_moe.ops._operator import without_autocast
 from switch_moe.prior import prior_table
+from switch_moe.router import backend_beside
 from switch_moe.streams import SideStream
 
 ROUTINGS = ("switch", "dtr", "none")
@@ -299,7 +300,7 @@ class SwitchDiT(nn.Module):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         if routing == "switch":
-            of_router = "auto" if backend == "native" else backend  # it has no compiled CPU kernel
+            of_router = backend_beside(backend)
             self.router = Router(depth, hidden_size, num_experts, top_k, backend=of_router)
             self.prior = DiffusionPrior(depth, num_experts, top_k, num_timesteps)
             slots = torch.empty(depth * num_experts, dtype=torch.int64)
@@ -310,6 +311,10 @@ class SwitchDiT(nn.Module):
         self.register_load_state_dict_post_hook(_after_loading)
         self.initialize_weights()
 
+    def _real_device(self) -> torch.device:
+        """The device of the parameters that are not on the meta device any more, if there are any."""
+        return next((p.device for p in self.parameters() if not p.is_meta), self.pos_embed.device)
+
     @torch.no_grad()
     def reset_buffers(self) -> None:
         """Fills what the state_dict does not hold: frequencies, the prior's table and assignment, DTR's mask.
@@ -318,7 +323,7 @@ class SwitchDiT(nn.Module):
         the meta device is complete after ``load_state_dict(..., assign=True)``, or ``to_empty`` and
         ``load_state_dict``.
         """
-        device = next((p.device for p in self.parameters() if not p.is_meta), self.pos_embed.device)
+        device = self._real_device()
         self.t_embedder.reset_rates(device)
         if self.routing == "switch":
             self.prior.table = _on(device, self.prior.table)
@@ -332,7 +337,7 @@ class SwitchDiT(nn.Module):
     @torch.no_grad()
     def reset_positions(self) -> None:
         """Fills the table of positions, which is a parameter because the official state_dict has it."""
-        device = next((p.device for p in self.parameters() if not p.is_meta), self.pos_embed.device)
+        device = self._real_device()
         if self.pos_embed.device != device:
             empty = torch.empty_like(self.pos_embed, device=device)
             self.pos_embed = nn.Parameter(empty, requires_grad=False)

@@ -47,6 +47,7 @@ def differentiable_gradients(
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     with without_autocast(next(tensor.device for tensor in inputs if tensor is not None)):
+        # torch types vjp for has_aux too, which returns three things.
         outputs, pull = torch.func.vjp(of_wanted, *(inputs[place] for place in places))  # type: ignore[misc]
         pairs = zip(outputs, grads, strict=True)
         found = pull(tuple(torch.zeros_like(out) if grad is None else grad for out, grad in pairs))

@@ -21,6 +21,7 @@ from ._checks import (
     check_range,
     check_shape,
     check_tensors,
+    has_values,
 )
 from ._gradient import create_graph, differentiable_gradients
 from ._operator import autocast_dtype, cast, contiguous, operator
@@ -78,8 +79,9 @@ def expert_mlp(
         expert_index = expert_index.clone()  # else it could not be saved for the backward
     path = choose(_OPERATION, backend, x, weight_in)
     experts = MLPExperts(weight_in, bias_in, weight_out, bias_out, expert_index, expert_gate)
-    _check(x, experts, gated)
-    check_range("expert_index", expert_index, len(weight_in), "the experts")
+    if path == "reference" or has_values(expert_index):  # else the operator checks all but the indices
+        _check(x, experts, gated)
+        check_range("expert_index", expert_index, len(weight_in), "the experts")
     if path == "reference":
         return reference_expert_mlp(x, experts._replace(expert_gate=as_gate(expert_gate, x)), gated)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *experts))
