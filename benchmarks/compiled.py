@@ -7,10 +7,14 @@
 What is compiled is what the functions of switch_moe/kernels launch on the meta tensors of kernel_calls.py; a
 new kernel joins through a call there.
 
-The machine code must show no spills; tensor-core instructions where a product takes bfloat16, float16 or TF32
-(HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100; HMMA for fewer than 64 rows), and none where all products
-are true float32; and no more shared memory and registers than the architecture can launch. The command exits
-with 1 where one fails.
+The machine code must spill at most 32 bytes; it must have tensor-core instructions where a product takes
+bfloat16, float16 or TF32 (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100; HMMA for fewer than 64 rows), and
+none where all products are true float32; and no more shared memory and registers than the architecture can
+launch. The command exits with 1 where one fails.
+
+Below sm_100 the PTX of a kernel is assembled a second time, by a newer ptxas: by default the one that Triton
+brings for sm_100. Where its instructions differ, a GPU should run the tests of the kernel under both, because
+releases 12.8 and 13.0 of ptxas are known to break some kernels of others (flash-linear-attention #1262).
 """
 
 from __future__ import annotations
@@ -46,13 +50,20 @@ SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Each program costs 1 KiB more of it than it asks for.
 SHARED_PER_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS, MAX_THREADS, THREADS_PER_SM, PROGRAMS_PER_SM, TENSOR_COLUMNS = 65536, 1024, 2048, 32, 512
+MOST_SPILLED = 32  # bytes of a thread
 HEADER = """# Shipped tiles, compiled ahead of time
 
-`python -m benchmarks.compiled --markdown benchmarks/results/compiled.md` wrote this with Triton {triton}.
-No GPU took part, and no tile has been timed. Each tile is the largest found that compiles without spills for
-its architecture, because a larger tile reads less for each FLOP.
+`python -m benchmarks.compiled --markdown benchmarks/results/compiled.md` wrote this with Triton {triton} and
+its assembler, ptxas {ptxas}. No GPU took part, and no tile has been timed. Each tile is the largest found
+that compiles without spills for its architecture, because a larger tile reads less for each FLOP. "Odd" is
+the hardest of the sizes whose rows are no multiples of 16 bytes.
+
+The last column compares the instructions of ptxas {first} and {second}. Where they differ, run the tests of
+the kernel under both on a GPU before anything else: releases 12.8 and 13.0 are known to break some kernels of
+others.
 """
 TILE = re.compile("BLOCK|ROWS$|COLS$|INNER$")  # constants that are tile sizes
+SIZES = ("D", "D_IN", "D_OUT", "D_LEFT", "D_RIGHT", "H", "N", "K")  # constants that are lengths of rows
 
 
 class Specialisation(NamedTuple):
@@ -83,12 +94,20 @@ class Specialisation(NamedTuple):
         return {name: value for name, value in self.launch.meta.items() if TILE.match(name)}
 
     @property
+    def odd(self) -> bool:
+        """Whether it reads rows that are no multiples of 16 bytes."""
+        size = 2 if self.dtype.endswith("float16") else 4
+        lengths = [self.launch.meta[name] for name in SIZES if name in self.launch.meta]
+        return self.name.startswith("expert") and any(length * size % 16 for length in lengths)
+
+    @property
     def tiling(self) -> tuple[Any, ...]:
         """The choice that a kernel's tile function made."""
         dtype = self.dtype.replace("bfloat16", "float16")  # alike but for the types of instructions
         return (
             self.name,
             self.arch,
+            self.odd,
             dtype,
             *self.tile.items(),
             self.options.num_warps,
@@ -148,10 +167,10 @@ _PRODUCT = re.compile(r"tt\.dot (.*?) : tensor<(?:\d+x)*?(\d+)x\d+x(\w+)> \*")
 _TENSOR = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)\b")
 
 
-def inspect(spec: Specialisation) -> Row:
-    """Compiles and reads the machine code."""
+def inspect(spec: Specialisation, second: Path) -> Row:
+    """Compiles and reads the machine code, and below sm_100 that of the second assembler."""
     row: Row = {
-        "kernel": spec.name, "arch": spec.arch, "dtype": spec.dtype, "tile": spec.tile,
+        "kernel": spec.name, "arch": spec.arch, "dtype": spec.dtype, "tile": spec.tile, "odd": spec.odd,
         "top_k": spec.launch.meta.get("TOP_K"), "branches": spec.branches,
         "warps": spec.options.num_warps, "stages": spec.options.num_stages,
     }  # fmt: skip
@@ -165,8 +184,9 @@ def inspect(spec: Specialisation) -> Row:
         (int(rows), "tf32" if "tf32" in arguments else kind)
         for arguments, rows, kind in _PRODUCT.findall(kernel.asm["ttir"])
     ]
+    compared = spec.arch < 100
     # Without one in PTX there is none in machine code; disassembly takes a third of the time.
-    code = _disassemble(kernel.asm["cubin"], sass="mma" in kernel.asm["ptx"])
+    code = _disassemble(kernel.asm["cubin"], sass=compared or "mma" in kernel.asm["ptx"])
     registers, *stack = (int(re.search(rf"{name}:(\d+)", code)[1]) for name in ("REG", "STACK", "LOCAL"))
     tensor = _TENSOR.findall(code)
     row |= {
@@ -175,7 +195,37 @@ def inspect(spec: Specialisation) -> Row:
         "tensor_columns": getattr(kernel.metadata, "tmem_size", None) or 0, "products": products,
         "tensor": {name: tensor.count(name) for name in sorted(set(tensor))},
     }  # fmt: skip
+    if compared:
+        again = _disassemble(_assemble(kernel.asm["ptx"], second), sass=True)
+        row["same_under_both"] = instructions(code) == instructions(again)
     return row | {"resident": resident(row), "faults": faults(row)}
+
+
+def assembler(arch: int) -> Path:
+    """The ptxas that Triton takes for an architecture."""
+    tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
+    return Path(tool.path)
+
+
+def release(ptxas: Path) -> str:
+    """The release of an assembler, such as 12.8.93."""
+    text = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"\bV(\d+\.\d+\.\d+)", text)[1]
+
+
+def _assemble(ptx: str, ptxas: Path) -> bytes:
+    """The machine code of PTX, by the options that Triton gives."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        name = re.search(r"\.target (\w+)", ptx)[1]
+        subprocess.run([ptxas, f"--gpu-name={name}", source, "-o", target], capture_output=True, check=True)
+        return target.read_bytes()
+
+
+def instructions(code: str) -> list[str]:
+    """Disassembled machine code without addresses and encodings."""
+    return re.findall(r"/\*[0-9a-f]{4,}\*/ +([^;]+);", code)
 
 
 def _disassemble(cubin: bytes, sass: bool) -> str:
@@ -205,8 +255,8 @@ def resident(row: Row) -> int:
 def faults(row: Row) -> dict[str, str]:
     """What is wrong with a kernel, by property."""
     found = {}
-    if row["spilled"]:
-        found["spills"] = f"{row['spilled']} bytes of stack"
+    if row["spilled"] > MOST_SPILLED:
+        found["spills"] = f"{row['spilled']} bytes of stack are above {MOST_SPILLED}"
     if row["shared"] > SHARED_LIMIT[row["arch"]]:
         found["shared memory"] = f"{row['shared']} bytes are above {SHARED_LIMIT[row['arch']]}"
     if _allocated_registers(row) > REGISTERS or row["threads"] > MAX_THREADS:
@@ -237,27 +287,44 @@ def describe(row: Row) -> str:
 
 def lines(rows: list[Row]) -> Iterator[str]:
     """A table in Markdown: a line for each kernel, type and tile, a column for each architecture."""
-    found: dict[tuple[str, ...], dict[int, str]] = {}
+    found: dict[tuple[str, ...], dict[int, Row]] = {}
     for row in rows:
         tile = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in row["tile"].items())
         tile += f" k={row['top_k']}" if row["top_k"] else ""
-        tile += f", {row['warps']} warps, {row['stages']} stages"
+        tile += f", {row['warps']} warps, {row['stages']} stages{', odd' if row['odd'] else ''}"
         key = (row["kernel"].split(".")[1].strip("_").removesuffix("_kernel"), row["dtype"], tile)
-        found.setdefault(key, {})[row["arch"]] = describe(row)
-    yield f"| kernel | type | tile | {' | '.join(f'sm_{arch}' for arch in ARCHITECTURES)} |"
-    yield "|---" * (3 + len(ARCHITECTURES)) + "|"
+        found.setdefault(key, {})[row["arch"]] = row
+    names = [*(f"sm_{arch}" for arch in ARCHITECTURES), "same under both"]
+    yield f"| kernel | type | tile | {' | '.join(names)} |"
+    yield "|---" * (3 + len(names)) + "|"
     for key, cells in found.items():
-        yield f"| {' | '.join([*key, *(cells.get(arch, '') for arch in ARCHITECTURES)])} |"
+        columns = [describe(cells[arch]) if arch in cells else "" for arch in ARCHITECTURES]
+        differ = [f"sm_{arch}" for arch, row in cells.items() if not row.get("same_under_both", True)]
+        same = f"**{' and '.join(differ)}: compare first on a GPU**" if differ else "yes"
+        compared = any("same_under_both" in row for row in cells.values())
+        yield f"| {' | '.join([*key, *columns, same if compared else ''])} |"
 
 
-def page(rows: list[Row], triton_version: str) -> str:
-    """The report in Markdown: a table for each operation, the hardest specialisation of each tile."""
+def page(report: dict[str, Any]) -> str:
+    """The report in Markdown: a table for each operation, the hardest specialisation of each tile.
+
+    Of the assemblers it says that two differ where they do for any specialisation.
+    """
+    rows = report["rows"]
     hardest: dict[tuple[Any, ...], Row] = {}
+    different: set[tuple[Any, ...]] = set()
     for row in rows:
-        key = (row["kernel"], row["arch"], row["dtype"], *row["tile"].items(), row["warps"], row["stages"])
+        sizes = (*row["tile"].items(), row["warps"], row["stages"], row["odd"])
+        key = (row["kernel"], row["arch"], row["dtype"], *sizes)
         if key not in hardest or row.get("registers", 0) > hardest[key].get("registers", 0):
             hardest[key] = row
-    parts = [HEADER.format(triton=triton_version)]
+        if not row.get("same_under_both", True):
+            different.add(key)
+    for key in different:
+        hardest[key] = hardest[key] | {"same_under_both": False}
+    versions = [f"{version} for {', '.join(archs)}" for version, archs in report["ptxas"].items()]
+    first, second = next(iter(report["ptxas"])), report["second_ptxas"]
+    parts = [HEADER.format(triton=report["triton"], ptxas=" and ".join(versions), first=first, second=second)]
     for operation in sorted({row["kernel"].split(".")[0] for row in rows}):
         of_operation = [row for row in hardest.values() if row["kernel"].split(".")[0] == operation]
         parts += [f"## {operation}\n", "\n".join(lines(of_operation)) + "\n"]
@@ -267,16 +334,19 @@ def page(rows: list[Row], triton_version: str) -> str:
 _selected: list[Specialisation] = []  # for the forked workers: kernels cannot be pickled
 
 
-def _inspect_numbered(number: int) -> tuple[int, Row]:
-    return number, inspect(_selected[number])
+def _inspect_numbered(number: int, second: Path) -> tuple[int, Row]:
+    return number, inspect(_selected[number], second)
 
 
-def inspect_all(selected: list[Specialisation], jobs: int) -> list[Row]:
+def inspect_all(selected: list[Specialisation], jobs: int, second: Path) -> list[Row]:
     """Rows in the order of ``selected``."""
     _selected[:] = selected
     rows: list[Row] = [{}] * len(selected)
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        for done, (number, row) in enumerate(pool.imap_unordered(_inspect_numbered, range(len(selected))), 1):
+        inspected = pool.imap_unordered(
+            functools.partial(_inspect_numbered, second=second), range(len(selected))
+        )
+        for done, (number, row) in enumerate(inspected, 1):
             rows[number] = row
             state = ", ".join(f"{name}: {fault}" for name, fault in row["faults"].items()) or "fine"
             name = f"{row['kernel']} sm_{row['arch']} {row['dtype']} {row['tile']}"
@@ -301,18 +371,25 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--calls", metavar="FILE", help="compile what calls() of this Python file launches")
+    parser.add_argument("--ptxas", metavar="FILE", type=Path, help="the second assembler")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, so kernels are interpreted and not compiled; unset it")
     wanted = list((calls_of(arguments.calls) if arguments.calls else calls)(arguments.all))
     found = [spec for arch in arguments.arch for spec in record(wanted, arch) if arguments.only in spec.name]
     selected = select(found, arguments.all)
-    rows = inspect_all(selected, arguments.jobs)
+    second = arguments.ptxas or assembler(100)
+    rows = inspect_all(selected, arguments.jobs, second)
+    versions: dict[str, list[str]] = {}
+    for arch in arguments.arch:
+        versions.setdefault(release(assembler(arch)), []).append(f"sm_{arch}")
+    report = {"triton": triton.__version__, "ptxas": versions, "second_ptxas": release(second), "rows": rows}
     if arguments.markdown:
-        arguments.markdown.write_text(page(rows, triton.__version__))
+        arguments.markdown.write_text(page(report))
     if arguments.json:
+        head = ", ".join(f'"{name}": {json.dumps(report[name])}' for name in report if name != "rows")
         text = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-        arguments.json.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{text}\n]}}\n')
+        arguments.json.write_text(f'{{{head}, "rows": [\n{text}\n]}}\n')
     if any(row["faults"] for row in rows):
         sys.exit(1)
 

@@ -15,6 +15,7 @@ DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 28}  # L of the published sizes, by 
 DTYPES = ("float16", "bfloat16", "float32", "tf32")  # tf32: float32 of a user who allows TF32
 TOKENS = (16, 32, 64, 128, 256)
 EXPERTS = ((3, 2), (4, 4), (8, 8))  # M, k: kernels unroll a few of the k experts and loop over more
+ODD = (771, 770, 100)  # D of which no row, or not every row, is a multiple of 16 bytes
 MORE_EXPERTS = ((3, 1), (3, 3), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4))
 
 
@@ -42,20 +43,23 @@ def expert_linear(
     modulate: bool,
     train: bool,
 ) -> None:
+    from switch_moe.kernels.dispatch import dispatch
     from switch_moe.kernels.expert_linear import backward, forward
 
     x = empty(dtype, batch, tokens, size)
     weight, bias = empty(dtype, experts, size, size), empty(dtype, experts, size)
     index, gate = empty(torch.int32, batch, top_k), empty(torch.float32, batch, top_k)
     chosen = LinearExperts(weight, bias, index, gate)
-    _, mixture = forward(x, chosen, modulate, modulate and train)
+    schedule = dispatch(index, experts)
+    _, mixture = forward(x, chosen, modulate, modulate and train, schedule)
     if train:
-        backward(torch.empty_like(x), x, chosen, mixture, modulate, [True] * 4)
+        backward(torch.empty_like(x), x, chosen, mixture, modulate, [True] * 4, schedule)
 
 
 def expert_mlp(
     dtype: torch.dtype, batch: int, tokens: int, size: int, experts: int, top_k: int, gated: bool
 ) -> None:
+    from switch_moe.kernels.dispatch import dispatch
     from switch_moe.kernels.expert_mlp import backward, forward
 
     hidden, width = 4 * size, 4 * size * (1 + gated)
@@ -64,8 +68,16 @@ def expert_mlp(
     weight_in, bias_in = empty(dtype, experts, size, width), empty(dtype, experts, width)
     weight_out, bias_out = empty(dtype, experts, hidden, size), empty(dtype, experts, size)
     chosen = MLPExperts(weight_in, bias_in, weight_out, bias_out, index, gate)
-    _, hidden_layer = forward(x, chosen, gated, True)
-    backward(torch.empty_like(x), x, chosen, hidden_layer, gated, [True] * 6)
+    schedule = dispatch(index, experts)
+    _, hidden_layer = forward(x, chosen, gated, True, schedule)
+    backward(torch.empty_like(x), x, chosen, hidden_layer, gated, [True] * 6, schedule)
+
+
+def merge_experts(dtype: torch.dtype, routes: int, size: int, experts: int, top_k: int) -> None:
+    from switch_moe.kernels.merge_experts import forward
+
+    weight, bias = empty(dtype, experts, size, size), empty(dtype, experts, size)
+    forward(weight, bias, empty(torch.int32, routes, top_k), empty(torch.float32, routes, top_k))
 
 
 def timestep_gate(dtype: torch.dtype, rows: int, size: int, experts: int, top_k: int, train: bool) -> None:
@@ -97,6 +109,13 @@ def calls(everything: bool) -> Iterator[Callable[[], None]]:
         for experts, top_k in routings if everything else ((8, 2),):
             for gated in (False, True) if everything or dtype != "tf32" else (True,):
                 yield typed(expert_mlp, dtype, 64, tokens, size, experts, top_k, gated)
+    for dtype, size, tokens in itertools.product(("bfloat16", "float32", "tf32"), ODD, (50, 256)):
+        for experts, top_k in EXPERTS:
+            yield typed(expert_linear, dtype, 64, tokens, size, experts, top_k, True, True)
+        for gated in (False, True):
+            yield typed(expert_mlp, dtype, 64, tokens, size, 8, 2, gated)
+    for dtype, size, (experts, top_k) in itertools.product(("bfloat16", "float32"), (1152, 770), EXPERTS):
+        yield typed(merge_experts, dtype, 1, size, experts, top_k)
     for size, depth in DEPTHS.items():
         for experts, top_k in (*EXPERTS, *MORE_EXPERTS, (64, 4)) if everything else (*EXPERTS[::2], (64, 4)):
             for dtype in DTYPES[:3] if everything or experts < 64 else ("bfloat16",):

@@ -4,7 +4,8 @@ from . import ops
 from .layer import SwitchMoE
 from .prior import DiffusionPrior
 from .router import Router, Routing
+from .warm_up import warm_up
 
 __version__ = "0.1.0"
 
-__all__ = ["DiffusionPrior", "Router", "Routing", "SwitchMoE", "ops"]
+__all__ = ["DiffusionPrior", "Router", "Routing", "SwitchMoE", "ops", "warm_up"]

@@ -32,7 +32,7 @@ def _devices() -> str:
 
 
 def _native_operations(device_type: str) -> str:
-    return ", ".join(operation.name for operation in OPERATIONS if device_type in operation.native)
+    return ", ".join(sorted(operation.name for operation in OPERATIONS if device_type in operation.native))
 
 
 def _cpu_state() -> str:
@@ -49,7 +49,7 @@ def _cuda_state() -> str:
 
 
 def _triton_state() -> str:
-    operations = ", ".join(operation.name for operation in OPERATIONS if operation.triton)
+    operations = ", ".join(sorted(operation.name for operation in OPERATIONS if operation.triton))
     reason = triton_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None:
         return f"off: {reason}"

@@ -14,6 +14,11 @@ from .router import Router, Routing, backend_beside
 EXPERTS = ("linear", "mlp", "swiglu")
 
 
+def _rows(tensor: Tensor, x: Tensor) -> int | str:
+    """What the first size of ``tensor`` must be: the batch, or 1 for all samples alike."""
+    return "B or 1" if tensor.shape[:1] == (1,) else x.shape[0]
+
+
 class SwitchMoE(nn.Module):
     """``m(x) = sum_j gate_j expert_j(x)``, every token of a sample routed by its timestep (arXiv 2403.09176).
 
@@ -115,7 +120,8 @@ class SwitchMoE(nn.Module):
 
         Args:
             x: tokens ``[B, T, D]``.
-            time_embedding: ``[B, D]``, what the router sees. routing: that of this layer, computed ahead by a
+            time_embedding: ``[B, D]``, what the router sees, or ``[1, D]`` for a batch of one timestep, whose
+                linear experts then merge once. routing: that of this layer, computed ahead by a
                 :class:`switch_moe.Router`. Exactly one of the two (``ValueError``).
         """
         check_tensors(x=x)
@@ -123,7 +129,8 @@ class SwitchMoE(nn.Module):
         check_flags(modulate=modulate)
         if routing is None and time_embedding is not None:
             check_tensors(time_embedding=time_embedding)
-            check_shape("time_embedding", time_embedding, (x.shape[0], self.hidden_size))
+            rows = _rows(time_embedding, x)
+            check_shape("time_embedding", time_embedding, (rows, self.hidden_size))
             routing = self.route(time_embedding)
         elif routing is None or time_embedding is not None:
             given = "neither" if routing is None else "both"
@@ -131,14 +138,18 @@ class SwitchMoE(nn.Module):
         if not isinstance(routing, Routing):
             raise TypeError(f"routing is a {type(routing).__name__}; it must be a switch_moe.Routing")
         check_tensors(expert_index=routing.expert_index, expert_gate=routing.expert_gate)
-        check_shape("routing.expert_index", routing.expert_index, (x.shape[0], "k"))
-        index, gate = routing.expert_index, routing.expert_gate
+        index, gate, schedule = routing.expert_index, routing.expert_gate, routing.schedule
+        check_shape("routing.expert_index", index, (_rows(index, x), "k"))
         if self.expert == "linear":
-            return expert_linear(x, self.weight, self.bias, index, gate, modulate, backend=self.backend)
+            return expert_linear(
+                x, self.weight, self.bias, index, gate, modulate, schedule=schedule, backend=self.backend
+            )
+        if index.shape[0] != x.shape[0]:  # one route for all; experts with a hidden layer cannot merge
+            index, gate, schedule = index.expand(len(x), -1), gate.expand(len(x), -1), None
         gated = self.expert == "swiglu"
         mixture = expert_mlp(
             x, self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated,
-            backend=self.backend,
+            schedule=schedule, backend=self.backend,
         )  # fmt: skip
         if not modulate:
             return mixture

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops._backend import BACKENDS
+from .ops._backend import BACKENDS, runs_triton
 from .ops._checks import check_choice, check_integers, check_top_k
+from .ops.dispatch import dispatch
 from .ops.timestep_gate import selected_experts, timestep_gate
 
 
@@ -20,12 +21,40 @@ class Routing(NamedTuple):
     expert_gate: Tensor  # [L, B, k] float32
     # What selected() returns, [B, L*M], and the expert_index that it is of, if the router was asked for it.
     kept: tuple[Tensor, Tensor] | None = None
+    # What scheduled() adds: the order of the kernels, [L, S] int32, and the expert_index that it is of.
+    order: tuple[Tensor, Tensor] | None = None
 
     def block(self, index: int) -> Routing:
         """The routing of one block of a routing of L blocks."""
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"index is {index!r} ({type(index).__name__}); it must be the number of a block")
-        return Routing(self.probs[index], self.expert_index[index], self.expert_gate[index])
+        found = Routing(self.probs[index], self.expert_index[index], self.expert_gate[index])
+        schedule = self.schedule
+        return found if schedule is None else found._replace(order=(schedule[index], found.expert_index))
+
+    def blocks(self) -> list[Routing]:
+        """The routings of all L blocks: what :meth:`block` returns for each, in less host time."""
+        probs, index, gate = (part.unbind(0) for part in self[:3])
+        if self.schedule is None:
+            return [Routing(*block) for block in zip(probs, index, gate, strict=True)]
+        orders = zip(self.schedule.unbind(0), index, strict=True)
+        return [Routing(*block[:3], order=block[3]) for block in zip(probs, index, gate, orders, strict=True)]
+
+    def scheduled(self, backend: str = "auto") -> Routing:
+        """The same with the schedules of all blocks, made in one launch, where Triton kernels take them.
+
+        Without them each expert operation makes its own. ``backend`` is that of the experts. One row, for all
+        samples alike, needs none.
+        """
+        if self.expert_index.shape[-2] == 1 or not runs_triton(backend, self.expert_index.device):
+            return self
+        order = (dispatch(self.expert_index, self.probs.shape[-1]), self.expert_index)
+        return self._replace(order=order)
+
+    @property
+    def schedule(self) -> Tensor | None:
+        """The schedule, if there is one of this very ``expert_index``."""
+        return self.order[0] if self.order is not None and self.order[1] is self.expert_index else None
 
     def selected(self) -> Tensor:
         """0/1 float32 ``[B, L*M]`` of a routing of L blocks: one where an expert is among the top k."""

@@ -15,6 +15,11 @@ class SideStream:
         y = large(x)
         side.join()  # before anything reads loss
 
+    Two conditions keep memory from being given to others too early, so that no tensor needs record_stream:
+    what the work reads was made before it and is kept until ``join``, which comes before every return; and
+    the work does not fill autocast's cache of weights, for the main stream would then read what the side
+    stream owns.
+
     Each device has one side stream, shared by all. Elsewhere the work runs in line: the CPU has no streams,
     and a compiled graph orders its own kernels.
     """

@@ -38,10 +38,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def use_small_tiles(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in little data, and programs that take several samples."""
-    small = kernels.Tile(16, 16, 16, 4, 2)
-    monkeypatch.setattr(kernels, "product_tile", lambda *_, **__: small)
-    monkeypatch.setattr(kernels, "weight_tile", lambda *_: small)
-    monkeypatch.setattr(kernels, "_sample_splits", lambda *_: 2)
+    small = kernels.tiles.Tile(16, 16, 16, 4, 2)
+    monkeypatch.setattr(kernels.tiles, "product_tile", lambda *_: small)
+    monkeypatch.setattr(kernels.tiles, "weight_tile", lambda *_: small)
+    monkeypatch.setattr(kernels.tiles, "sample_splits", lambda *_: 2)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_shipped_tiles(shape: tuple[int, ...], dtype: torch.dtype, device: str) 
 
 @pytest.mark.parametrize("num_experts", [3, 6])
 def test_samples_split_between_programs(num_experts: int, device: str, small_tiles, monkeypatch) -> None:
-    monkeypatch.setattr(small_tiles, "_sample_splits", lambda *_: 3)
+    monkeypatch.setattr(small_tiles.tiles, "sample_splits", lambda *_: 3)
     check(*make_inputs((7, 18, 24, 24, num_experts, 2), torch.float32), True, device)
     check(
         *make_inputs((2, 18, 24, 24, num_experts, 2), torch.float32), True, device
@@ -90,11 +90,19 @@ def test_samples_split_between_programs(num_experts: int, device: str, small_til
 
 
 def test_many_partial_sums(device: str) -> None:
-    from switch_moe.kernels._tile import sum_first
+    """Any of the three places, and any type of the result; what no sum is asked for stays as it is."""
+    from switch_moe.kernels._tile import sum_partials
 
-    partial = torch.randn(77, 3, 45, device=device)
-    assert_close("sum", sum_first(partial, torch.float32), partial.double().sum(0), 1e-6)
-    assert sum_first(partial[:1], torch.float16).dtype == torch.float16
+    partials = [torch.randn(count, 3, size, device=device) for count, size in ((7, 450), (1, 45), (77, 45))]
+    for asked in ((0, 1, 2), (0,), (1, 2), (2,)):
+        outs = [torch.full_like(partial[0], -1.0) for partial in partials]
+        outs[1] = outs[1].half()
+        sum_partials(
+            *((p, o) if i in asked else None for i, (p, o) in enumerate(zip(partials, outs, strict=True)))
+        )
+        for i, (partial, out) in enumerate(zip(partials, outs, strict=True)):
+            expected = partial.double().sum(0) if i in asked else torch.full_like(partial[0], -1.0)
+            assert_close("sum", out, expected, 1e-3 if i == 1 else 1e-6)
 
 
 @pytest.mark.parametrize("num_experts", [4, 6])
@@ -211,6 +219,24 @@ def test_an_index_out_of_range_is_nan_in_its_sample_alone(device: str, small_til
     assert out.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("num_experts", [3, 6])
+def test_an_index_out_of_range_means_the_same_everywhere(num_experts: int, device: str, small_tiles) -> None:
+    """It is expert 0 with a gate of NaN: in out, in dx, and in the gradients of expert 0 alone."""
+    (x, weight, bias, gate), index, grad = make_inputs((3, 9, 16, 16, num_experts, 2), torch.float32)
+    for wrong in (-1, num_experts, 2**31 - 1, -(2**31)):
+        index[1, 0] = wrong
+        arguments = [t.to(device) for t in (x, weight, bias, index, gate)]
+        grads = torch.ops.switch_moe.expert_linear_backward(
+            grad.to(device), *arguments, x.to(device), True, [True] * 4, "triton"
+        )
+        assert grads[0].isnan().flatten(1).all(1).tolist() == [False, True, False]
+        for of_experts in grads[1:3]:
+            expected = [expert == 0 for expert in range(num_experts)]
+            assert of_experts.isnan().flatten(1).all(1).tolist() == expected
+            assert of_experts.isnan().flatten(1).any(1).tolist() == expected
+        assert not grads[3].isnan().any()  # <P, W>: the gates do not enter
+
+
 def test_opcheck(device: str, small_tiles) -> None:
     tensors, index, grad = make_inputs((3, 9, 16, 16, 3, 2), torch.float32)
     x, weight, bias, gate = (t.to(device) for t in tensors)
@@ -281,8 +307,8 @@ MUTATIONS = {
     "forgets dr in dx": ("dx += grad + grad *", "dx += grad *"),
     "forgets to start P anew": ("            p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)\n", ""),
     "swaps the experts' gradients": (
-        "gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, e, TOP_K)",
-        "gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, M - 1 - e, TOP_K)",
+        "gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, e, M, TOP_K)",
+        "gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, M - 1 - e, M, TOP_K)",
     ),
     "leaves the bias out of dgate": ("grad_gate += tl.sum(s * b.to(tl.float32))", "pass"),
     "does not transpose": ("D_OUT, D_IN, 1, D_OUT, M", "D_OUT, D_IN, D_IN, 1, M"),

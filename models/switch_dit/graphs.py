@@ -13,6 +13,10 @@ class GraphedStep:
 
     The first steps run eagerly, on a side stream as capture asks for, and count like any other: lazy
     initialisation must not fall into a capture. Results are tensors that the next replay overwrites.
+
+    The graphs share a pool of memory, so the activations of a step are held once. They may, in any order,
+    because a step passes nothing to the next one but parameters, optimizer state and buffers, all of which
+    are older than the captures.
     """
 
     warmup = 3
@@ -36,8 +40,9 @@ class GraphedStep:
             main.wait_stream(aside)
             return terms
         if match not in self.graphs:
+            others = [graph.pool() for graph, _ in self.graphs.values()]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=others[0] if others else None):
                 terms = self.advance(self.chosen, match)
             self.graphs[match] = graph, terms
         graph, terms = self.graphs[match]

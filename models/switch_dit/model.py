@@ -186,17 +186,20 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, *routing: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, *routing: Tensor | None) -> Tensor:
         """x [B, T, D], condition c [B, D], and what ``moe`` routes by: the tensors of a Routing, or a mask.
 
-        They come one by one because checkpointing with ``use_reentrant=True`` sees no tensors in a tuple.
+        A condition or a routing of one row is for all samples alike. The tensors come one by one because
+        checkpointing with ``use_reentrant=True`` sees no tensors in a tuple.
         """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
         r = x
         if isinstance(self.moe, ChannelMask):
             r = self.moe(x, *routing)
         elif self.moe is not None:
-            r = self.moe(x, routing=Routing(*routing), modulate=True)
+            schedule = routing[3] if len(routing) > 3 else None
+            order = None if schedule is None else (schedule, routing[1])
+            r = self.moe(x, routing=Routing(*routing[:3], order=order), modulate=True)
         attention = gate_msa[:, None] * self.attn(modulate(self.norm1(r), shift_msa, scale_msa))  # [B, T, D]
         inner = gate_mlp[:, None] * self.mlp(modulate(self.norm2(r + attention), shift_mlp, scale_mlp))
         return x + attention + inner
@@ -375,10 +378,11 @@ class SwitchDiT(nn.Module):
             if isinstance(module, (SwitchMoE, Router)):
                 module.reset_parameters()
 
-    def block_routings(self, routing: Routing | None, t: Tensor) -> list[tuple[Tensor, ...]]:
+    def block_routings(self, routing: Routing | None, t: Tensor) -> list[tuple[Tensor | None, ...]]:
         """What each block's ``moe`` routes by: the tensors of its Routing, or DTR's masks [B, D] at t."""
         if routing is not None:
-            return [routing.block(i)[:3] for i in range(len(self.blocks))]
+            blocks = routing.scheduled(self.router.backend).blocks()
+            return [(*block[:3], block.schedule) for block in blocks]
         return [(self.dtr_mask[t],) if self.routing == "dtr" else ()] * len(self.blocks)
 
     def route(self, time_embedding: Tensor) -> Routing:
@@ -398,9 +402,10 @@ class SwitchDiT(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
-        H and W are ``input_size``, labels are int64, num_classes standing for none; an unconditional model
-        takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero without experts. Without
-        ``match`` it takes the assignment of the last call that matched.
+        t may be [1], one timestep for the whole batch: then it is embedded and routed once, and a block
+        merges its experts once. H and W are ``input_size``, labels are int64, num_classes standing for none;
+        an unconditional model takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero
+        without experts. Without ``match`` it takes the assignment of the last call that matched.
 
         Raises ``ValueError`` or ``TypeError`` for an argument that does not fit; timesteps and labels are
         looked at on a CPU only.
@@ -413,14 +418,19 @@ class SwitchDiT(nn.Module):
         routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
         c = e if y is None else e + self.y_embedder(y)  # [B, D]
         c = c.to(self.final_layer.linear.weight.dtype)
-        with SideStream(x.device) as side:  # the prior needs the routing only, and little of a GPU
-            prior_loss = self.diffusion_prior_loss(routing, t, match) if with_prior else None
+        if with_prior:
+            # The prior needs the routing only, and little of a GPU. SideStream's two conditions hold: the
+            # routing lives until join below, and embedder and router run outside autocast.
+            with SideStream(x.device) as side:
+                prior_loss = self.diffusion_prior_loss(routing, t, match)
         h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         for block, of_block in zip(self.blocks, self.block_routings(routing, t), strict=True):
             h = block(h, c, *of_block)
         out = self.unpatchify(self.final_layer(h, c))  # [B, C or 2C, H, W]
+        if not with_prior:
+            return out
         side.join()
-        return (out, prior_loss) if with_prior else out
+        return out, prior_loss
 
     def _check_switch(self) -> None:
         if self.routing != "switch":
@@ -432,7 +442,7 @@ class SwitchDiT(nn.Module):
         check_dtype("x", x, *FLOATS)
         check_device("x", x, self.pos_embed.device)
         check_device("t", t, x.device)
-        check_shape("t", t, (x.shape[0],))
+        check_shape("t", t, ("B or 1" if t.shape == (1,) else x.shape[0],))
         check_dtype("t", t, *FLOATS, torch.int64, torch.int32)
         check_range("t", t, self.num_timesteps, "the timesteps")
         if (y is None) != (self.y_embedder is None):

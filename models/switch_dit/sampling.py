@@ -174,7 +174,7 @@ def _sample_batch(
     guided = labels is not None and guidance != 1
     both = torch.cat([labels, torch.full_like(labels, model.num_classes)]) if guided else labels
     for step in stepper.timesteps.tolist():
-        t = torch.full((2 * n if guided else n,), trained_timestep[step], device=device)
+        t = torch.full((1,), trained_timestep[step], device=device)  # of all samples
         if guided:
             out = model.forward_with_cfg(torch.cat([x, x]), t, both, guidance)[:n]
         else:

@@ -183,6 +183,16 @@ def shared_routes(index: Tensor, gate: Tensor) -> _SharedRoutes | None:
     return _SharedRoutes(order[counts.cumsum(0) - counts], order, counts.tolist())
 
 
+def merge_experts(weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Merged weights ``[R, Din, Dout]`` and biases ``[R, Dout]``, the second empty without a bias."""
+    if weight.dtype == torch.float16:
+        found = merge_experts(weight.float(), None if bias is None else bias.float(), index, gate)
+        return found[0].half(), found[1].half()
+    merged = _merge(weight, index, gate, weight.new_empty(index.shape[0], *weight.shape[1:]))
+    shift = _merged_bias(LinearExperts(weight, bias, index, gate))
+    return merged, weight.new_empty(0) if shift is None else shift
+
+
 def _merge(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """``out_r = sum_j gate_rj weight_index_rj``: weight [M, ...], index and gate [R, k], out [R, ...]."""
     dtype, experts, size, (routes, top_k) = weight.dtype, weight.shape[0], weight[0].numel(), index.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -47,21 +48,42 @@ def record(architecture: int) -> Iterator[list[Launch]]:
         _recording = None
 
 
-def architecture(device: torch.device) -> int:
-    """Compute capability as one number: 80, 89, 90, 100. The interpreter takes the tiles of 80."""
-    if _recording is not None:
-        return _recording.architecture
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+PRECISIONS = {"half": "ieee", "tf32": "tf32", "ieee": "ieee"}
+"""What ``tl.dot`` is told, by the precision of a Kind."""
+
+
+class Kind(NamedTuple):
+    """What decides about tiles beside shapes."""
+
+    precision: str  # of products: 'half', 'tf32' or 'ieee', which is true float32
+    architecture: int  # compute capability as one number: 80, 89, 90, 100
+    multiprocessors: int
+
+
+# Multiprocessors of an A100, an H100 or H200, and a B200, where there is no device to ask.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def kind(x: Tensor) -> Kind:
+    """The kind of products that kernels on ``x`` take. The interpreter takes the tiles of 80."""
+    precision = "half" if x.dtype != torch.float32 else dot_precision(x)
+    if _recording is None and x.device.type == "cuda":
+        return Kind(precision, *_gpu(x.device))
+    architecture = 80 if _recording is None else _recording.architecture
+    return Kind(precision, architecture, _MULTIPROCESSORS[architecture])
 
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
     """Starts ``programs`` copies of a kernel on the current stream of the first argument's device."""
     if programs == 0:
         return
-    meta = {"enable_fp_fusion": True, **meta}  # Triton 3.10 will stop fusing multiply and add by default
+    meta["enable_fp_fusion"] = True  # Triton 3.10 will stop fusing multiply and add by default
     if _recording is not None:
         _recording.launches.append(Launch(kernel, programs, args, meta))
         return

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +13,7 @@ from ._launch import cdiv, launch
 
 
 class Tile(NamedTuple):
-    """The sizes of a program's product and how Triton schedules it; ``_asdict()`` is the end of a launch."""
+    """The sizes of a program's product and how Triton schedules it."""
 
     BLOCK_M: int  # rows of the result
     BLOCK_N: int  # columns of the result
@@ -22,9 +22,23 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+@functools.cache
+def constants(tile: Tile) -> dict[str, Any]:
+    """The tile as the last arguments of a launch."""
+    return tile._asdict()
+
+
+def narrow(precision: str, *sizes: int) -> bool:
+    """Whether rows of these sizes are no multiples of 16 bytes.
+
+    Loads then take fewer bytes at a time and more registers, so tiles are smaller.
+    """
+    return any(size % (8 if precision == "half" else 4) for size in sizes)
+
+
 @triton.jit
 def chosen(index_ptr, gate_ptr, slot, M: tl.constexpr):
-    """Expert and gate of one slot. An index out of range becomes a NaN gate: seen, and no stray read."""
+    """Expert and gate of a slot. An index out of range is expert 0 with a gate of NaN: no stray read."""
     expert = tl.load(index_ptr + slot)
     inside = (expert >= 0) & (expert < M)
     gate = tl.where(inside, tl.load(gate_ptr + slot), float("nan"))
@@ -46,24 +60,36 @@ def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return first, second, third, fourth
 
 
-def sum_first(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[S, ...]`` summed over S in a fixed order, as ``dtype``; as it is where S is 1 and the type fits."""
-    if partial.shape[0] == 1 and partial.dtype == dtype:
-        return partial[0]
-    out = partial.new_empty(partial.shape[1:], dtype=dtype)
-    rows = min(32, triton.next_power_of_2(partial.shape[0]))
-    block = 2048 // rows
-    launch(
-        _sum_kernel, cdiv(out.numel(), block), partial, out, partial.shape[0], out.numel(),
-        ROWS=rows, BLOCK=block, num_warps=4,
-    )  # fmt: skip
-    return out
+PARTIAL_BYTES = 256 << 20
+"""The most that the partial sums of a weight's gradient take; more than one part of them, that is."""
 
 
-@triton.jit(do_not_specialize=["count"])
-def _sum_kernel(partial_ptr, out_ptr, count, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[i] = sum_s partial[s, i]``, ROWS of them at a time in a fixed order; a program owns BLOCK i."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def sum_partials(*sums: tuple[Tensor, Tensor] | None) -> None:
+    """``out = partial.sum(0)`` for up to three pairs (partial, out), in one launch and in a fixed order.
+
+    The third is for few numbers and many partials: a program takes 32 of them at once, for 64 numbers.
+    """
+    given = [pair for pair in sums if pair is not None]
+    if not given:
+        return
+    arguments: list[Any] = []
+    programs = 0
+    for number in range(3):
+        pair = sums[number] if number < len(sums) else None
+        partial, out = given[0] if pair is None else pair
+        size = 0 if pair is None else out.numel()
+        arguments += [partial, out, partial.shape[0], size]
+        programs += cdiv(size, _SUM_FEW if number == 2 else _SUM_MANY)
+    launch(_sum_kernel, programs, *arguments, FEW=_SUM_FEW, MANY=_SUM_MANY, num_warps=4)
+
+
+_SUM_FEW, _SUM_MANY = 64, 1024  # numbers that a program sums
+
+
+@triton.jit
+def _sum_block(partial_ptr, out_ptr, count, size, program, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum_s partial[s, i]`` for the BLOCK numbers of a program, ROWS partials at a time."""
+    i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.arange(0, ROWS)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, ROWS):
@@ -71,3 +97,20 @@ def _sum_kernel(partial_ptr, out_ptr, count, size, ROWS: tl.constexpr, BLOCK: tl
         mask = (s < count) & (i < size)[None, :]
         total += tl.sum(tl.load(partial_ptr + s.to(tl.int64) * size + i[None, :], mask=mask, other=0.0), 0)
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+@triton.jit(do_not_specialize=["count_0", "size_0", "count_1", "size_1", "count_2", "size_2"])
+def _sum_kernel(
+    partial_0, out_0, count_0, size_0, partial_1, out_1, count_1, size_1, partial_2, out_2, count_2, size_2,
+    FEW: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """Three sums one after the other; a program belongs to one of them."""
+    program = tl.program_id(0)
+    after_0 = tl.cdiv(size_0, MANY)
+    after_1 = after_0 + tl.cdiv(size_1, MANY)
+    if program < after_0:
+        _sum_block(partial_0, out_0, count_0, size_0, program, 4, MANY)
+    elif program < after_1:
+        _sum_block(partial_1, out_1, count_1, size_1, program - after_0, 4, MANY)
+    else:
+        _sum_block(partial_2, out_2, count_2, size_2, program - after_1, 32, FEW)

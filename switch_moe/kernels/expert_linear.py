@@ -7,186 +7,114 @@ is formed in registers in float32, rounded once, and never reaches DRAM. Where D
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..experts import LinearExperts
-from ._launch import architecture, cdiv, dot_precision, launch
-from ._tile import Tile, chosen, quarters, sum_first
-from .dispatch import dispatch
+from . import expert_linear_tiles as tiles
+from ._launch import PRECISIONS, Kind, cdiv, kind, launch
+from ._tile import chosen, constants, quarters, sum_partials
+from .dispatch import dispatch, pairs_of
 
-MAX_ACCUMULATORS = 4  # experts whose weight gradients fit the registers of one program, beside P
-_UNROLLED = tl.constexpr(4)  # chosen experts up to which their tiles are loaded side by side, not in a loop
-_MULTIPROCESSORS = 132  # of an H100 or H200; fewer programs than this take smaller tiles
-
-
-# The tables hold the largest tiles that compile without spills (python -m benchmarks.compiled lists them):
-# a FLOP takes less L2 traffic the larger the tile is.
-
-# The tiles of the forward and of dx.
-# Key: the kind of product and the architecture.
-# Value: the tiles for more than 128 tokens, for 65 to 128, and for up to 64.
-_PRODUCTS = {
-    ("half", 80): (Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3)),
-    ("half", 90): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("half", 100): (Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("tf32", 80): (Tile(64, 64, 32, 4, 2),) * 3,
-    ("tf32", 90): (Tile(128, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    ("tf32", 100): (Tile(128, 64, 32, 8, 3),) * 3,
-}
-_IEEE_PRODUCT = Tile(64, 64, 32, 8, 2)
-
-# The tiles of dW.
-# Key: the kind of product and the architecture.
-# Value: the tiles for up to 3 experts, for 4, and for more, where a program takes one expert.
-_WEIGHTS = {
-    ("half", 80): (Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(128, 64, 32, 8, 3)),
-    ("half", 90): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 128, 32, 8, 3)),
-    ("half", 100): (Tile(64, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
-    ("tf32", 80): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2)),
-    ("tf32", 90): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2)),
-    ("tf32", 100): (Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(64, 64, 32, 8, 3)),
-    ("ieee",): (Tile(32, 64, 16, 8, 3), Tile(32, 64, 16, 8, 3), Tile(64, 64, 16, 8, 3)),
-}
+_UNROLLED = tl.constexpr(tiles.UNROLLED)
 
 
-def _kind(x: Tensor) -> tuple[str, int]:
-    """What the products run on, and the row of the tables for the architecture.
+def forward(
+    x: Tensor, experts: LinearExperts, modulate: bool, keep: bool, schedule: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(m(x) or x * (1 + m(x)), m(x) where modulated and kept, else empty)``; arguments contiguous.
 
-    80 stands for all with at most 99 KiB of shared memory and no asynchronous tensor cores: 8.x and 12.x.
+    The schedule is that of ``dispatch``, which is called where there is none.
     """
-    arch = architecture(x.device)
-    kind = "half" if x.dtype != torch.float32 else dot_precision(x)
-    return kind, 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
-
-
-def product_tile(x: Tensor, columns: int, top_k: int, gradient: bool) -> Tile:
-    """The tile of the forward (or of dx) for ``x [B, T, D]``: its rows are tokens."""
-    kind, arch = _kind(x)
-    tile = _IEEE_PRODUCT
-    if kind == "ieee" and gradient and top_k > _UNROLLED.value:  # 8 bytes of spills with 8 warps
-        tile = tile._replace(num_warps=4)
-    if kind != "ieee":
-        large, middle, small = _PRODUCTS[kind, arch]
-        if gradient and (kind, arch) == ("half", 90):
-            large = large._replace(BLOCK_K=32)
-        batch, tokens = x.shape[:2]
-        filled = batch * cdiv(tokens, large.BLOCK_M) * cdiv(columns, large.BLOCK_N) >= _MULTIPROCESSORS
-        tile = large if tokens > 128 and filled else middle if tokens > 64 else small
-    if 2 < top_k <= _UNROLLED.value:  # more weight tiles in flight: shared memory
-        tile = tile._replace(BLOCK_K=min(tile.BLOCK_K, 32), num_stages=2 if arch == 80 else tile.num_stages)
-    return tile
-
-
-def weight_tile(x: Tensor, num_experts: int) -> Tile:
-    """The tile of dW: rows and columns are those of the experts, the inner dimension is tokens."""
-    kind, arch = _kind(x)
-    three, four, each = _WEIGHTS[("ieee",) if kind == "ieee" else (kind, arch)]
-    return three if num_experts <= 3 else four if num_experts <= MAX_ACCUMULATORS else each
-
-
-def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    """``(m(x) or x * (1 + m(x)), m(x) where modulated and kept, else empty)``; arguments contiguous."""
     weight, bias, index, gate = experts
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
     out, mixture = experts.empty_outputs(x, keep)
     if x.numel() == 0 or weight.numel() == 0:
         return out.zero_(), mixture.zero_()
-    order, _, _ = dispatch(index, num_experts)
-    tile = product_tile(x, d_out, index.shape[1], gradient=False)
+    top_k, of_x = index.shape[1], kind(x)
+    tile = tiles.product_tile(of_x, batch, tokens, d_in, d_out, top_k, False)
     launch(
         _forward_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_out, tile.BLOCK_N),
-        x, weight, weight if bias is None else bias, index, gate, order, out, mixture, tokens,
-        D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], BIAS=bias is not None, MODULATE=modulate,
-        KEEP=keep, PRECISION=dot_precision(x), **tile._asdict(),
+        x, weight, weight if bias is None else bias, index, gate,
+        dispatch(index, num_experts) if schedule is None else schedule, out, mixture if keep else out, tokens,
+        D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=top_k, BIAS=bias is not None, MODULATE=modulate,
+        KEEP=keep, PRECISION=PRECISIONS[of_x.precision], **constants(tile),
     )  # fmt: skip
     return out, mixture
 
 
 def backward(
     grad: Tensor, x: Tensor, experts: LinearExperts, mixture: Tensor | None, modulate: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, weight, bias, gate from that of the output; empty where not wanted."""
+    wanted: list[bool], schedule: Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of x, weight, bias and gate; empty where not wanted. ``mixture``: m(x) where modulated."""
     grads = experts.empty_gradients(x, wanted)
     if x.numel() == 0 or experts.weight.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    order, pairs, offsets = dispatch(experts.expert_index, len(experts.weight))
+    if schedule is None:
+        schedule = dispatch(experts.expert_index, len(experts.weight))
+    of_x = kind(x)
     if wanted[0]:
-        _grad_x(grad, x, experts, order, mixture, modulate, grads[0])
+        _grad_x(grad, x, experts, mixture, modulate, schedule, of_x, grads[0])
     if any(wanted[1:]):
-        found = _grad_weight(grad, x, experts, pairs, offsets, modulate)
-        grads[1:] = [
-            new if want else none for new, want, none in zip(found, wanted[1:], grads[1:], strict=True)
-        ]
+        _grad_weight(grad, x, experts, modulate, schedule, of_x, grads, wanted)
     return tuple(grads)
 
 
 def _grad_x(
-    grad: Tensor, x: Tensor, experts: LinearExperts, order: Tensor, mixture: Tensor | None, modulate: bool,
-    grad_x: Tensor,
+    grad: Tensor, x: Tensor, experts: LinearExperts, mixture: Tensor | None, modulate: bool, schedule: Tensor,
+    of_x: Kind, grad_x: Tensor,
 ) -> None:  # fmt: skip
     weight, _, index, gate = experts
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
-    tile = product_tile(x, d_in, index.shape[1], gradient=True)
+    top_k = index.shape[1]
+    tile = tiles.product_tile(of_x, batch, tokens, d_out, d_in, top_k, True)
     launch(
         _grad_x_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(d_in, tile.BLOCK_N),
-        grad, x, x if mixture is None else mixture, weight, index, gate, order, grad_x, tokens,
-        D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=index.shape[1], MODULATE=modulate,
-        PRECISION=dot_precision(x), **tile._asdict(),
+        grad, x, x if mixture is None else mixture, weight, index, gate, schedule, grad_x, tokens,
+        D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=top_k, MODULATE=modulate,
+        PRECISION=PRECISIONS[of_x.precision], **constants(tile),
     )  # fmt: skip
 
 
 def _grad_weight(
-    grad: Tensor, x: Tensor, experts: LinearExperts, pairs: Tensor, offsets: Tensor, modulate: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, experts: LinearExperts, modulate: bool, schedule: Tensor, of_x: Kind,
+    grads: list[Tensor], wanted: list[bool],
+) -> None:  # fmt: skip
+    """Fills the gradients of weight, bias and gate. Those that are not wanted are formed, and left aside."""
     weight, bias, index, gate = experts
     (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
-    each = num_experts > MAX_ACCUMULATORS
-    tile = weight_tile(x, num_experts)
-    tiles = cdiv(d_in, tile.BLOCK_M) * cdiv(d_out, tile.BLOCK_N)
-    samples = cdiv(batch * index.shape[1], num_experts) if each else batch  # of one program, about
+    top_k, device = index.shape[1], x.device
+    each = num_experts > tiles.MAX_ACCUMULATORS
+    tile = tiles.weight_tile(of_x, num_experts, d_in, d_out)
+    count = cdiv(d_in, tile.BLOCK_M) * cdiv(d_out, tile.BLOCK_N)
+    samples = cdiv(batch * top_k, num_experts) if each else batch  # of one program, about
     flops = 2.0 * samples * tokens * tile.BLOCK_M * tile.BLOCK_N
-    splits = _sample_splits(tiles * (num_experts if each else 1), samples, flops, weight.numel())
+    programs = count * num_experts if each else count
+    splits = tiles.sample_splits(of_x, programs, samples, flops, weight.numel())
+    with_bias = bias is not None
     partial = torch.float32 if splits > 1 else weight.dtype
-    weights = weight.new_empty(splits, *weight.shape, dtype=partial)
-    biases = weight.new_empty(splits, num_experts if bias is not None else 0, d_out, dtype=partial)
-    gates = gate.new_empty(tiles, *gate.shape)
-    shared = {
-        "D_IN": d_in, "D_OUT": d_out, "M": num_experts, "TOP_K": index.shape[1], "BIAS": bias is not None,
-        "MODULATE": modulate, "PRECISION": dot_precision(x), **tile._asdict(),
-    }  # fmt: skip
-    tensors = (grad, x, weight, weight if bias is None else bias, index, gate)
-    if each:
-        launch(
-            _grad_each_weight_kernel, tiles * num_experts * splits, *tensors, pairs, offsets, weights, biases,
-            gates, batch, tokens, splits, **shared,
-        )  # fmt: skip
-    else:
-        launch(
-            _grad_weights_kernel, tiles * splits, *tensors, weights, biases, gates, batch, tokens, splits,
-            **shared,
-        )  # fmt: skip
-    grad_weight, grad_bias = (sum_first(partials, weight.dtype) for partials in (weights, biases))
-    return grad_weight.view(weight.shape), grad_bias, sum_first(gates, gate.dtype)
-
-
-def _sample_splits(programs: int, samples: int, flops: float, size: int) -> int:
-    """Into how many parts the samples are split, by shapes alone: a fixed order of sums.
-
-    There are ``programs`` tiles, and each takes ``flops`` over all its ``samples``. Parts fill the last wave
-    of programs better, at two passes over ``size`` float32 numbers each. The rates are those of an H200:
-    2 TFLOP/s for a program bound by L2, 4.3 TB/s. For its 132 multiprocessors 162 tiles are two waves, four
-    parts of them 4.9.
-    """
-
-    def seconds(parts: int) -> float:
-        waves = cdiv(programs * parts, _MULTIPROCESSORS)
-        return waves * flops / parts / 2e12 + (parts > 1) * parts * 8 * size / 4.3e12
-
-    return min(range(1, max(1, min(16, samples)) + 1), key=seconds)
+    weights, biases = grads[1], grads[2]
+    if splits > 1 or not wanted[1]:
+        weights = torch.empty((splits, *weight.shape), dtype=partial, device=device)
+    if with_bias and (splits > 1 or not wanted[2]):
+        biases = torch.empty((splits, num_experts, d_out), dtype=partial, device=device)
+    gates = torch.empty((count, batch, top_k), dtype=torch.float32, device=device)
+    launch(
+        _grad_each_weight_kernel if each else _grad_weights_kernel, programs * splits,
+        grad, x, weight, bias if with_bias else weight, index, gate, schedule, weights, biases, gates, batch,
+        tokens, splits, D_IN=d_in, D_OUT=d_out, M=num_experts, TOP_K=top_k, BIAS=with_bias, MODULATE=modulate,
+        PRECISION=PRECISIONS[of_x.precision], **constants(tile),
+    )  # fmt: skip
+    sum_partials(
+        (weights, grads[1]) if splits > 1 and wanted[1] else None,
+        (biases, grads[2]) if splits > 1 and wanted[2] and with_bias else None,
+        (gates, grads[3]) if wanted[3] else None,
+    )
 
 
 @triton.jit
@@ -222,12 +150,12 @@ def _merge(
 
 
 @triton.jit
-def _sample_tile(order_ptr, tokens, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _sample_tile(schedule_ptr, tokens, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Sample, first token and first of N columns of a program: neighbours share x, then the experts."""
     BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     rest, column_block = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
     blocks_t = tl.cdiv(tokens, BLOCK_M)
-    sample = tl.load(order_ptr + rest // blocks_t).to(tl.int64)
+    sample = tl.load(schedule_ptr + rest // blocks_t).to(tl.int64)
     return sample, (rest % blocks_t) * BLOCK_M, column_block * BLOCK_N
 
 
@@ -275,7 +203,7 @@ def _merged_product(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, order_ptr, out_ptr, mixture_ptr, tokens,
+    x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, schedule_ptr, out_ptr, mixture_ptr, tokens,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
     MODULATE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -284,7 +212,7 @@ def _forward_kernel(
 
     A program owns [BLOCK_M, BLOCK_N] of a sample's output; it reads k weight tiles for each x tile.
     """
-    sample, t0, n0 = _sample_tile(order_ptr, tokens, D_OUT, BLOCK_M, BLOCK_N)
+    sample, t0, n0 = _sample_tile(schedule_ptr, tokens, D_OUT, BLOCK_M, BLOCK_N)
     experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K)
     row = sample * tokens + t0
     mixture = _merged_product(
@@ -314,7 +242,7 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _grad_x_kernel(
-    grad_ptr, x_ptr, mixture_ptr, weight_ptr, index_ptr, gate_ptr, order_ptr, grad_x_ptr, tokens,
+    grad_ptr, x_ptr, mixture_ptr, weight_ptr, index_ptr, gate_ptr, schedule_ptr, grad_x_ptr, tokens,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, MODULATE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -322,7 +250,7 @@ def _grad_x_kernel(
 
     A program owns [BLOCK_M, BLOCK_N] of a sample's gradient.
     """
-    sample, t0, n0 = _sample_tile(order_ptr, tokens, D_IN, BLOCK_M, BLOCK_N)
+    sample, t0, n0 = _sample_tile(schedule_ptr, tokens, D_IN, BLOCK_M, BLOCK_N)
     experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K)
     row = sample * tokens + t0
     total = _merged_product(
@@ -364,14 +292,14 @@ def _add_tokens(
 
 
 @triton.jit
-def _gate_of(index_ptr, gate_ptr, sample, expert: tl.constexpr, TOP_K: tl.constexpr):
+def _gate_of(index_ptr, gate_ptr, sample, expert: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr):
     """The gate of one expert for a sample, and whether it was chosen."""
     total = 0.0
     is_chosen = False
     for j in tl.static_range(TOP_K):
-        here = tl.load(index_ptr + sample * TOP_K + j) == expert
-        total += tl.where(here, tl.load(gate_ptr + sample * TOP_K + j), 0.0)
-        is_chosen |= here
+        found, gate = chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
+        total += tl.where(found == expert, gate, 0.0)
+        is_chosen |= found == expert
     return total, is_chosen
 
 
@@ -384,7 +312,7 @@ def _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M: tl.conste
     new_weights = ()
     new_biases = ()
     for e in tl.static_range(M):
-        gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, e, TOP_K)
+        gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, e, M, TOP_K)
         weight = weights[e] + gate * tl.where(is_chosen, p, 0.0)
         bias = biases[e] + gate * tl.where(is_chosen, s, 0.0)
         new_weights = new_weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
@@ -394,8 +322,8 @@ def _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M: tl.conste
 
 @triton.jit(do_not_specialize=["batch", "tokens", "splits"])
 def _grad_weights_kernel(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, grad_weight_ptr, grad_bias_ptr, grad_gate_ptr,
-    batch, tokens, splits,
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, schedule_ptr, grad_weight_ptr, grad_bias_ptr,
+    grad_gate_ptr, batch, tokens, splits,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
     MODULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -434,11 +362,9 @@ def _grad_weights_kernel(
             D_IN, D_OUT, MODULATE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if t0 + BLOCK_K >= tokens:
-            # P is complete here. First it meets the chosen weights: <P, W_e> is this tile's share of dg. An
-            # index out of range reads the nearest expert: no stray read, and the forward has made it NaN.
+            # P is complete here. First it meets the chosen weights: <P, W_e> is this tile's share of dg.
             for j in tl.static_range(TOP_K):
-                expert = tl.load(index_ptr + sample * TOP_K + j).to(tl.int64)
-                expert = tl.minimum(tl.maximum(expert, 0), M - 1)
+                expert, _ = chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
                 w = tl.load(weight_ptr + expert * (D_IN * D_OUT) + place, mask=mask, other=0.0)
                 grad_gate = tl.sum(p * w.to(tl.float32))
                 if owns_bias:
@@ -449,7 +375,7 @@ def _grad_weights_kernel(
             weights, biases = _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M, TOP_K)
             p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = tl.zeros([BLOCK_N], tl.float32)
-    # Each split writes a copy of its own, which sum_first adds in a fixed order: atomics would not repeat.
+    # Each split writes a copy of its own, which sum_partials adds in a fixed order: atomics would not repeat.
     dtype = grad_weight_ptr.dtype.element_ty
     grad_weight_ptr += split.to(tl.int64) * (M * D_IN * D_OUT)
     grad_bias_ptr += split * (M * D_OUT) + n0 + n
@@ -461,8 +387,8 @@ def _grad_weights_kernel(
 
 @triton.jit(do_not_specialize=["batch", "tokens", "splits"])
 def _grad_each_weight_kernel(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, offsets_ptr,
-    grad_weight_ptr, grad_bias_ptr, grad_gate_ptr, batch, tokens, splits,
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, schedule_ptr, grad_weight_ptr, grad_bias_ptr,
+    grad_gate_ptr, batch, tokens, splits,
     D_IN: tl.constexpr, D_OUT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, BIAS: tl.constexpr,
     MODULATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -489,6 +415,7 @@ def _grad_each_weight_kernel(
     s = tl.zeros([BLOCK_N], tl.float32)
     # Splits take turns, so that their counts of pairs differ by one at most, whatever the routing is. A split
     # without pairs runs no step and writes zeros.
+    pairs_ptr, offsets_ptr = pairs_of(schedule_ptr, batch, TOP_K)
     first = tl.load(offsets_ptr + expert) + split
     count = tl.cdiv(tl.maximum(tl.load(offsets_ptr + expert + 1) - first, 0), splits)
     steps = tl.cdiv(tokens, BLOCK_K)
@@ -502,7 +429,7 @@ def _grad_each_weight_kernel(
         )  # fmt: skip
         if t0 + BLOCK_K >= tokens:
             # Every pair belongs to one program of this tile, so its share of dg is written once.
-            gate = tl.load(gate_ptr + pair)
+            _, gate = chosen(index_ptr, gate_ptr, pair, M)
             w = tl.load(weight_ptr + place, mask=mask, other=0.0)
             grad_gate = tl.sum(p * w.to(tl.float32))
             if owns_bias:

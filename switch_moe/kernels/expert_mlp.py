@@ -7,6 +7,7 @@ W is H, the hidden width, or 2H for SwiGLU, where a program forms both halves of
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,21 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..experts import MLPExperts
-from ._launch import architecture, cdiv, dot_precision, launch
-from ._tile import Tile, chosen, halves, sum_first
-from .dispatch import dispatch
+from ._launch import PRECISIONS, Kind, cdiv, kind, launch
+from ._tile import PARTIAL_BYTES, Tile, chosen, constants, halves, narrow, sum_partials
+from .dispatch import dispatch, pairs_of
 
 
-def _tiles(kernel: str, x: Tensor, tokens: int, gated: bool = False) -> Tile:
-    """The tile of ``kernel`` (hidden, mixture, hidden_grad or weight_grad) for the type and device of x.
+@functools.cache
+def _tiles(kernel: str, of_x: Kind, tokens: int, inner: int, columns: int, gated: bool = False) -> Tile:
+    """The tile of ``kernel`` (hidden, mixture, hidden_grad or weight_grad) for rows of these sizes.
 
     Chosen from the compiled code: nothing spills, and on sm_90 two programs of GELU's hidden, of mixture and
     of weight_grad fit an SM, so that one multiplies while the other writes.
     """
-    arch = architecture(x.device)
+    arch, in_float32 = of_x.architecture, of_x.precision != "half"
     large_epilogue = gated and kernel in ("hidden", "hidden_grad")
-    if x.dtype == torch.float32:
-        tile = Tile(64, 64, 16, 8, 3) if dot_precision(x) == "ieee" else Tile(128, 128, 32, 8, 3)
+    if narrow(of_x.precision, inner, columns):
+        tile = Tile(64, 64, 16 if in_float32 else 32, 8, 2)
+    elif in_float32:
+        tile = Tile(64, 64, 16, 8, 3) if of_x.precision == "ieee" else Tile(128, 128, 32, 8, 3)
     elif arch < 90 or arch >= 120:  # at most 99 KB of shared memory, no asynchronous tensor cores
         tile = Tile(128, 64 if large_epilogue else 128, 32, 8, 4)
     else:
@@ -37,19 +41,24 @@ def _tiles(kernel: str, x: Tensor, tokens: int, gated: bool = False) -> Tile:
     if kernel == "weight_grad":
         return tile._replace(BLOCK_K=min(tile.BLOCK_K, max(16, triton.next_power_of_2(tokens))))
     if tile.BLOCK_M > 64 >= tokens:
-        return tile._replace(BLOCK_M=64, BLOCK_N=64 if large_epilogue else 128, num_warps=4)
+        half = large_epilogue or in_float32
+        return tile._replace(BLOCK_M=64, BLOCK_N=64 if half else 128, num_warps=4)
     return tile
 
 
-def _pair_splits(tiles: int, pairs: int) -> int:
-    """Into how many parts the pairs of an expert are split: enough programs for a GPU, by shapes alone."""
-    return max(1, min(16, pairs, 512 // tiles))
+def _pair_splits(of_x: Kind, tiles: int, pairs: int, size: int) -> int:
+    """Into how many parts the pairs of an expert are split, by shapes and the device alone: enough programs
+    for the device, about four for each multiprocessor, and at most PARTIAL_BYTES of ``size`` numbers.
+    """
+    return max(1, min(16, pairs, 4 * of_x.multiprocessors // tiles, PARTIAL_BYTES // (4 * size)))
 
 
-def forward(x: Tensor, experts: MLPExperts, gated: bool, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, experts: MLPExperts, gated: bool, keep: bool, schedule: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``m(x) [B, T, D]``, and ``x_b W1_e + c1_e [B, k, T, W]`` where kept, else empty.
 
-    Arguments are contiguous.
+    Arguments are contiguous. The schedule is that of ``dispatch``, which is called where there is none.
     """
     weight_in, bias_in, weight_out, bias_out, index, gate = experts
     (batch, tokens, size), top_k = x.shape, index.shape[1]
@@ -57,22 +66,26 @@ def forward(x: Tensor, experts: MLPExperts, gated: bool, keep: bool) -> tuple[Te
     out, pre = experts.empty_outputs(x, keep)
     if x.numel() == 0:
         return out, pre
-    order, pairs, _ = dispatch(index, num_experts)
-    units = x.new_empty(batch, top_k, tokens, hidden)
-    tile = _tiles("hidden", x, tokens, gated)
+    if schedule is None:
+        schedule = dispatch(index, num_experts)
+    of_x = kind(x)
+    units = torch.empty((batch, top_k, tokens, hidden), dtype=x.dtype, device=x.device)
+    tile = _tiles("hidden", of_x, tokens, size, hidden, gated)
     launch(
         _hidden_kernel, batch * top_k * cdiv(tokens, tile.BLOCK_M) * cdiv(hidden, tile.BLOCK_N),
-        x, weight_in, weight_in if bias_in is None else bias_in, index, gate, pairs, pre, units, tokens,
-        batch * top_k, D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_in is not None,
-        KEEP=keep, PRECISION=dot_precision(x), **tile._asdict(),
+        x, weight_in, weight_in if bias_in is None else bias_in, index, gate, schedule,
+        pre if keep else units, units, tokens, batch * top_k, D=size, H=hidden, M=num_experts, TOP_K=top_k,
+        GATED=gated, BIAS=bias_in is not None, KEEP=keep, PRECISION=PRECISIONS[of_x.precision],
+        **constants(tile),
     )  # fmt: skip
-    _mixture(units, weight_out, bias_out, index, gate, order, out, transposed=False)
+    _mixture(units, weight_out, bias_out, index, gate, schedule, of_x, out, transposed=False)
     return out, pre
 
 
 def backward(
-    grad: Tensor, x: Tensor, experts: MLPExperts, pre: Tensor, gated: bool, wanted: list[bool]
-) -> tuple[Any, ...]:
+    grad: Tensor, x: Tensor, experts: MLPExperts, pre: Tensor, gated: bool, wanted: list[bool],
+    schedule: Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate; empty where not wanted."""
     weight_in, _, weight_out, bias_out, index, gate = experts
     (batch, tokens, size), top_k = x.shape, index.shape[1]
@@ -82,8 +95,10 @@ def backward(
     grads = experts.empty_gradients(x, wanted)
     if x.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    order, pairs, offsets = dispatch(index, num_experts)
-    tile = _tiles("hidden_grad", x, tokens, gated)
+    if schedule is None:
+        schedule = dispatch(index, num_experts)
+    of_x = kind(x)
+    tile = _tiles("hidden_grad", of_x, tokens, size, hidden, gated)
     blocks_t, blocks_n = cdiv(tokens, tile.BLOCK_M), cdiv(hidden, tile.BLOCK_N)
     grad_pre = x.new_empty((batch, top_k, tokens, width) if want_x or want_in else 0)
     units = x.new_empty((batch, top_k, tokens, hidden) if want_out else 0)
@@ -92,71 +107,80 @@ def backward(
     sums_out = gate.new_empty((batch, blocks_t, size) if want_bias_out else 0)
     launch(
         _hidden_grad_kernel, batch * top_k * blocks_t * blocks_n,
-        grad, weight_out, weight_out if bias_out is None else bias_out, index, gate, pairs, pre, grad_pre,
+        grad, weight_out, weight_out if bias_out is None else bias_out, index, gate, schedule, pre, grad_pre,
         units, gates, sums_pre, sums_out, tokens, batch * top_k,
         D=size, H=hidden, M=num_experts, TOP_K=top_k, GATED=gated, BIAS=bias_out is not None and want_gate,
         GRAD_PRE=want_x or want_in, UNITS=want_out, GRAD_GATE=want_gate, SUMS_PRE=want_bias_in,
-        SUMS_OUT=want_bias_out, PRECISION=dot_precision(x), **tile._asdict(),
+        SUMS_OUT=want_bias_out, PRECISION=PRECISIONS[of_x.precision], **constants(tile),
     )  # fmt: skip
     if want_x:
-        _mixture(grad_pre, weight_in, None, index, gate, order, grads[0], transposed=True)
+        _mixture(grad_pre, weight_in, None, index, gate, schedule, of_x, grads[0], transposed=True)
+    of_in = of_out = None
     if want_in:
-        grads[1] = _weight_grad(x, grad_pre, pairs, offsets, weight_in, top_k, 1)
-    if want_bias_in:
-        grads[2] = _bias_grad(sums_pre, pairs, offsets, None, weight_in)
+        of_in = _weight_grad(x, grad_pre, schedule, batch, top_k, of_x, grads[1], top_k, 1)
     if want_out:
-        grads[3] = _weight_grad(units, grad, pairs, offsets, weight_out, 1, top_k)
-    if want_bias_out:
-        grads[4] = _bias_grad(sums_out, pairs, offsets, gate, weight_out)
-    if want_gate:
-        grads[5] = sum_first(gates, gate.dtype)
+        of_out = _weight_grad(units, grad, schedule, batch, top_k, of_x, grads[3], 1, top_k)
+    for wants, sums, scaled, out in (
+        (want_bias_in, sums_pre, False, grads[2]),
+        (want_bias_out, sums_out, True, grads[4]),
+    ):
+        if wants:
+            _bias_grad(sums, schedule, index, gate, scaled, num_experts, out)
+    sum_partials(of_in, of_out, (gates, grads[5]) if want_gate else None)
     return tuple(grads)
 
 
 def _mixture(
-    a: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, order: Tensor, out: Tensor,
-    transposed: bool,
+    a: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, schedule: Tensor, of_x: Kind,
+    out: Tensor, transposed: bool,
 ) -> None:  # fmt: skip
     """``sum_j a_bj W_e (+ g_bj c_e)``: a [B, k, T, K], weight [M, K, N] or, transposed, [M, N, K]."""
     batch, top_k, tokens, inner = a.shape
     size = out.shape[2]
-    tile = _tiles("mixture", a, tokens)
+    tile = _tiles("mixture", of_x, tokens, inner, size)
     launch(
         _mixture_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(size, tile.BLOCK_N),
-        a, weight, weight if bias is None else bias, index, gate, order, out, tokens, batch,
+        a, weight, weight if bias is None else bias, index, gate, schedule, out, tokens, batch,
         N=size, K=inner, M=weight.shape[0], TOP_K=top_k, TRANSPOSED=transposed, BIAS=bias is not None,
-        PRECISION=dot_precision(a), **tile._asdict(),
+        PRECISION=PRECISIONS[of_x.precision], **constants(tile),
     )  # fmt: skip
 
 
 def _weight_grad(
-    left: Tensor, right: Tensor, pairs: Tensor, offsets: Tensor, weight: Tensor, left_per: int, right_per: int
-) -> Tensor:
-    """``dW_e = sum_p left_(p // left_per)^T right_(p // right_per)`` over the pairs p of e."""
-    num_experts, rows, cols = weight.shape
+    left: Tensor, right: Tensor, schedule: Tensor, batch: int, top_k: int, of_x: Kind, out: Tensor,
+    left_per: int, right_per: int,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """``dW_e = sum_p left_(p // left_per)^T right_(p // right_per)`` over the pairs p of e.
+
+    Where the pairs are split it returns the partial sums, and ``out``, which they add up to.
+    """
+    num_experts, rows, cols = out.shape
     tokens = left.shape[-2]
-    tile = _tiles("weight_grad", weight, tokens)
+    tile = _tiles("weight_grad", of_x, tokens, rows, cols)
     tiles = num_experts * cdiv(rows, tile.BLOCK_M) * cdiv(cols, tile.BLOCK_N)
-    splits = _pair_splits(tiles, pairs.shape[0])
-    out = weight.new_empty(splits, *weight.shape, dtype=torch.float32 if splits > 1 else weight.dtype)
+    splits = _pair_splits(of_x, tiles, batch * top_k, out.numel())
+    partial = out
+    if splits > 1:
+        partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     launch(
-        _weight_grad_kernel, tiles * splits, left, right, pairs, offsets, out, tokens, splits,
-        D_LEFT=rows, D_RIGHT=cols, M=num_experts, LEFT_PER=left_per, RIGHT_PER=right_per,
-        PRECISION=dot_precision(weight), **tile._asdict(),
+        _weight_grad_kernel, tiles * splits, left, right, schedule, partial, batch, tokens, splits,
+        D_LEFT=rows, D_RIGHT=cols, M=num_experts, TOP_K=top_k, LEFT_PER=left_per, RIGHT_PER=right_per,
+        PRECISION=PRECISIONS[of_x.precision], **constants(tile),
     )  # fmt: skip
-    return sum_first(out, weight.dtype)
+    return None if splits == 1 else (partial, out)
 
 
-def _bias_grad(sums: Tensor, pairs: Tensor, offsets: Tensor, gate: Tensor | None, weight: Tensor) -> Tensor:
-    """Sums of token tiles, ``[B*k or B, tiles, N]``, to ``[M, N]``; scaled by the pair's gate, if given."""
+def _bias_grad(
+    sums: Tensor, schedule: Tensor, index: Tensor, gate: Tensor, scaled: bool, num_experts: int, out: Tensor
+) -> None:
+    """Sums of token tiles, ``[B*k or B, tiles, N]``, to ``[M, N]``; ``scaled`` by the gates of the pairs."""
     count, blocks_t, cols = sums.shape
-    out = weight.new_empty(weight.shape[0], cols)
+    batch, top_k = index.shape
     launch(
-        _bias_grad_kernel, weight.shape[0] * cdiv(cols, 32),
-        sums, pairs, offsets, sums if gate is None else gate, out, blocks_t,
-        N=cols, PER=pairs.shape[0] // count, SCALE=gate is not None, BLOCK_N=32, BLOCK_K=32, num_warps=4,
+        _bias_grad_kernel, num_experts * cdiv(cols, 32), sums, schedule, index, gate, out, batch, blocks_t,
+        N=cols, M=num_experts, TOP_K=top_k, PER=batch * top_k // count, SCALE=scaled, BLOCK_N=32, BLOCK_K=32,
+        num_warps=4,
     )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -233,7 +257,7 @@ def _activation(a, b, GATED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "num_pairs"])
 def _hidden_kernel(
-    x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, pre_ptr, units_ptr, tokens, num_pairs,
+    x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, schedule_ptr, pre_ptr, units_ptr, tokens, num_pairs,
     D: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -245,6 +269,7 @@ def _hidden_kernel(
     W: tl.constexpr = 2 * H if GATED else H
     blocks_t = tl.cdiv(tokens, BLOCK_M)
     row_tile, col_tile = _grouped_tile(tl.program_id(0), num_pairs * blocks_t, (H + BLOCK_N - 1) // BLOCK_N)
+    pairs_ptr, _ = pairs_of(schedule_ptr, num_pairs // TOP_K, TOP_K)
     pair = tl.load(pairs_ptr + row_tile // blocks_t).to(tl.int64)
     t0 = (row_tile % blocks_t) * BLOCK_M
     expert, gate = chosen(index_ptr, gate_ptr, pair, M)
@@ -276,7 +301,7 @@ def _hidden_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "batch"])
 def _mixture_kernel(
-    a_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, order_ptr, out_ptr, tokens, batch,
+    a_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, schedule_ptr, out_ptr, tokens, batch,
     N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -288,7 +313,7 @@ def _mixture_kernel(
     """
     blocks_t = tl.cdiv(tokens, BLOCK_M)
     row_tile, col_tile = _grouped_tile(tl.program_id(0), batch * blocks_t, (N + BLOCK_N - 1) // BLOCK_N)
-    sample = tl.load(order_ptr + row_tile // blocks_t).to(tl.int64)
+    sample = tl.load(schedule_ptr + row_tile // blocks_t).to(tl.int64)
     t0 = (row_tile % blocks_t) * BLOCK_M
     t, n = tl.arange(0, BLOCK_M), col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     out, _ = _product(
@@ -307,7 +332,7 @@ def _mixture_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "num_pairs"])
 def _hidden_grad_kernel(
-    grad_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, pairs_ptr, pre_ptr, grad_pre_ptr, units_ptr,
+    grad_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, schedule_ptr, pre_ptr, grad_pre_ptr, units_ptr,
     grad_gate_ptr, sums_pre_ptr, sums_out_ptr, tokens, num_pairs,
     D: tl.constexpr, H: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, GRAD_PRE: tl.constexpr, UNITS: tl.constexpr, GRAD_GATE: tl.constexpr,
@@ -324,6 +349,7 @@ def _hidden_grad_kernel(
     BLOCKS_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     blocks_t = tl.cdiv(tokens, BLOCK_M)
     row_tile, col_tile = _grouped_tile(tl.program_id(0), num_pairs * blocks_t, BLOCKS_N)
+    pairs_ptr, _ = pairs_of(schedule_ptr, num_pairs // TOP_K, TOP_K)
     pair = tl.load(pairs_ptr + row_tile // blocks_t).to(tl.int64)
     token_tile = row_tile % blocks_t
     t0 = token_tile * BLOCK_M
@@ -385,10 +411,10 @@ def _hidden_grad_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "splits"])
+@triton.jit(do_not_specialize=["batch", "tokens", "splits"])
 def _weight_grad_kernel(
-    left_ptr, right_ptr, pairs_ptr, offsets_ptr, out_ptr, tokens, splits,
-    D_LEFT: tl.constexpr, D_RIGHT: tl.constexpr, M: tl.constexpr, LEFT_PER: tl.constexpr,
+    left_ptr, right_ptr, schedule_ptr, out_ptr, batch, tokens, splits,
+    D_LEFT: tl.constexpr, D_RIGHT: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, LEFT_PER: tl.constexpr,
     RIGHT_PER: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -406,6 +432,7 @@ def _weight_grad_kernel(
     expert, split = part % M, part // M
     i, o = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_K)
+    pairs_ptr, offsets_ptr = pairs_of(schedule_ptr, batch, TOP_K)
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
     length = tl.cdiv(end - begin, splits)
@@ -430,10 +457,11 @@ def _weight_grad_kernel(
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(i < D_LEFT)[:, None] & (o < D_RIGHT)[None, :])
 
 
-@triton.jit(do_not_specialize=["blocks_t"])
+@triton.jit(do_not_specialize=["batch", "blocks_t"])
 def _bias_grad_kernel(
-    sums_ptr, pairs_ptr, offsets_ptr, gate_ptr, out_ptr, blocks_t,
-    N: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    sums_ptr, schedule_ptr, index_ptr, gate_ptr, out_ptr, batch, blocks_t,
+    N: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr, PER: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out_e = sum_p sum_u s_p sums[p // PER, u]`` over pairs p of e and token tiles u; s_p the gate, or 1.
 
@@ -442,6 +470,7 @@ def _bias_grad_kernel(
     BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     expert = tl.program_id(0) // BLOCKS_N
     n = (tl.program_id(0) % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pairs_ptr, offsets_ptr = pairs_of(schedule_ptr, batch, TOP_K)
     begin = tl.load(offsets_ptr + expert)
     count = (tl.load(offsets_ptr + expert + 1) - begin) * blocks_t
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -452,6 +481,7 @@ def _bias_grad_kernel(
         mask = (r < count)[:, None] & (n < N)[None, :]
         sums = tl.load(sums_ptr + row[:, None] * N + n[None, :], mask=mask, other=0.0)
         if SCALE:
-            sums *= tl.load(gate_ptr + pair, mask=r < count, other=0.0)[:, None]
+            _, gate = chosen(index_ptr, gate_ptr, pair, M)
+            sums *= tl.where(r < count, gate, 0.0)[:, None]  # lanes past the end read slot 0
         total += tl.sum(sums, 0)
     tl.store(out_ptr + expert * N + n, total.to(out_ptr.dtype.element_ty), mask=n < N)

@@ -137,6 +137,13 @@ def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
     return "reference" if any(tensor.numel() == 0 for tensor in tensors) else path
 
 
+def runs_triton(backend: str, device: torch.device) -> bool:
+    """Whether an operation that has Triton kernels runs them, for this ``backend`` and device."""
+    return (
+        _available(Operation("", triton=True), backend, device) == "triton" if backend != "native" else False
+    )
+
+
 def _available(op: Operation, backend: str, device: torch.device) -> str:
     """The backend of ``op`` on ``device``, whatever the tensors hold."""
     check_choice("backend", backend, BACKENDS)

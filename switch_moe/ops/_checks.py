@@ -30,6 +30,8 @@ def check_tensors(**tensors: Any) -> None:
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
     """``ValueError`` unless ``tensor`` has ``shape``; a string entry names a size that may be anything."""
     sizes = tensor.shape
+    if sizes == shape:
+        return
     fits = len(sizes) == len(shape)
     for size, want in zip(sizes, shape, strict=False):
         fits = fits and (want.__class__ is str or size == want)
@@ -139,13 +141,13 @@ def check_zero_one(name: str, tensor: Tensor) -> None:
 
 
 def check_experts(
-    x: Tensor, expert_index: Tensor, expert_gate: Tensor, experts: dict[str, Tensor | None]
+    x: Tensor, rows: int, expert_index: Tensor, expert_gate: Tensor, experts: dict[str, Tensor | None]
 ) -> None:
     """Checks what the expert operations share: routing, one type and one device for all.
 
-    ``x [B, T, D]``, ``expert_index`` and ``expert_gate [B, k]``; ``experts`` are weights and biases by name.
+    ``expert_index`` and ``expert_gate`` are ``[rows, k]``; ``experts`` are weights and biases by name.
     """
-    check_shape("expert_index", expert_index, (x.shape[0], "k"))
+    check_shape("expert_index", expert_index, (rows, "k"))
     check_shape("expert_gate", expert_gate, tuple(expert_index.shape))
     check_dtype("expert_index", expert_index, torch.int32, torch.int64)
     check_dtype("expert_gate", expert_gate, *FLOATS)

@@ -100,9 +100,11 @@ def contiguous(*tensors: Any, aligned: bool = False) -> tuple[Any, ...]:
     With ``aligned`` they begin at a multiple of 16 bytes, by a copy where they do not. For other addresses
     Triton compiles other code, which loads a number at a time and spills.
     """
-    found = tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-    if not aligned:
-        return found
-    return tuple(
-        tensor.clone() if tensor is not None and tensor.data_ptr() % 16 else tensor for tensor in found
-    )
+    found = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.contiguous()
+            if aligned and tensor.data_ptr() % 16:
+                tensor = tensor.clone()
+        found.append(tensor)
+    return tuple(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,7 +25,9 @@ from ._checks import (
     has_values,
 )
 from ._gradient import create_graph, differentiable_gradients
-from ._operator import autocast_dtype, cast, contiguous, operator
+from ._operator import autocast_dtype, cast, contiguous, operator, without_autocast
+from .dispatch import check_given_schedule, check_schedule, schedule_of
+from .merge_experts import merge_experts
 
 _OPERATION = operation("expert_linear", native=("cpu",), triton=True, dtypes=KERNEL_DTYPES)
 
@@ -39,6 +40,7 @@ def expert_linear(
     expert_gate: Tensor,
     modulate: bool = False,
     *,
+    schedule: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``m(x_b) = sum_j gate_bj (x_b W_index_bj + b_index_bj)``: linear experts, gated per sample.
@@ -51,12 +53,16 @@ def expert_linear(
         x: tokens, ``[B, T, Din]`` float32, bfloat16 or float16.
         weight: experts, ``[M, Din, Dout]`` in the type of ``x``. Under autocast both are cast.
         bias: ``[M, Dout]`` in the type of ``x``, or None.
-        expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``.
-        expert_gate: their gates, ``[B, k]``; computed with in float32.
+        expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``; or ``[1, k]``
+            for all samples alike: then the experts merge once, before one plain product.
+        expert_gate: their gates, of the same shape; computed with in float32.
         modulate: return ``x * (1 + m(x))`` instead of ``m(x)``; needs Din = Dout.
+        schedule: of :func:`dispatch` for this ``expert_index``, which saves the kernels a launch. On a GPU
+            nobody checks that it is.
         backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only), ``native`` (compiled,
             CPU) or ``reference`` (plain PyTorch, any device, also float64). On CUDA tensors indices are not
-            checked, which would wait for the host: one out of range makes its sample NaN.
+            checked, which would wait for the host: the kernels take one out of range for expert 0 with a gate
+            of NaN, so its sample becomes NaN, and with it the gradients of expert 0.
 
     Returns:
         ``[B, T, Dout]`` in the type of ``x``; differentiable in ``x``, ``weight``, ``bias``, ``expert_gate``.
@@ -74,17 +80,38 @@ def expert_linear(
         expert_index = expert_index.clone()  # else it could not be saved for the backward
     path = choose(_OPERATION, backend, x, weight)
     experts = LinearExperts(weight, bias, expert_index, expert_gate)
+    if x.dim() == 3 and expert_index.dim() == 2 and expert_index.shape[0] == 1 != x.shape[0]:
+        _check(x, experts, modulate, rows=1)
+        return _shared(x, experts, modulate, path)
     # Operators check what they are given; indices only where compiled code reads them.
     if path == "reference" or (path == "triton" and has_values(expert_index)):
         _check(x, experts, modulate)
         check_range("expert_index", expert_index, weight.shape[0], "the experts")
     if path == "reference":
         return reference_expert_linear(x, experts._replace(expert_gate=as_gate(expert_gate, x)), modulate)
-    out: Tensor = _ExpertLinear.apply(x, *experts, modulate, path)
+    if path == "triton":
+        check_given_schedule(schedule, expert_index, weight.shape[0])
+    out: Tensor = _ExpertLinear.apply(x, *experts, schedule, modulate, path)
     return out
 
 
-def _check(x: Tensor, experts: LinearExperts, modulate: bool) -> None:
+def _shared(x: Tensor, experts: LinearExperts, modulate: bool, path: str) -> Tensor:
+    """A batch of one route: one product of all its tokens with one matrix."""
+    weight, bias, index, gate = experts
+    if path != "triton":  # there the samples become one of many tokens
+        rows = x.reshape(1, x.shape[0] * x.shape[1], x.shape[2])
+        out = expert_linear(rows, weight, bias, index, gate, modulate, backend=path)
+        return out.view(*x.shape[:2], weight.shape[2])
+    merged, shift = merge_experts(weight, bias, index, gate)
+    with without_autocast(x.device):
+        mixture = torch.matmul(x, merged[0])
+        if shift is not None:
+            mixture = mixture + shift[0]
+        return torch.addcmul(x, x, mixture) if modulate else mixture
+
+
+def _check(x: Tensor, experts: LinearExperts, modulate: bool, rows: int | None = None) -> None:
+    """Raises for arguments that do not fit; expert_index and expert_gate have ``rows`` rows, B by default."""
     weight, bias, expert_index, expert_gate = experts
     check_shape("x", x, ("B", "T", "Din"))
     check_dtype("x", x, *FLOATS)
@@ -92,7 +119,8 @@ def _check(x: Tensor, experts: LinearExperts, modulate: bool) -> None:
     num_experts, d_in, d_out = weight.shape
     if bias is not None:
         check_shape("bias", bias, (num_experts, d_out))
-    check_experts(x, expert_index, expert_gate, {"weight": weight, "bias": bias})
+    rows = x.shape[0] if rows is None else rows
+    check_experts(x, rows, expert_index, expert_gate, {"weight": weight, "bias": bias})
     if modulate and d_in != d_out:
         raise ValueError(f"modulate needs square experts; weight has shape {tuple(weight.shape)}")
 
@@ -102,28 +130,30 @@ class _ExpertLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        *experts, modulate, backend = arguments
+        *experts, schedule, modulate, backend = arguments
         keep = modulate and ctx.needs_input_grad[0]
+        if schedule is None and backend == "triton":
+            schedule = schedule_of(experts[2], experts[0].shape[0])
         out: Tensor
-        out, mixture = _forward(x, *experts, modulate, keep, backend)
+        out, mixture = _forward(x, *experts, modulate, keep, backend, schedule)
         ctx.modulate, ctx.backend = modulate, backend
-        ctx.save_for_backward(x, *experts, mixture if keep else None)
+        ctx.save_for_backward(x, *experts, mixture if keep else None, schedule)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:5]
-        *inputs, mixture = ctx.saved_tensors
+        *inputs, mixture, schedule = ctx.saved_tensors
         if create_graph():
 
             def function(x: Tensor, *experts: Any) -> Tensor:
                 return reference_expert_linear(x, LinearExperts(*experts), ctx.modulate)
 
-            return (*differentiable_gradients(function, inputs, [grad_out], needed), None, None)
+            return (*differentiable_gradients(function, inputs, [grad_out], needed), None, None, None)
         wanted = [*needed[:3], needed[4]]
-        found = _backward(grad_out, *inputs, mixture, ctx.modulate, wanted, ctx.backend)
+        found = _backward(grad_out, *inputs, mixture, ctx.modulate, wanted, ctx.backend, schedule)
         grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
-        return (*grads[:3], None, grads[3], None, None)
+        return (*grads[:3], None, grads[3], None, None, None)
 
 
 def _converted(x: Tensor, experts: LinearExperts) -> LinearExperts:
@@ -132,19 +162,10 @@ def _converted(x: Tensor, experts: LinearExperts) -> LinearExperts:
     return experts._replace(expert_index=index, expert_gate=gate)
 
 
-def _module(backend: str, experts: LinearExperts) -> ModuleType:
-    if backend == "triton":
-        from ..kernels import expert_linear as kernels
-
-        return kernels
-    check_range("expert_index", experts.expert_index, experts.weight.shape[0], "the experts")
-    return compiled
-
-
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *experts, modulate, keep, _backend = arguments
-    _check(x, LinearExperts(*experts), modulate)
-    return LinearExperts(*experts).empty_outputs(x, keep)
+    experts, modulate, keep = LinearExperts(*arguments[:4]), *arguments[4:6]
+    _check(x, experts, modulate)
+    return experts.empty_outputs(x, keep)
 
 
 def _product(x: Tensor, experts: LinearExperts) -> int:
@@ -164,16 +185,15 @@ def _is_grouped(x: Tensor, experts: LinearExperts, backend: str, forward: bool) 
 
 
 def _flops_forward(x: Tensor, *arguments: Any) -> int:
-    *experts, _modulate, _keep, backend = arguments
-    product, top_k = _product(x, LinearExperts(*experts)), int(experts[2].shape[1])
-    if _is_grouped(x, LinearExperts(*experts), backend, forward=True):
+    experts, backend = LinearExperts(*arguments[:4]), arguments[6]
+    product, top_k = _product(x, experts), int(experts.expert_index.shape[1])
+    if _is_grouped(x, experts, backend, forward=True):
         return top_k * (product + product // x.shape[2])  # the second is the sum weighted by gates
     return product
 
 
 def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
-    *given, _mixture, _modulate, (of_x, of_weight, of_bias, of_gate), backend = arguments
-    experts = LinearExperts(*given)
+    experts, (of_x, of_weight, of_bias, of_gate), backend = LinearExperts(*arguments[:4]), *arguments[6:8]
     weight, bias, expert_index, _ = experts
     product, top_k = _product(x, experts), expert_index.shape[1]
     if backend == "triton":
@@ -190,29 +210,34 @@ def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
 @operator("expert_linear", fake=_fake_forward, flops=_flops_forward, autocast=3)
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor, modulate: bool, keep: bool,
-    backend: str,
+    backend: str, schedule: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output and, where kept, the mixture m(x), else an empty tensor."""
     experts = LinearExperts(weight, bias, index, gate)
     _check(x, experts, modulate)
     experts = _converted(x, experts)
-    x, *read = contiguous(x, *experts, aligned=backend == "triton")
-    outputs: tuple[Tensor, Tensor] = _module(backend, experts).forward(
-        x, LinearExperts(*read), modulate, keep
-    )
-    return outputs
+    if backend == "triton":
+        from ..kernels import expert_linear as kernels
+
+        check_schedule(schedule, experts.expert_index, weight.shape[0])
+        x, schedule, *read = contiguous(x, schedule, *experts, aligned=True)
+        return kernels.forward(x, LinearExperts(*read), modulate, keep, schedule)
+    check_range("expert_index", index, weight.shape[0], "the experts")
+    x, *read = contiguous(x, *experts)
+    return compiled.forward(x, LinearExperts(*read), modulate, keep)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *experts, _mixture, modulate, wanted, _backend = arguments
-    _check(x, LinearExperts(*experts), modulate)
-    return tuple(_converted(x, LinearExperts(*experts)).empty_gradients(x, wanted))
+    experts, modulate, wanted = LinearExperts(*arguments[:4]), *arguments[5:7]
+    _check(x, experts, modulate)
+    return tuple(_converted(x, experts).empty_gradients(x, wanted))
 
 
 @operator("expert_linear_backward", fake=_fake_backward, flops=_flops_backward, autocast=0)
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor,
     mixture: Tensor | None, modulate: bool, wanted: list[bool], backend: str,
+    schedule: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
     experts = LinearExperts(weight, bias, index, gate)
@@ -224,8 +249,12 @@ def _backward(
     check_like("grad", grad, x, (x.shape[0], x.shape[1], weight.shape[2]))
     if mixture is not None:
         check_like("mixture", mixture, x, tuple(grad.shape))
-    grad, x, mixture, *read = contiguous(grad, x, mixture, *experts, aligned=backend == "triton")
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _module(backend, experts).backward(
-        grad, x, LinearExperts(*read), mixture, modulate, wanted
-    )
-    return gradients
+    if backend == "triton":
+        from ..kernels import expert_linear as kernels
+
+        check_schedule(schedule, experts.expert_index, weight.shape[0])
+        grad, x, mixture, schedule, *read = contiguous(grad, x, mixture, schedule, *experts, aligned=True)
+        return kernels.backward(grad, x, LinearExperts(*read), mixture, modulate, wanted, schedule)
+    check_range("expert_index", index, weight.shape[0], "the experts")
+    grad, x, mixture, *read = contiguous(grad, x, mixture, *experts)
+    return compiled.backward(grad, x, LinearExperts(*read), mixture, modulate, wanted)

@@ -25,6 +25,7 @@ from ._checks import (
 )
 from ._gradient import create_graph, differentiable_gradients
 from ._operator import autocast_dtype, cast, contiguous, operator
+from .dispatch import check_given_schedule, check_schedule, schedule_of
 
 _OPERATION = operation("expert_mlp", triton=True, dtypes=KERNEL_DTYPES)
 
@@ -39,6 +40,7 @@ def expert_mlp(
     expert_gate: Tensor,
     gated: bool = False,
     *,
+    schedule: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``m(x_b) = sum_j gate_bj MLP_index_bj(x_b)``, two-layer experts, gated per sample.
@@ -53,10 +55,12 @@ def expert_mlp(
         expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``. One that is
             chosen twice counts twice.
         expert_gate: their gates, ``[B, k]``; computed with in float32.
+        schedule: of :func:`dispatch` for this ``expert_index``, which saves the kernels a launch. On a GPU
+            nobody checks that it is.
         gated: SwiGLU, ``SiLU(a) * b`` of the two halves (arXiv 2002.05202), instead of GELU (tanh).
         backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only) or ``reference`` (plain
             PyTorch, any device, also float64). On CUDA tensors indices are not checked, which would wait for
-            the host: the kernels make the sample of one out of range NaN.
+            the host: the kernels take one out of range for expert 0 with a gate of NaN.
 
     Returns:
         ``[B, T, D]`` in the type of ``x``, differentiable in all floating arguments. The kernels keep
@@ -85,7 +89,8 @@ def expert_mlp(
     if path == "reference":
         return reference_expert_mlp(x, experts._replace(expert_gate=as_gate(expert_gate, x)), gated)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *experts))
-    out: Tensor = _ExpertMLP.apply(x, *experts, gated, keep)
+    check_given_schedule(schedule, expert_index, len(weight_in))
+    out: Tensor = _ExpertMLP.apply(x, *experts, schedule, gated, keep)
     return out
 
 
@@ -106,7 +111,7 @@ def _check(x: Tensor, experts: MLPExperts, gated: bool) -> None:
         if bias is not None:
             check_shape(name, bias, (num_experts, columns))
     named = {"weight_in": weight_in, "bias_in": bias_in, "weight_out": weight_out, "bias_out": bias_out}
-    check_experts(x, expert_index, expert_gate, named)
+    check_experts(x, x.shape[0], expert_index, expert_gate, named)
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -114,27 +119,29 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        *experts, gated, keep = arguments
+        *experts, schedule, gated, keep = arguments
+        if schedule is None:
+            schedule = schedule_of(experts[4], experts[0].shape[0])
         out: Tensor
-        out, hidden = _forward(x, *experts, gated, keep)
+        out, hidden = _forward(x, *experts, gated, keep, schedule)
         ctx.gated = gated
-        ctx.save_for_backward(x, *experts, hidden)
+        ctx.save_for_backward(x, *experts, hidden, schedule)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:7]
-        *inputs, hidden = ctx.saved_tensors
+        *inputs, hidden, schedule = ctx.saved_tensors
         if create_graph():
 
             def function(x: Tensor, *experts: Any) -> Tensor:
                 return reference_expert_mlp(x, MLPExperts(*experts), ctx.gated)
 
-            return (*differentiable_gradients(function, inputs, [grad_out], needed), None, None)
+            return (*differentiable_gradients(function, inputs, [grad_out], needed), None, None, None)
         wanted = [*needed[:5], needed[6]]
-        found = _backward(grad_out, *inputs, hidden, ctx.gated, wanted)
+        found = _backward(grad_out, *inputs, hidden, ctx.gated, wanted, schedule)
         grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
-        return (*grads[:5], None, grads[5], None, None)
+        return (*grads[:5], None, grads[5], None, None, None)
 
 
 def _checked(x: Tensor, experts: MLPExperts, gated: bool) -> MLPExperts:
@@ -145,8 +152,8 @@ def _checked(x: Tensor, experts: MLPExperts, gated: bool) -> MLPExperts:
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *experts, gated, keep = arguments
-    return _checked(x, MLPExperts(*experts), gated).empty_outputs(x, keep)
+    experts, gated, keep = MLPExperts(*arguments[:6]), *arguments[6:8]
+    return _checked(x, experts, gated).empty_outputs(x, keep)
 
 
 def _flops_forward(x: Tensor, *arguments: Any) -> int:
@@ -157,8 +164,7 @@ def _flops_forward(x: Tensor, *arguments: Any) -> int:
 
 def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
     """The hidden layer's gradient, then one product for each of x and the two weights."""
-    *given, _hidden, _gated, wanted = arguments
-    experts = MLPExperts(*given)
+    experts, wanted = MLPExperts(*arguments[:6]), arguments[8]
     width, hidden = experts.weight_in.shape[2], experts.weight_out.shape[1]
     columns = hidden + width * (wanted[0] + wanted[1]) + hidden * wanted[3]
     return 2 * experts.expert_index.shape[1] * x.numel() * int(columns)
@@ -167,25 +173,27 @@ def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
 @operator("expert_mlp", fake=_fake_forward, flops=_flops_forward, autocast=5)
 def _forward(
     x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None,
-    index: Tensor, gate: Tensor, gated: bool, keep: bool,
+    index: Tensor, gate: Tensor, gated: bool, keep: bool, schedule: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output and, where kept, the hidden layer before its activation, else an empty tensor."""
     from ..kernels import expert_mlp as kernels
 
     experts = _checked(x, MLPExperts(weight_in, bias_in, weight_out, bias_out, index, gate), gated)
-    x, *read = contiguous(x, *experts, aligned=True)
-    return kernels.forward(x, MLPExperts(*read), gated, keep)
+    check_schedule(schedule, experts.expert_index, len(weight_in))
+    x, schedule, *read = contiguous(x, schedule, *experts, aligned=True)
+    return kernels.forward(x, MLPExperts(*read), gated, keep, schedule)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *experts, _hidden, gated, wanted = arguments
-    return tuple(_checked(x, MLPExperts(*experts), gated).empty_gradients(x, wanted))
+    experts, gated, wanted = MLPExperts(*arguments[:6]), *arguments[7:9]
+    return tuple(_checked(x, experts, gated).empty_gradients(x, wanted))
 
 
 @operator("expert_mlp_backward", fake=_fake_backward, flops=_flops_backward, autocast=0)
 def _backward(
     grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor,
     bias_out: Tensor | None, index: Tensor, gate: Tensor, hidden: Tensor, gated: bool, wanted: list[bool],
+    schedule: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight_in, bias_in, weight_out, bias_out, gate; empty where not wanted."""
     from ..kernels import expert_mlp as kernels
@@ -193,5 +201,6 @@ def _backward(
     experts = _checked(x, MLPExperts(weight_in, bias_in, weight_out, bias_out, index, gate), gated)
     check_like("grad", grad, x, tuple(x.shape))
     check_like("hidden", hidden, x, experts.hidden_shape(x))
-    grad, x, hidden, *read = contiguous(grad, x, hidden, *experts, aligned=True)
-    return kernels.backward(grad, x, MLPExperts(*read), hidden, gated, wanted)
+    check_schedule(schedule, experts.expert_index, len(weight_in))
+    grad, x, hidden, schedule, *read = contiguous(grad, x, hidden, schedule, *experts, aligned=True)
+    return kernels.backward(grad, x, MLPExperts(*read), hidden, gated, wanted, schedule)

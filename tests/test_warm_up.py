@@ -1,0 +1,101 @@
+"""warm_up: a model that follows launches no kernel that has not been launched before."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import pytest
+import torch
+from switch_dit import SwitchDiT
+from torch import Tensor, nn
+
+from switch_moe import Router, SwitchMoE, warm_up
+
+pytest.importorskip("triton")
+for stem in ("diffusion_prior", "dispatch", "expert_linear", "merge_experts", "timestep_gate"):
+    importlib.import_module(f"switch_moe.kernels.{stem}")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple]:
+    """What tells the binaries of all launches apart: kernel, types of tensors, constants."""
+    found: set[tuple] = set()
+    launch = importlib.import_module("switch_moe.kernels._launch").launch
+
+    def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        types = tuple(str(a.dtype) if isinstance(a, Tensor) else "number" for a in arguments)
+        found.add((kernel.fn.__name__, types, tuple(sorted(constants.items()))))
+        launch(kernel, programs, *arguments, **constants)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("switch_moe.kernels.") and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", note)
+    return found
+
+
+def make_model(hidden_size: int = 32) -> SwitchDiT:
+    return SwitchDiT(
+        8, 4, 1, hidden_size, 2, 2, num_classes=3, num_experts=3, num_timesteps=10, backend="triton"
+    )
+
+
+def step(model: SwitchDiT, batch: int) -> None:
+    """A training step with the prior, and a sampling step of one timestep."""
+    x, t, y = torch.randn(batch, 1, 8, 8), torch.zeros(batch, dtype=torch.int64), torch.zeros(batch).long()
+    model.diffusion_prior_loss = lambda routing, t, match: model.prior.loss(
+        routing.probs.transpose(0, 1).flatten(1), t, model.assignment
+    )  # without the matching, which has no Triton kernel
+    out, prior_loss = model.forward_with_prior(x, t, y)
+    (out.sum() + prior_loss).backward()
+    with torch.no_grad():
+        model(x, t[:1], y)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_new_is_launched_after_it(autocast: bool, launched: set) -> None:
+    model = make_model()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        warm_up(model, [(5, 4)])
+        warmed = launched.copy()
+        launched.clear()
+        step(model, 5)
+    assert len(launched) >= 8
+    assert {name for name, _, _ in launched - warmed} == set()
+
+
+def test_another_kind_of_step_is_noticed(launched: set) -> None:
+    """The test above can fail."""
+    model = make_model()
+    warm_up(model, [(5, 4)], backward=False)
+    warmed = launched.copy()
+    step(model, 5)
+    assert {"_grad_x_kernel", "_sum_kernel"} <= {name for name, _, _ in launched - warmed}
+
+
+@pytest.mark.parametrize("expert", ["linear", "mlp", "swiglu"])
+def test_it_leaves_no_trace(expert: str) -> None:
+    layer = nn.Sequential(SwitchMoE(16, expert=expert), SwitchMoE(16, expert=expert), Router(2, 16))
+    before, state = {n: p.clone() for n, p in layer.named_parameters()}, torch.get_rng_state()
+    warm_up(layer, [(3, 5), [1, 2]], dtype=torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (((3, 5), [(3, 5)]), TypeError, "module is a tuple; it must be a torch.nn.Module"),
+        ((nn.Linear(1, 1), [(3,)]), ValueError, r"shapes holds \(3,\); each must be \(B, T\)"),
+        ((nn.Linear(1, 1), [(0, 5)]), ValueError, "B is 0; it must be at least 1"),
+        ((nn.Linear(1, 1), [(3, 2.5)]), TypeError, "T is 2.5"),
+    ],
+)
+def test_bad_input(arguments: tuple, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        warm_up(*arguments)
+    with pytest.raises(TypeError, match=r"dtype is torch\.int32; it must be torch\.float32"):
+        warm_up(nn.Linear(1, 1), [], dtype=torch.int32)
