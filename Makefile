@@ -14,12 +14,12 @@ lint:
 	ruff check .
 	ruff format --check .
 	mypy
-	clang-format --dry-run --Werror csrc/*
+	clang-format --dry-run --Werror csrc/* benchmarks/*.cu
 
 format:
 	ruff check --fix .
 	ruff format .
-	clang-format -i csrc/*
+	clang-format -i csrc/* benchmarks/*.cu
 
 # Measures on this machine, into benchmarks/results, and writes the page and the README's table.
 # ARGS="--peer-path official=DIR" adds the official code.
@@ -31,7 +31,8 @@ bench:
 bench-report:
 	python -m benchmarks.report
 
-# Builds for the GPU of this machine, runs the tests on it, measures every kernel and writes the same page;
-# without a GPU it says so and fails. ARGS=--sanitize adds compute-sanitizer.
+# In nine minutes: builds for the GPU of this machine, runs the tests on it under two assemblers, calibrates,
+# measures every kernel and writes the same page; without a GPU it says so and fails. ARGS=--sanitize adds
+# compute-sanitizer.
 gpu:
 	python -m benchmarks.gpu $(ARGS)

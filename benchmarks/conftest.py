@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from benchmarks.peers import parse_peer_path, peer_states
 from benchmarks.timing import Call, Timed, input_sets, time_together
 from switch_moe import native
 
+STARTED, LEFT_OUT = pytest.StashKey[float](), pytest.StashKey[list[str]]()
 # At the end of the path: packages that are installed come before the folders here.
 sys.path += [str(Path(__file__).resolve().parent.parent / name) for name in ("models", "tests")]
 
@@ -37,9 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--peer-path", action="append", default=[], metavar="NAME=DIR",
         help="a clone of another library, for example official=../Switch-DiT; may be given several times",
     )  # fmt: skip
+    group.addoption("--seconds", type=float, help="leave out the cases that have not begun by then")
+    group.addoption(
+        "--machine-info", type=Path, metavar="FILE", help="JSON to add to what describes the machine"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STARTED], config.stash[LEFT_OUT] = time.monotonic(), []
     if config.getoption("--device") == "cpu" and native.cpu.reason is not None:
         raise pytest.UsageError(f"plain PyTorch would be timed: {native.cpu.reason}")
     try:
@@ -59,10 +67,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Replaces pytest-benchmark's description of the machine."""
+    """Replaces pytest-benchmark's description of the machine; adds what the options say."""
     machine_info.clear()
     machine_info |= describe_machine(config.getoption("--device"))
     machine_info |= {"quick": config.getoption("--quick"), "peers": peer_states()}
+    if file := config.getoption("--machine-info"):
+        machine_info |= json.loads(file.read_text())
+    if config.stash[LEFT_OUT]:
+        machine_info["left_out"] = config.stash[LEFT_OUT]
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
@@ -151,7 +163,11 @@ class Bench:
 
 
 @pytest.fixture
-def bench(benchmark: Any, pytestconfig: pytest.Config) -> Bench:
+def bench(benchmark: Any, pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Bench:
+    seconds = pytestconfig.getoption("--seconds")
+    if seconds is not None and time.monotonic() - pytestconfig.stash[STARTED] > seconds:
+        pytestconfig.stash[LEFT_OUT].append(request.node.name)
+        pytest.skip(f"not begun after {seconds:.0f} s")
     return Bench(benchmark, pytestconfig)
 
 
@@ -159,7 +175,12 @@ def describe_time(timed: Timed | Exception) -> dict[str, Any]:
     """The part of a row about its time: microseconds of each round, to five digits."""
     if isinstance(timed, Exception):
         return {"failure": describe(timed)}
-    return {"method": timed.method, "samples": [float(f"{1e6 * second:.5g}") for second in timed.seconds]}
+    found = {"method": timed.method, "samples": microseconds(timed.seconds)}
+    return found | ({"eager": microseconds(timed.eager)} if timed.eager else {})
+
+
+def microseconds(seconds: Sequence[float]) -> list[float]:
+    return [float(f"{1e6 * second:.5g}") for second in seconds]
 
 
 def memory(call: Call, parameters: list[torch.Tensor], which: str, device: str) -> dict[str, int]:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import assembler
+
 ROOT = Path(__file__).parent.parent
 ISA = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")  # from the best
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,6 +52,9 @@ def describe(device: str = DEVICE) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **(
+            {"assemblers": assembler.describe(torch.cuda.get_device_capability())} if device == "cuda" else {}
+        ),
     }
 
 

@@ -1,123 +1,202 @@
-"""Builds for the GPU of this machine, runs the tests on it, then measures every kernel. `make gpu` runs it.
+"""Builds for the GPU of this machine, tests, calibrates and measures, in nine minutes. `make gpu` runs it.
 
     python -m benchmarks.gpu                  # writes benchmarks/results/<gpu>.json, the page and the README
-    python -m benchmarks.gpu --sanitize       # also compute-sanitizer's memcheck and racecheck
+    python -m benchmarks.gpu --sanitize       # 20 minutes more, for compute-sanitizer
 
-Where a step fails nothing after it runs, earlier results stay as they are, and it exits with 1: no speed is
-reported for a kernel whose tests fail. Arguments after `--` go to the benchmarks, for example
-`-- --peer-path official=../Switch-DiT`.
+Each step has its share of the time, and what the steps before it left. Benchmarks that have not begun by then
+are left out; any other step that is late fails. Where a step fails nothing after it runs, earlier results
+stay as they are, and it exits with 1: no speed is reported for a kernel whose tests fail. Arguments after
+`--` go to the benchmarks, for example `-- --peer-path official=../Switch-DiT`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks import assembler
 from benchmarks.environment import ROOT, describe, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
-TESTED = ("expert_linear", "expert_mlp", "timestep_gate", "diffusion_prior", "dispatch", "linear_assignment",
-          "layer", "prior", "no_host_wait")  # fmt: skip
+SHARES = {  # seconds; without the sanitizer they are nine minutes
+    "build": 60, "tests": 150, "tests under another assembler": 80, "sanitizer": 1200, "calibration": 40,
+    "benchmarks": 190, "report": 20,
+}  # fmt: skip
+MARGIN = 45.0  # seconds for the benchmark that begins last; torch.compile takes most of them
+ASSEMBLED = ("expert_linear_kernels", "expert_mlp", "dispatch")  # the machine code depends on the assembler
+QUICK = "not broken"  # kernels broken on purpose need no GPU to be noticed
+CALCULATES = f"{QUICK} and not compile and not opcheck"
 SANITIZED = ("dispatch", "expert_linear_kernels", "timestep_gate", "diffusion_prior", "linear_assignment")
+MEASURED = ("expert_linear", "layer", "expert_mlp", "steps", "growth", "timestep_gate", "diffusion_prior",
+            "linear_assignment")  # fmt: skip
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-TESTS = [*PYTEST, "-o", "addopts="]  # without the options that ask for pytest-xdist, which may be missing
+# Without the options that ask for pytest-xdist, which may be missing, and without tests that use no GPU.
+TESTS = [*PYTEST, "-o", "addopts=--strict-markers --import-mode=append", "--on-gpu"]
 
 
 class Failed(Exception):
     """A step failed, and with it the run."""
 
 
-def run(what: str, command: list[str], end: float, **variables: str) -> None:
+class Budget:
+    """When each step must have ended."""
+
+    def __init__(self, steps: list[str], minutes: float | None) -> None:
+        scale = 1.0 if minutes is None else 60 * minutes / sum(SHARES[step] for step in steps)
+        self.shares = {step: scale * SHARES[step] for step in steps}
+        self.end = time.monotonic()
+        self.took: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Adds the share of a step to the time, and says what it took."""
+        started = time.monotonic()
+        self.end += self.shares[name]
+        yield
+        self.took[name] = round(time.monotonic() - started, 1)
+        print(f"gpu: {name} took {self.took[name]} s; the share is {self.shares[name]:.0f} s", flush=True)
+
+    def left(self) -> float:
+        """Seconds until the present step must have ended."""
+        return max(1.0, self.end - time.monotonic())
+
+
+def run(what: str, command: list[str], seconds: float, **variables: str) -> None:
     """Runs a command in the repository; ``Failed`` where it fails or does not end in time."""
     print(f"gpu: {what}: {' '.join(command)}", flush=True)
     try:
-        left = max(1.0, end - time.monotonic())
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=False, timeout=left)
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise Failed(f"{what} did not end in time; give it more with --minutes") from None
+        raise Failed(f"{what} did not end in {seconds:.0f} s; give it more with --minutes") from None
     if done.returncode != 0:
         raise Failed(f"{what} failed with exit code {done.returncode}")
 
 
-def build(end: float) -> None:
+def build(seconds: float) -> None:
     """Compiles csrc for this GPU, unless SWITCH_MOE_CUDA_ARCHS names others."""
-    major, minor = torch.cuda.get_device_capability()
-    own = f"{major}{minor}{'a' if major == 9 else ''}"
+    own = assembler.architecture(torch.cuda.get_device_capability()).removeprefix("sm_")
     command = [sys.executable, "-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps", "-q"]
     archs = os.environ.get("SWITCH_MOE_CUDA_ARCHS", own)
-    run("the build", command, end, SWITCH_MOE_CUDA="1", SWITCH_MOE_CUDA_ARCHS=archs)
+    run("the build", command, seconds, SWITCH_MOE_CUDA="1", SWITCH_MOE_CUDA_ARCHS=archs)
 
 
-def test_files(stems: tuple[str, ...]) -> list[str]:
-    """The test files whose names begin with one of the stems."""
-    found = {path for stem in stems for path in (ROOT / "tests").glob(f"test_{stem}*.py")}
-    return sorted(str(path.relative_to(ROOT)) for path in found)
+def test_files(stems: tuple[str, ...], folder: str) -> list[str]:
+    """The files of tests or benchmarks whose names begin with one of the stems, in their order."""
+    found = [path for stem in stems for path in sorted((ROOT / folder).glob(f"test_{stem}*.py"))]
+    return list(dict.fromkeys(str(path.relative_to(ROOT)) for path in found))
 
 
-def test(processes: int, end: float) -> None:
-    """Runs the tests that start kernels. Triton compiles each of them for seconds, so they run in several
-    processes where pytest-xdist is installed.
+def test(what: str, arguments: list[str], processes: int, seconds: float, **variables: str) -> None:
+    """Runs tests on the GPU. Triton compiles each kernel for seconds, so they run in several processes where
+    pytest-xdist is installed.
     """
     parallel = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    run("the tests", [*TESTS, *parallel, *test_files(TESTED)], end, OMP_NUM_THREADS=threads)
+    run(what, [*TESTS, *parallel, *arguments], seconds, OMP_NUM_THREADS=threads, **variables)
 
 
-def sanitize(end: float) -> None:
+def test_again(processes: int, seconds: float) -> None:
+    """Runs the tests of kernels that a wrong assembler may spoil, under another one where there is any."""
+    own, second, variable = assembler.pair(torch.cuda.get_device_capability())
+    if second is None:
+        print(f"gpu: Triton's ptxas {own} is the only one here, so no kernel is tested under another")
+        return
+    arguments = ["-k", CALCULATES, *test_files(ASSEMBLED, "tests")]
+    with tempfile.TemporaryDirectory() as cache:  # what the first assembler made is not taken
+        folders = {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
+        what = f"the tests under ptxas {second} instead of {own}"
+        test(what, arguments, processes, seconds, **folders, **{variable: second.path})
+
+
+def sanitize(seconds: float) -> None:
     """memcheck and racecheck over the tests of the kernels."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    tool = shutil.which("compute-sanitizer", path=f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}")
+    tool = assembler.cuda_tool("compute-sanitizer")
     if tool is None:
         raise Failed("--sanitize needs compute-sanitizer, which is not in CUDA_HOME or PATH")
+    end = time.monotonic() + seconds
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", *TESTS, *test_files(SANITIZED)]
-        run(f"compute-sanitizer {check}", command, end, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        command = [tool, "--tool", check, "--error-exitcode", "9", *TESTS, *test_files(SANITIZED, "tests")]
+        left = max(1.0, end - time.monotonic())
+        run(f"compute-sanitizer {check}", command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
-def measure(output: Path, arguments: list[str], end: float) -> Path:
-    """Runs the benchmarks on the GPU. The result file is put in its place when all of it is there."""
+def measure(ready: Path, information: Path, arguments: list[str], seconds: float) -> None:
+    """Runs the benchmarks on the GPU, in the order of what the README shows."""
+    time_for_all = max(0.0, seconds - MARGIN)
+    command = [*PYTEST, *test_files(MEASURED, "benchmarks"), "--device", "cuda", f"--benchmark-json={ready}",
+               f"--machine-info={information}", f"--seconds={time_for_all:.0f}", *arguments]  # fmt: skip
+    run("the benchmarks", command, seconds)
+    if not ready.exists():
+        raise Failed("no benchmark had the time to begin")
+
+
+def all_steps(arguments: argparse.Namespace) -> Path:
+    """Every step in its order. The result file is put in its place when all of it is there."""
+    without = {"build"} if arguments.no_build else set()
+    without |= set() if arguments.sanitize else {"sanitizer"}
+    without |= {"calibration"} if arguments.no_calibration else set()
+    budget = Budget([step for step in SHARES if step not in without], arguments.minutes)
+    processes, output = arguments.processes, arguments.output
+    if not arguments.no_build:
+        with budget.step("build"):
+            build(budget.left())
+    with budget.step("tests"):
+        test("the tests", ["tests", "-k", QUICK], processes, budget.left())
+    with budget.step("tests under another assembler"):
+        test_again(processes, budget.left())
+    if arguments.sanitize:
+        with budget.step("sanitizer"):
+            sanitize(budget.left())
     output.mkdir(parents=True, exist_ok=True)
     target = output / f"{slug(describe('cuda'))}.json"
     with tempfile.TemporaryDirectory(dir=output) as scratch:
-        ready = Path(scratch, target.name)
-        command = [*PYTEST, "benchmarks", "--device", "cuda", f"--benchmark-json={ready}", *arguments]
-        run("the benchmarks", command, end)
+        ready, information = Path(scratch, target.name), Path(scratch, "machine.json")
+        found: dict[str, Any] = {"seconds_of_steps": budget.took}
+        if not arguments.no_calibration:
+            with budget.step("calibration"):
+                command = [sys.executable, "-m", "benchmarks.calibrate", str(information)]
+                run("the calibration", command, budget.left())
+            found["calibration"] = json.loads(information.read_text())
+        information.write_text(json.dumps(found))
+        with budget.step("benchmarks"):
+            measure(ready, information, arguments.benchmarks, budget.left())
         ready.replace(target)
+    print(f"gpu: wrote {target}")
+    if output == RESULTS:
+        with budget.step("report"):
+            run("the report", [sys.executable, "-m", "benchmarks.report"], budget.left())
     return target
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=30.0, help="time for everything, 30 by default")
+    parser.add_argument(
+        "--minutes", type=float, help="time for everything, 9 by default (29 with --sanitize)"
+    )
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="of the tests")
     parser.add_argument("--no-build", action="store_true", help="the kernels are built")
+    parser.add_argument("--no-calibration", action="store_true", help="leave calibrate.py out")
     parser.add_argument("--sanitize", action="store_true", help="run compute-sanitizer too")
     parser.add_argument("benchmarks", nargs="*", metavar="-- ARGUMENT", help="of pytest benchmarks")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("gpu: torch sees no GPU here; run it on a machine with one", file=sys.stderr)
         return 1
-    end = time.monotonic() + 60 * arguments.minutes
     try:
-        if not arguments.no_build:
-            build(end)
-        test(arguments.processes, end)
-        if arguments.sanitize:
-            sanitize(end)
-        target = measure(arguments.output, arguments.benchmarks, end)
-        print(f"gpu: wrote {target}")
-        if arguments.output == RESULTS:
-            run("the report", [sys.executable, "-m", "benchmarks.report"], end)
+        all_steps(arguments)
     except Failed as failed:
         print(f"gpu: {failed}. No speed is reported.", file=sys.stderr)
         return 1

@@ -26,6 +26,14 @@ SMALL = ("timestep_gate", "matching", "matching + prior loss", "linear_assignmen
 TEMPLATE = Path(__file__).parent / "page.md"
 README_ROWS = 8
 MARGIN = 1.02  # what is slower by less is not called slower
+CALIBRATED = {
+    "clock_mhz": "SM clock, MHz", "watts": "W", "tb_s_to_shared": "TB/s into shared memory",
+    "tb_s_from_l2": "TB/s from L2", "tflop_s": "TFLOP/s",
+}  # fmt: skip
+LIMITS = (
+    "Steps of a Hopper kernel of merged experts with parts left out (`calibrate.cu`), and the clock that\n"
+    "nvidia-smi reports while `F.linear` and `expert_linear` run."
+)
 Row = dict[str, Any]
 
 
@@ -65,6 +73,13 @@ class Line(NamedTuple):
             return None
         return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
+    def eager(self) -> Line | None:
+        """The same line with the times of calls without CUDA graphs; None where no graph was timed."""
+        if not any("eager" in row for row in self.contenders.values()):
+            return None
+        return self._replace(contenders={name: row | {"samples": eager_samples(row), "method": "eager"}
+                                         for name, row in self.contenders.items()})  # fmt: skip
+
     def rivals(self) -> Iterator[tuple[str, float]]:
         """Other contenders, and their time over switch_moe's. The official layer routes all timesteps, so it
         is held against the contender that does so too.
@@ -74,6 +89,10 @@ class Line(NamedTuple):
             over = self.ratio(name, base)
             if not row.get("is_switch_moe", name == SWITCH_MOE) and over is not None:
                 yield name, over
+
+
+def eager_samples(row: Row) -> list[float]:
+    return row.get("samples", []) if row.get("method") == "eager" else row.get("eager", [])
 
 
 def load(path: Path) -> Report:
@@ -139,16 +158,25 @@ def times_table(reports: list[Report], *operations: str, passes: tuple[str, ...]
              if line.first["pass"] == which]  # fmt: skip
     found.sort(key=lambda line: operations.index(line.first["operation"]))
     names = list(dict.fromkeys(name for line in found for name in line.contenders if name != SWITCH_MOE))
+
+    def cells(line: Line) -> list[str]:
+        over = dict(line.rivals())
+        multiples = (multiple(line, name, over.get(name, line.ratio(name))) for name in names)
+        return [clock(line.contenders.get(SWITCH_MOE)), *multiples]
+
     body = []
     for line in found:
-        over = dict(line.rivals())
-        cells = [multiple(line, name, over.get(name, line.ratio(name))) for name in names]
         operation = f"{line.first['operation']}, " if len(operations) > 1 else ""
-        mine = clock(line.contenders.get(SWITCH_MOE))
-        body.append(
-            [line.machine, operation + line.case, line.first["dtype"], line.first["pass"], mine, *cells]
-        )
+        eager = line.eager()
+        both = beside(cells(line), cells(eager) if eager else [])
+        body.append([line.machine, operation + line.case, line.first["dtype"], line.first["pass"], *both])
     return table(["machine", "case", "type", "pass", SWITCH_MOE, *names], body)
+
+
+def beside(graph: list[str], eager: list[str]) -> list[str]:
+    """Cells with both numbers, "graph / eager"; one where both are alike or there is no other."""
+    pairs = zip(graph, eager or graph, strict=True)
+    return [one if one == other else f"{one} / {other}" for one, other in pairs]
 
 
 def memory_table(reports: list[Report]) -> str:
@@ -206,9 +234,29 @@ def described(report: Report) -> str:
     )
     quick = "; a quick run" if machine.get("quick") else ""
     dirty = " with uncommitted changes" if machine.get("dirty") else ""
+    if names := machine.get("assemblers"):
+        system += (
+            f", ptxas {names['triton']}; the kernels are also tested under {names['second'] or 'no other'}"
+        )
+    if left_out := machine.get("left_out"):
+        quick += f"; {len(left_out)} cases are left out for want of time"
     return (
         f"{report.name} ({system}), torch {machine['torch']}, commit {machine['commit'][:7]}{dirty}, "
         f"{report.date}{quick}"
+    )
+
+
+def calibration_section(report: Report) -> str:
+    """What calibrate.py measured on a GPU, with a heading; nothing where it did not."""
+    calibration = report.machine.get("calibration")
+    if not calibration:
+        return ""
+    body = []
+    for name, measured in calibration.items():
+        numbers = [f"{measured[key]:.4g}" if key in measured else "-" for key in CALIBRATED]
+        body.append(["", name, *numbers, measured.get("left_out") or ""])
+    return (
+        f"## Limits of {report.name}\n\n{LIMITS}\n\n{table(['', 'kernel', *CALIBRATED.values(), ''], body)}\n"
     )
 
 
@@ -222,22 +270,31 @@ def readme_block(reports: list[Report]) -> str:
         sizes = sorted({line.first["shape"]["D"] for line in both})
         shown = [line for line in both if line.first["shape"]["D"] in (sizes[0], sizes[-1])]
         for line in shown[: README_ROWS // len(reports)]:
-            layer = layers.get((str(line.first["shape"]), line.first["dtype"]))
-            official = layer.ratio(OFFICIAL, WITH_TABLE) if layer else None
-            dense = line.ratio(SWITCH_MOE, LINEAR)
-            cells = ["-" if dense is None else bold(f"{dense:.2f}", dense > 1)]
-            others = (line.ratio(LOOP), line.ratio(GROUPED), official)
-            cells += ["-" if other is None else bold(f"{other:.2f}", other < 1) for other in others]
+            layer, eager = layers.get((str(line.first["shape"]), line.first["dtype"])), line.eager()
+            cells = readme_cells(line, layer)
+            if eager is not None:
+                cells = beside(cells, readme_cells(eager, layer and layer.eager()))
             body.append([line.machine, f"{line.case}, {line.first['dtype']}", *cells])
     head = ["machine", "`expert_linear`, forward + backward", "switch_moe / F.linear", "loop / switch_moe",
             "grouped_mm / switch_moe", "official layer / switch_moe"]  # fmt: skip
     measured = "; ".join(map(described, reports))
     method = "Every number is a ratio of times, the median over rounds in which all take turns."
+    if any("eager" in row for report in reports for row in report.rows):
+        method += " On a GPU: in CUDA graphs / without, where the time of the host shows."
     parts = [f"Measured on {measured}. {method} Bold: switch_moe is slower.\n", table(head, body)]
     for report in reports:
         steps = (("train_step", "training"), ("sample_step", "sampling"))
         parts.append(" ".join(step_sentence(report, *step) for step in steps))
     return "\n".join(part for part in parts if part.strip())
+
+
+def readme_cells(line: Line, layer: Line | None) -> list[str]:
+    """Ratios of one line of expert_linear, and of the layer of its shape."""
+    dense = line.ratio(SWITCH_MOE, LINEAR)
+    official = layer.ratio(OFFICIAL, WITH_TABLE) if layer else None
+    others = (line.ratio(LOOP), line.ratio(GROUPED), official)
+    return ["-" if dense is None else bold(f"{dense:.2f}", dense > 1),
+            *("-" if other is None else bold(f"{other:.2f}", other < 1) for other in others)]  # fmt: skip
 
 
 def step_sentence(report: Report, operation: str, word: str) -> str:
@@ -281,6 +338,7 @@ def write(root: Path) -> list[Path]:
             steps=times_table(reports, "train_step", "sample_step", passes=("train", "sample")),
             memory=memory_table(reports),
             slower="\n".join(slower(reports)) or "Nowhere.",
+            calibration="\n".join(calibration_section(report) for report in reports if report.machine["gpu"]),
         )
     )
     return [page, readme, *pictures]

@@ -4,15 +4,17 @@ round 0    A B C        The order changes from round to round, since a call leav
 round 1    B A C        Sample i of every contender is from round i, so ratios are taken within a round.
 round 2    C A B        On a CPU a sample is one call (or the mean of many short ones); on a GPU it is the
                         replay of a CUDA graph that runs the call on several input sets in a row, which
-                        together exceed the L2 cache twice.
+                        together exceed the L2 cache twice. The same calls without the graph are timed in
+                        the same turn: where a kernel is short they take as long as the host needs for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,10 +28,14 @@ MOST_SETS = 32
 
 
 class Timed(NamedTuple):
-    """Seconds of one call, a number for each round; method is 'call', 'graph' or, on a GPU, 'eager'."""
+    """Seconds of one call, a number for each round; method is 'call', 'graph' or, on a GPU, 'eager'.
+
+    ``eager`` has those of the same calls without a graph, where ``seconds`` are with one.
+    """
 
     method: str
     seconds: list[float]
+    eager: Sequence[float] = ()
 
 
 def time_together(
@@ -54,12 +60,14 @@ def time_together(
     a_round = sum(one.cost for one in samplers.values())
     rounds = int(min(MOST_ROUNDS, max(least, seconds / max(a_round, 1e-9))))
     samples: dict[Name, list[float]] = {name: [] for name in samplers}
+    eager: dict[Name, list[float]] = {name: [] for name in samplers}
     order, shuffle = list(samplers), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
             samples[name].append(samplers[name].sample())
-    return found | {name: Timed(one.method, samples[name]) for name, one in samplers.items()}
+            eager[name] += samplers[name].sample_eager()
+    return found | {name: Timed(one.method, samples[name], eager[name]) for name, one in samplers.items()}
 
 
 def wait(device: str) -> None:
@@ -94,6 +102,10 @@ class Sampler:
             self.call()  # a short call would be timed with the caches that the contender before it left
         return self._seconds()
 
+    def sample_eager(self) -> list[float]:
+        """Seconds of one call without the graph; nothing where :meth:`sample` has none either."""
+        return []
+
     def _seconds(self) -> float:
         started = time.perf_counter()
         for _ in range(self.repeats):
@@ -102,38 +114,56 @@ class Sampler:
 
 
 class GpuSampler(Sampler):
-    """Samples on a GPU: events around graph replays, or around plain calls where no graph can be captured."""
+    """Samples on a GPU: events around graph replays and, apart, around plain calls; around plain calls alone
+    where no graph can be captured.
+    """
 
     def __init__(self, calls: list[Call], graphs: bool) -> None:
-        self.calls, self.repeats = len(calls), 1
+        self.calls = calls
         stream = torch.cuda.Stream()  # a capture that fails may leave its stream unusable: each has its own
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for call in calls:  # compiles, loads, allocates
-                call()
+            self.call_all()  # compiles, loads, allocates
             captured = graphs and not waits_for_host(calls[0])
+        self.method, self.run = "eager", self.call_all
         if captured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
-                for call in calls:
-                    call()
+                self.call_all()
             self.method, self.run = "graph", graph.replay
-        else:
-            self.method, self.run = "eager", lambda: [call() for call in calls]
-        torch.cuda.synchronize()
-        self.run()
-        once = self.sample() * self.calls
-        self.repeats = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-6)))
-        self.cost = once * self.repeats
+        self.repeats, self.cost = self._settle(self.run)
+        self.eager_repeats = 0
+        if captured:
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):  # the graph keeps its memory
+                self.eager_repeats, cost = self._settle(self.call_all)
+                self.cost += cost
+
+    def call_all(self) -> None:
+        for call in self.calls:
+            call()
 
     def sample(self) -> float:
+        return self._seconds_of(self.run, self.repeats)
+
+    def sample_eager(self) -> list[float]:
+        return [self._seconds_of(self.call_all, self.eager_repeats)] if self.eager_repeats else []
+
+    def _settle(self, run: Callable[[], None]) -> tuple[int, float]:
+        """How often a sample runs the calls, and the seconds that it takes."""
+        torch.cuda.synchronize()
+        run()
+        once = self._seconds_of(run, 1) * len(self.calls)
+        repeats = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-6)))
+        return repeats, once * repeats
+
+    def _seconds_of(self, run: Callable[[], None], repeats: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for _ in range(self.repeats):
-            self.run()
+        for _ in range(repeats):
+            run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / self.repeats / self.calls
+        return start.elapsed_time(end) / 1e3 / repeats / len(self.calls)
 
 
 def waits_for_host(call: Call) -> bool:

@@ -36,6 +36,24 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"{native.cpu.reason}; to test without it set SWITCH_MOE_CPU=0")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--on-gpu", action="store_true", help="only tests that start kernels where there is a GPU"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--on-gpu"):
+        config.hook.pytest_deselected(items=[item for item in items if not runs_on_gpu(item)])
+        items[:] = [item for item in items if runs_on_gpu(item)]
+
+
+def runs_on_gpu(item: pytest.Item) -> bool:
+    """Whether a test takes ``device``, or is skipped without a GPU."""
+    reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
+    return "device" in getattr(item, "fixturenames", ()) or any("GPU" in reason for reason in reasons)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A worker for each core, at most eight. With a GPU there are at most four, for they share its memory."""

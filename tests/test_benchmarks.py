@@ -23,10 +23,15 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--dev
 def test_quick_run(tmp_path: Path) -> None:
     """One tiny case: the rows have paired samples, checks, memory and machine, and the report reads them."""
     path = tmp_path / "results.json"
+    more = tmp_path / "more.json"
+    more.write_text('{"calibration": {"a": 1}}')
     command = [*PYTEST, "benchmarks/test_linear_assignment.py", "-k", "36", f"--benchmark-json={path}"]
+    command += [f"--machine-info={more}", "--seconds=1000"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(path.read_text())
+    assert data["machine_info"]["calibration"] == {"a": 1}
+    assert "left_out" not in data["machine_info"]
     assert {"torch", "triton", "commit", "device", "cpu"} <= set(data["machine_info"])
     rows = {row["contender"]: row for row in data["benchmarks"][0]["extra_info"]["rows"]}
     assert set(rows) == {"switch_moe", "scipy"}
@@ -37,6 +42,27 @@ def test_quick_run(tmp_path: Path) -> None:
         assert len(row["samples"]) == len(rows["scipy"]["samples"]) >= 3
     (line,) = report.lines(report.load(path))
     assert line.ratio("scipy") > 0
+
+
+def test_what_has_not_begun_in_time_is_left_out(tmp_path: Path) -> None:
+    """The first of two cases ends after its time, so the second does not begin; the file names it."""
+    (tmp_path / "time_flies.py").write_text(
+        "import time\n"
+        "real, ended = time.monotonic, []\n"
+        "time.monotonic = lambda: real() + 1000 * len(ended)\n"
+        "def pytest_runtest_teardown():\n"
+        "    ended.append(1)\n"
+    )
+    path = tmp_path / "results.json"
+    command = [*PYTEST, "benchmarks/test_linear_assignment.py", "-k", "36 or 84", "--seconds=900"]
+    done = subprocess.run(
+        [*command, "-p", "time_flies", f"--benchmark-json={path}"], cwd=ROOT, capture_output=True, text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(path.read_text())
+    assert len(data["benchmarks"]) == len(data["machine_info"]["left_out"]) == 1
+    assert "84" in data["machine_info"]["left_out"][0]
 
 
 def test_a_wrong_result_of_switch_moe_has_no_time(tmp_path: Path) -> None:

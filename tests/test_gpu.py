@@ -1,41 +1,54 @@
-"""benchmarks/gpu.py, where there is no GPU: what it runs, and that a step that fails ends it."""
+"""`make gpu` where there is no GPU: what it runs, that a step that fails ends it, and how calls are timed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu, timing
+from benchmarks import assembler, gpu, timing
+from benchmarks.assembler import Assembler
+
+OWN, SECOND = Assembler("/own", (12, 8, 93)), Assembler("/second", (13, 1, 80))
 
 
 class Commands:
     """Takes the place of subprocess.run: records commands, and fails at the one that has ``fail`` in it."""
 
-    stdout = ""
-
     def __init__(self, fail: str | None = None) -> None:
-        self.fail, self.commands = fail, []
+        self.fail, self.commands, self.variables = fail, [], []
 
-    def __call__(self, command: list[str], **options: object) -> Commands:
-        if command[0] != "git":
-            self.commands.append(command)
-        self.returncode = int(self.fail is not None and self.fail in command)
-        for argument in command:
-            if argument.startswith("--benchmark-json=") and not self.returncode:
-                Path(argument.partition("=")[2]).write_text(json.dumps({"new": True}))
-        return self
+    def __call__(self, command: list[str], timeout: float, env: dict, **_: object) -> SimpleNamespace:
+        self.commands.append(command)
+        self.variables.append(env)
+        if self.fail == "late" and len(self.commands) == 2:
+            raise subprocess.TimeoutExpired(command, timeout)
+        failed = self.fail in command
+        options = dict(argument.split("=", 1) for argument in command if "=" in argument)
+        if "benchmarks.calibrate" in command and not failed:
+            Path(command[-1]).write_text(json.dumps({"copies": {"tb_s_from_l2": 5.5}}))
+        if "--benchmark-json" in options and not failed:
+            Path(options["--benchmark-json"]).write_text(Path(options["--machine-info"]).read_text())
+        return SimpleNamespace(returncode=int(failed))
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that looks as if it had a GPU."""
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine that looks as if it had a GPU and two assemblers; the folder of its results."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up 100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "describe", lambda _: {"gpu": "Made Up 100"})
+    monkeypatch.setattr(assembler, "pair", lambda _: (OWN, SECOND, "TRITON_PTXAS_PATH"))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    return tmp_path
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,43 +57,83 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "GPU" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("machine")
-def test_all_steps_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_steps_in_order(machine: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     commands = Commands()
     monkeypatch.setattr(gpu.subprocess, "run", commands)
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    assert gpu.main(["--output", str(tmp_path), "--", "--peer-path", "official=x"]) == 0
-    build, test, measure, report = commands.commands
+    assert gpu.main(["--output", str(machine), "--", "--peer-path", "official=x"]) == 0
+    build, test, again, calibrate, measure, report = commands.commands
     assert build[:4] == [sys.executable, "-m", "pip", "install"]
-    assert "tests/test_expert_linear_kernels.py" in test
+    assert commands.variables[0]["SWITCH_MOE_CUDA_ARCHS"] == "90a"
+    assert "tests" in test
+    assert test[: len(gpu.TESTS)] == again[: len(gpu.TESTS)] == gpu.TESTS
+    assert "TRITON_PTXAS_PATH" not in commands.variables[1]
+    assert "tests/test_expert_linear_kernels.py" in again
+    assert commands.variables[2]["TRITON_PTXAS_PATH"] == "/second"
+    assert commands.variables[2]["TRITON_CACHE_DIR"] != os.environ.get("TRITON_CACHE_DIR")
+    assert "benchmarks.calibrate" in calibrate
     assert measure[-2:] == ["--peer-path", "official=x"]
     assert report[-1] == "benchmarks.report"
-    assert json.loads((tmp_path / "made-up-100.json").read_text()) == {"new": True}
-    assert [path.name for path in tmp_path.iterdir()] == ["made-up-100.json"]
+    result = json.loads((machine / "made-up-100.json").read_text())
+    assert result["calibration"] == {"copies": {"tb_s_from_l2": 5.5}}
+    assert [path.name for path in machine.iterdir()] == ["made-up-100.json"]
+    said = capsys.readouterr().out
+    assert all(f"gpu: {step} took" in said for step in gpu.SHARES if step != "sanitizer")
 
 
-@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("fail", "steps"),
-    [("pip", 1), ("tests/test_dispatch.py", 2), ("benchmarks", 3)],
-    ids=["build", "test", "measure"],
-)
+    [("pip", 1), ("tests", 2), ("late", 2), ("tests/test_dispatch.py", 3), ("benchmarks.calibrate", 4),
+     ("benchmarks/test_layer.py", 5)],
+)  # fmt: skip
 def test_a_failed_step_keeps_earlier_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: str, steps: int
+    machine: Path, monkeypatch: pytest.MonkeyPatch, fail: str, steps: int
 ) -> None:
     commands = Commands(fail)
     monkeypatch.setattr(gpu.subprocess, "run", commands)
-    earlier = tmp_path / "made-up-100.json"
+    earlier = machine / "made-up-100.json"
     earlier.write_text("earlier")
-    assert gpu.main(["--output", str(tmp_path)]) == 1
+    assert gpu.main(["--output", str(machine)]) == 1
     assert len(commands.commands) == steps
     assert earlier.read_text() == "earlier"
-    assert [path.name for path in tmp_path.iterdir()] == ["made-up-100.json"]
+    assert [path.name for path in machine.iterdir()] == ["made-up-100.json"]
+
+
+def test_without_another_assembler(machine: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    commands = Commands()
+    monkeypatch.setattr(gpu.subprocess, "run", commands)
+    monkeypatch.setattr(assembler, "pair", lambda _: (OWN, None, "TRITON_PTXAS_PATH"))
+    assert gpu.main(["--output", str(machine), "--no-build", "--no-calibration"]) == 0
+    assert len(commands.commands) == 3
+    assert "ptxas 12.8.93 is the only one" in capsys.readouterr().out
+
+
+def test_shares_are_nine_minutes_and_grow_with_the_time() -> None:
+    steps = [step for step in gpu.SHARES if step != "sanitizer"]
+    assert sum(gpu.Budget(steps, None).shares.values()) == 540
+    budget = gpu.Budget(steps, 18)
+    assert budget.shares["tests"] == 2 * gpu.SHARES["tests"]
+    with budget.step("build"):
+        assert budget.left() <= budget.shares["build"]
+    with budget.step("tests"):  # the build has left nearly all of its share
+        assert budget.left() > budget.shares["tests"]
+
+
+def test_what_is_tested_under_another_assembler() -> None:
+    """Products in bfloat16 with all gradients, and only tests that start kernels."""
+    command = [*gpu.TESTS, "-k", gpu.CALCULATES, *gpu.test_files(gpu.ASSEMBLED, "tests"), "--collect-only"]
+    said = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=True).stdout
+    for tiles in ("small", "shipped"):
+        assert f"tests/test_expert_linear_kernels.py::test_{tiles}_tiles[shape0-dtype2]" in said
+    assert "tests/test_expert_mlp.py::test_shipped_tiles[shape0-False-dtype2]" in said
+    assert "tests/test_dispatch.py::test_dispatch" in said
+    assert not any(word in said for word in ("test_errors", "opcheck", "broken", "shapes_do_not_depend"))
 
 
 def test_test_files_exist() -> None:
-    for stem in {*gpu.TESTED, *gpu.SANITIZED}:
-        assert gpu.test_files((stem,)), stem
+    for stem in {*gpu.ASSEMBLED, *gpu.SANITIZED}:
+        assert gpu.test_files((stem,), "tests"), stem
+    measured = gpu.test_files(gpu.MEASURED, "benchmarks")
+    assert sorted(measured) == gpu.test_files(("",), "benchmarks")
 
 
 def test_rounds_and_turns_on_a_cpu() -> None:
@@ -99,6 +152,42 @@ def test_rounds_and_turns_on_a_cpu() -> None:
     assert len(timed["a"].seconds) == len(timed["b"].seconds) >= 4
     assert min(timed["a"].seconds) > 0
     assert min(calls.values()) > 4
+    assert timed["a"].eager == []
+
+
+class Event:
+    """Takes the place of torch.cuda.Event: the time of the host."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        pass
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def test_eager_times_come_in_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a graph both times are taken, without one there is no other."""
+    replays, eager, null = [], [], contextlib.nullcontext
+    stream, graph = SimpleNamespace(wait_stream=id), SimpleNamespace(replay=lambda: replays.append(1))
+    fake = SimpleNamespace(
+        Event=Event, Stream=lambda: stream, stream=null, current_stream=int, CUDAGraph=lambda: graph,
+        graph=lambda *_, **__: null(), synchronize=int, OutOfMemoryError=MemoryError,
+    )  # fmt: skip
+    monkeypatch.setattr(timing.torch, "cuda", fake)
+    monkeypatch.setattr(timing, "waits_for_host", lambda call: call is int)
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-6)
+    timed = timing.time_together({"a": [lambda: eager.append(1)] * 2, "waits": [int]}, "cuda", least=4)
+    assert (timed["a"].method, timed["waits"].method) == ("graph", "eager")
+    assert len(timed["a"].eager) == len(timed["a"].seconds) == len(timed["waits"].seconds) >= 4
+    assert timed["waits"].eager == []
+    assert len(replays) > len(timed["a"].seconds)
+    assert len(eager) > 2 * len(timed["a"].seconds)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -110,4 +199,5 @@ def test_a_gpu_replays_graphs_of_rotated_inputs() -> None:
     }
     timed = timing.time_together(calls, "cuda")
     assert [timed[name].method for name in calls] == ["graph", "eager"]
+    assert len(timed["graph"].eager) == len(timed["graph"].seconds)
     assert all(0 < second < 1 for name in calls for second in timed[name].seconds)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, assert_error_rule
 
 from switch_moe import Router, SwitchMoE
 from switch_moe.ops import expert_linear, expert_mlp
@@ -68,6 +68,28 @@ def test_each_sample_by_hand(settings: dict) -> None:
             expected[b] += probs[b, expert] * y
     assert_close("m(x)", layer(x, e), expected, 1e-5)
     assert_close("x (1 + m(x))", layer(x, e, modulate=True), x * (1 + expected), 1e-5)
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_kernels_in_bfloat16(settings: dict, device: str) -> None:
+    """Output and every gradient under autocast, with Triton's kernels, on a GPU where there is one."""
+    torch.manual_seed(0)
+    x, e, grad = (torch.randn(size).to(device) for size in ((16, 40, 16), (16, 16), (16, 40, 16)))
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        layer = make(num_experts=4, top_k=2, backend=backend, **settings).to(device, dtype)
+        leaves = {"x": x.to(dtype), "e": e.to(dtype), **dict(layer.named_parameters())}
+        with torch.autocast(device, torch.bfloat16, enabled=dtype != torch.float64):
+            out = layer(leaves["x"].requires_grad_(), leaves["e"].requires_grad_())
+        grads = torch.autograd.grad(out, leaves.values(), grad.to(out.dtype))
+        return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    actual, same_type = (run(backend, torch.float32) for backend in ("triton", "reference"))
+    assert actual["out"].dtype == torch.bfloat16
+    for name, exact in run("reference", torch.float64).items():
+        if name == "router.bias":
+            continue  # the errors of four numbers may be small by chance
+        assert_error_rule(name, actual[name], exact, same_type[name], torch.bfloat16)
 
 
 def test_one_router_for_all_layers() -> None:

@@ -148,6 +148,37 @@ def test_a_contender_without_a_graph_is_marked() -> None:
     assert ["*" in cell.replace("**", "") for cell in line[4:]] == [False, True, False]
 
 
+def test_a_gpu_has_graph_and_eager_times() -> None:
+    """A contender without a graph has one time, which is held against the eager one of switch_moe."""
+    rows = linear_rows()
+    for one, eager in zip(rows, (30.0, 44.0, None, 88.0), strict=True):
+        one["method"] = "eager" if eager is None else "graph"
+        one |= {} if eager is None else {"eager": [1e3 * eager * noise for noise in NOISE]}
+    reports = [report.Report(GPU, "", rows)]
+    line = cells(report.times_table(reports, "expert_linear"), "D=384")
+    assert line[3:] == ["12.1 ms / 48.4 ms", "**0.91** / **0.68**", r"2.00\* / **0.50**", "3.00 / 2.00"]
+    text = report.readme_block(reports)
+    assert cells(text, "D=384")[1:4] == ["**1.10** / **1.47**", "2.00 / **0.50**", "3.00 / 2.00"]
+    assert "without, where the time of the host shows" in text
+
+
+def test_calibrations_have_a_table(root: Path) -> None:
+    calibration = {
+        "copies": {"clock_mhz": 1755.0, "tb_s_from_l2": 5.51234},
+        "wgmma": {"left_out": "no sm_90a"},
+    }
+    machine = GPU | {"calibration": calibration, "assemblers": {"triton": "12.8.93", "second": None}}
+    save(root / "benchmarks/results/gpu.json", linear_rows(), machine | {"left_out": ["a", "b"]})
+    save(root / "benchmarks/results/cpu.json", linear_rows())
+    report.write(root)
+    text = (root / "benchmarks/README.md").read_text()
+    assert cells(text, "| copies")[1:] == ["1755", "-", "-", "5.512", "-", ""]
+    assert cells(text, "| wgmma")[1:] == ["-", "-", "-", "-", "-", "no sm_90a"]
+    assert text.count("## Limits of") == 1
+    assert "ptxas 12.8.93; the kernels are also tested under no other" in text
+    assert "2 cases are left out" in text
+
+
 def test_text_table_has_all_contenders() -> None:
     rows = [*linear_rows(), *linear_rows()]
     for one in rows[4:]:
