@@ -1,10 +1,14 @@
-.PHONY: install test fuzz lint format bench bench-report gpu
+.PHONY: install test tritons fuzz lint format bench bench-report gpu
 
 install:
 	pip install -e ".[dev]"
 
 test:
 	pytest
+
+# The kernels under each Triton that a supported torch brings; this fetches them into build/tritons.
+tritons:
+	python tests/tritons.py $(ARGS)
 
 # 10,000 random calls of every operation against float64, then 5,000 during which memory must not grow.
 fuzz:

@@ -12,9 +12,10 @@ bfloat16, float16 or TF32 (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100; HMM
 none where all products are true float32; and no more shared memory and registers than the architecture can
 launch. The command exits with 1 where one fails.
 
-Below sm_100 the PTX of a kernel is assembled a second time, by a newer ptxas: by default the one that Triton
-brings for sm_100. Where its instructions differ, a GPU should run the tests of the kernel under both, because
-releases 12.8 and 13.0 of ptxas are known to break some kernels of others (flash-linear-attention #1262).
+Below sm_100 the PTX of a kernel is assembled a second time, by the newest other ptxas of this machine: Triton
+3.7 itself brings 12.8 for sm_90 and 13.1 for sm_100. Where its instructions differ, a GPU should run the
+tests of the kernel under both, because releases 12.8 and 13.0 are known to break some kernels of others
+(flash-linear-attention #1262).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks import assembler
 from benchmarks.kernel_calls import calls
 from switch_moe.kernels import _launch
 
@@ -54,13 +56,13 @@ MOST_SPILLED = 32  # bytes of a thread
 HEADER = """# Shipped tiles, compiled ahead of time
 
 `python -m benchmarks.compiled --markdown benchmarks/results/compiled.md` wrote this with Triton {triton} and
-its assembler, ptxas {ptxas}. No GPU took part, and no tile has been timed. Each tile is the largest found
-that compiles without spills for its architecture, because a larger tile reads less for each FLOP. "Odd" is
-the hardest of the sizes whose rows are no multiples of 16 bytes.
+its assembler, ptxas {ptxas}. No GPU took part, and no tile has been timed.
+Each tile is the largest found that compiles without spills for its architecture, because a larger tile reads
+less for each FLOP. "Odd" is the hardest of the sizes whose rows are no multiples of 16 bytes.
 
-The last column compares the instructions of ptxas {first} and {second}. Where they differ, run the tests of
-the kernel under both on a GPU before anything else: releases 12.8 and 13.0 are known to break some kernels of
-others.
+The last column compares the instructions that ptxas {first} and {second} make of the same PTX for sm_80 and
+sm_90. Where they differ, run the tests of the kernel under both on a GPU before anything else: releases 12.8
+and 13.0 are known to break some kernels of others. `make gpu` runs them so.
 """
 TILE = re.compile("BLOCK|ROWS$|COLS$|INNER$")  # constants that are tile sizes
 SIZES = ("D", "D_IN", "D_OUT", "D_LEFT", "D_RIGHT", "H", "N", "K")  # constants that are lengths of rows
@@ -167,7 +169,7 @@ _PRODUCT = re.compile(r"tt\.dot (.*?) : tensor<(?:\d+x)*?(\d+)x\d+x(\w+)> \*")
 _TENSOR = re.compile(r"\b(HGMMA|HMMA|UTC[A-Z]*MMA)\b")
 
 
-def inspect(spec: Specialisation, second: Path) -> Row:
+def inspect(spec: Specialisation, second: str | None) -> Row:
     """Compiles and reads the machine code, and below sm_100 that of the second assembler."""
     row: Row = {
         "kernel": spec.name, "arch": spec.arch, "dtype": spec.dtype, "tile": spec.tile, "odd": spec.odd,
@@ -184,7 +186,7 @@ def inspect(spec: Specialisation, second: Path) -> Row:
         (int(rows), "tf32" if "tf32" in arguments else kind)
         for arguments, rows, kind in _PRODUCT.findall(kernel.asm["ttir"])
     ]
-    compared = spec.arch < 100
+    compared = second is not None and spec.arch < 100
     # Without one in PTX there is none in machine code; disassembly takes a third of the time.
     code = _disassemble(kernel.asm["cubin"], sass=compared or "mma" in kernel.asm["ptx"])
     registers, *stack = (int(re.search(rf"{name}:(\d+)", code)[1]) for name in ("REG", "STACK", "LOCAL"))
@@ -196,30 +198,29 @@ def inspect(spec: Specialisation, second: Path) -> Row:
         "tensor": {name: tensor.count(name) for name in sorted(set(tensor))},
     }  # fmt: skip
     if compared:
-        again = _disassemble(_assemble(kernel.asm["ptx"], second), sass=True)
-        row["same_under_both"] = instructions(code) == instructions(again)
+        again = _assemble(kernel.asm["ptx"], second)
+        same = again and instructions(code) == instructions(_disassemble(again, sass=True))
+        row["same_under_both"] = same  # None where there is no second code
     return row | {"resident": resident(row), "faults": faults(row)}
 
 
-def assembler(arch: int) -> Path:
-    """The ptxas that Triton takes for an architecture."""
-    tool = triton.knobs.nvidia.ptxas_blackwell if arch >= 100 else triton.knobs.nvidia.ptxas
-    return Path(tool.path)
+def assemblers(arch: int) -> tuple[assembler.Assembler, assembler.Assembler | None]:
+    """The ptxas that Triton takes for an architecture, and the newest other one of this machine."""
+    own, second, _ = assembler.pair(divmod(arch, 10))
+    return own, second
 
 
-def release(ptxas: Path) -> str:
-    """The release of an assembler, such as 12.8.93."""
-    text = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"\bV(\d+\.\d+\.\d+)", text)[1]
-
-
-def _assemble(ptx: str, ptxas: Path) -> bytes:
-    """The machine code of PTX, by the options that Triton gives."""
+def _assemble(ptx: str, ptxas: str) -> bytes | None:
+    """The machine code of PTX; None from an assembler that is too old for this version of PTX."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         name = re.search(r"\.target (\w+)", ptx)[1]
-        subprocess.run([ptxas, f"--gpu-name={name}", source, "-o", target], capture_output=True, check=True)
+        command = [ptxas, f"--gpu-name={name}", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "Unsupported .version" in done.stderr:
+            return None
+        done.check_returncode()
         return target.read_bytes()
 
 
@@ -299,9 +300,9 @@ def lines(rows: list[Row]) -> Iterator[str]:
     yield "|---" * (3 + len(names)) + "|"
     for key, cells in found.items():
         columns = [describe(cells[arch]) if arch in cells else "" for arch in ARCHITECTURES]
-        differ = [f"sm_{arch}" for arch, row in cells.items() if not row.get("same_under_both", True)]
+        differ = [f"sm_{arch}" for arch, row in cells.items() if row.get("same_under_both") is False]
         same = f"**{' and '.join(differ)}: compare first on a GPU**" if differ else "yes"
-        compared = any("same_under_both" in row for row in cells.values())
+        compared = any(row.get("same_under_both") is not None for row in cells.values())
         yield f"| {' | '.join([*key, *columns, same if compared else ''])} |"
 
 
@@ -318,7 +319,7 @@ def page(report: dict[str, Any]) -> str:
         key = (row["kernel"], row["arch"], row["dtype"], *sizes)
         if key not in hardest or row.get("registers", 0) > hardest[key].get("registers", 0):
             hardest[key] = row
-        if not row.get("same_under_both", True):
+        if row.get("same_under_both") is False:
             different.add(key)
     for key in different:
         hardest[key] = hardest[key] | {"same_under_both": False}
@@ -334,11 +335,11 @@ def page(report: dict[str, Any]) -> str:
 _selected: list[Specialisation] = []  # for the forked workers: kernels cannot be pickled
 
 
-def _inspect_numbered(number: int, second: Path) -> tuple[int, Row]:
+def _inspect_numbered(number: int, second: str | None) -> tuple[int, Row]:
     return number, inspect(_selected[number], second)
 
 
-def inspect_all(selected: list[Specialisation], jobs: int, second: Path) -> list[Row]:
+def inspect_all(selected: list[Specialisation], jobs: int, second: str | None) -> list[Row]:
     """Rows in the order of ``selected``."""
     _selected[:] = selected
     rows: list[Row] = [{}] * len(selected)
@@ -378,12 +379,16 @@ def main() -> None:
     wanted = list((calls_of(arguments.calls) if arguments.calls else calls)(arguments.all))
     found = [spec for arch in arguments.arch for spec in record(wanted, arch) if arguments.only in spec.name]
     selected = select(found, arguments.all)
-    second = arguments.ptxas or assembler(100)
-    rows = inspect_all(selected, arguments.jobs, second)
+    second = assembler.assembler(str(arguments.ptxas)) if arguments.ptxas else assemblers(90)[1]
+    if arguments.ptxas and second is None:
+        sys.exit(f"--ptxas is {arguments.ptxas}; it must be a ptxas that runs")
+    rows = inspect_all(selected, arguments.jobs, second and second.path)
     versions: dict[str, list[str]] = {}
     for arch in arguments.arch:
-        versions.setdefault(release(assembler(arch)), []).append(f"sm_{arch}")
-    report = {"triton": triton.__version__, "ptxas": versions, "second_ptxas": release(second), "rows": rows}
+        versions.setdefault(str(assemblers(arch)[0]), []).append(f"sm_{arch}")
+    report = {
+        "triton": triton.__version__, "ptxas": versions, "second_ptxas": second and str(second), "rows": rows,
+    }  # fmt: skip
     if arguments.markdown:
         arguments.markdown.write_text(page(report))
     if arguments.json:

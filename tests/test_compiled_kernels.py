@@ -22,7 +22,7 @@ ARCHITECTURES = (80, 90, 100)
 COMMITTED = ROOT / "benchmarks" / "results" / "compiled.json"
 RESULTS = "benchmarks/results/compiled"
 REMEDY = f"if that is meant: python -m benchmarks.compiled --json {RESULTS}.json --markdown {RESULTS}.md"
-IDENTITY = ("kernel", "arch", "dtype", "tile", "top_k", "branches", "warps", "stages")
+IDENTITY = ("kernel", "arch", "dtype", "tile", "odd", "top_k", "branches", "warps", "stages")
 PROPERTIES = ("compiles", "spills", "tensor cores", "float32", "shared memory", "registers")
 
 
@@ -52,9 +52,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def test_a_part_of_them_is_sound(tmp_path: Path) -> None:
-    """The forward kernels for sm_90, at every tile: what a quick run has time for."""
+    """The forward kernels for sm_90, at every tile and at odd sizes: what a quick run has time for."""
     rows = compiled(tmp_path, "--arch", "90", "--only", "_forward_kernel")["rows"]
     assert {row["kernel"].split(".")[0] for row in rows} == {"expert_linear", "timestep_gate"}
+    assert {row["odd"] for row in rows} == {True, False}
     assert [describe(row) for row in rows if row["faults"]] == []
 
 
@@ -178,7 +179,29 @@ def test_the_page_is_of_the_committed_report(committed: dict) -> None:
     from benchmarks.compiled import page
 
     text = COMMITTED.with_suffix(".md").read_text()
-    assert page(committed["rows"], committed["triton"]) == text, REMEDY
+    assert page(committed) == text, REMEDY
+
+
+def test_the_committed_report_is_of_what_the_newest_torch_brings(committed: dict) -> None:
+    """Triton 3.7, which torch 2.13 pins, and its two assemblers."""
+    assert committed["triton"].startswith("3.7.")
+    assert committed["ptxas"].keys() == {"12.8.93", "13.1.80"}
+    assert committed["second_ptxas"] == "13.1.80"
+    compared = {row["arch"] for row in committed["rows"] if "same_under_both" in row}
+    assert compared == {80, 90}
+
+
+@pytest.mark.parametrize(("option", "same"), [("", True), ("--opt-level 1", False)])
+def test_other_machine_code_is_seen(option: str, same: bool, tmp_path: Path) -> None:
+    """Triton's own assembler as the second one, and with less optimisation."""
+    from benchmarks.assembler import of_triton
+
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text(f'#!/bin/sh\nexec "{of_triton(90)[0].path}" {option} "$@"\n')
+    ptxas.chmod(0o755)
+    arguments = ["--arch", "90", "--only", "merge_experts", "--ptxas", str(ptxas)]
+    rows = compiled(tmp_path, *arguments)["rows"]
+    assert {row["same_under_both"] for row in rows} == {same}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

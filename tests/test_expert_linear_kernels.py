@@ -307,8 +307,7 @@ MUTATIONS = {
     "forgets dr in dx": ("dx += grad + grad *", "dx += grad *"),
     "forgets to start P anew": ("            p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)\n", ""),
     "swaps the experts' gradients": (
-        "gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, e, M, TOP_K)",
-        "gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, M - 1 - e, M, TOP_K)",
+        "weight = weights[e] + gate", "weight = weights[M - 1 - e] + gate",
     ),
     "leaves the bias out of dgate": ("grad_gate += tl.sum(s * b.to(tl.float32))", "pass"),
     "does not transpose": ("D_OUT, D_IN, 1, D_OUT, M", "D_OUT, D_IN, D_IN, 1, M"),

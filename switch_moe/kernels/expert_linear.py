@@ -118,11 +118,11 @@ def _grad_weight(
 
 
 @triton.jit
-def _all_chosen(index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexpr):
-    """Experts and gates of a sample as tuples, empty where k is large."""
+def _all_chosen(index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexpr, ALWAYS: tl.constexpr):
+    """Experts and gates of a sample as tuples; empty where k is large, but ALWAYS."""
     experts = ()
     gates = ()
-    if TOP_K <= _UNROLLED:
+    if ALWAYS or TOP_K <= _UNROLLED:
         for j in tl.static_range(TOP_K):
             expert, gate = chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
             experts = experts + (expert,)  # type: ignore[assignment]  # noqa: RUF005  no unpacking in Triton
@@ -213,7 +213,7 @@ def _forward_kernel(
     A program owns [BLOCK_M, BLOCK_N] of a sample's output; it reads k weight tiles for each x tile.
     """
     sample, t0, n0 = _sample_tile(schedule_ptr, tokens, D_OUT, BLOCK_M, BLOCK_N)
-    experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K)
+    experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K, False)
     row = sample * tokens + t0
     mixture = _merged_product(
         x_ptr, x_ptr, row, tokens - t0, weight_ptr, n0, experts, gates, index_ptr, gate_ptr, sample,
@@ -251,7 +251,7 @@ def _grad_x_kernel(
     A program owns [BLOCK_M, BLOCK_N] of a sample's gradient.
     """
     sample, t0, n0 = _sample_tile(schedule_ptr, tokens, D_IN, BLOCK_M, BLOCK_N)
-    experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K)
+    experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K, False)
     row = sample * tokens + t0
     total = _merged_product(
         grad_ptr, x_ptr, row, tokens - t0, weight_ptr, n0, experts, gates, index_ptr, gate_ptr, sample,
@@ -292,19 +292,7 @@ def _add_tokens(
 
 
 @triton.jit
-def _gate_of(index_ptr, gate_ptr, sample, expert: tl.constexpr, M: tl.constexpr, TOP_K: tl.constexpr):
-    """The gate of one expert for a sample, and whether it was chosen."""
-    total = 0.0
-    is_chosen = False
-    for j in tl.static_range(TOP_K):
-        found, gate = chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
-        total += tl.where(found == expert, gate, 0.0)
-        is_chosen |= found == expert
-    return total, is_chosen
-
-
-@triton.jit
-def _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M: tl.constexpr, TOP_K: tl.constexpr):
+def _add_scaled(weights, biases, p, s, experts, gates, M: tl.constexpr, TOP_K: tl.constexpr):
     """The accumulators of all M experts, with ``gate_e P`` and ``gate_e s`` more for those chosen.
 
     The others take nothing, not P times 0, which would be NaN where P is not finite.
@@ -312,7 +300,11 @@ def _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M: tl.conste
     new_weights = ()
     new_biases = ()
     for e in tl.static_range(M):
-        gate, is_chosen = _gate_of(index_ptr, gate_ptr, sample, e, M, TOP_K)
+        gate = 0.0
+        is_chosen = False
+        for j in tl.static_range(TOP_K):
+            gate += tl.where(experts[j] == e, gates[j], 0.0)
+            is_chosen |= experts[j] == e
         weight = weights[e] + gate * tl.where(is_chosen, p, 0.0)
         bias = biases[e] + gate * tl.where(is_chosen, s, 0.0)
         new_weights = new_weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
@@ -363,16 +355,16 @@ def _grad_weights_kernel(
         )  # fmt: skip
         if t0 + BLOCK_K >= tokens:
             # P is complete here. First it meets the chosen weights: <P, W_e> is this tile's share of dg.
+            experts, gates = _all_chosen(index_ptr, gate_ptr, sample, M, TOP_K, True)
             for j in tl.static_range(TOP_K):
-                expert, _ = chosen(index_ptr, gate_ptr, sample * TOP_K + j, M)
-                w = tl.load(weight_ptr + expert * (D_IN * D_OUT) + place, mask=mask, other=0.0)
+                w = tl.load(weight_ptr + experts[j] * (D_IN * D_OUT) + place, mask=mask, other=0.0)
                 grad_gate = tl.sum(p * w.to(tl.float32))
                 if owns_bias:
-                    b = tl.load(bias_ptr + expert * D_OUT + n0 + n, mask=column_mask, other=0.0)
+                    b = tl.load(bias_ptr + experts[j] * D_OUT + n0 + n, mask=column_mask, other=0.0)
                     grad_gate += tl.sum(s * b.to(tl.float32))
                 tl.store(grad_gate_ptr + (tile.to(tl.int64) * batch + sample) * TOP_K + j, grad_gate)
             # Then every accumulator takes P, with gate 0 where the sample did not choose the expert.
-            weights, biases = _add_scaled(weights, biases, p, s, index_ptr, gate_ptr, sample, M, TOP_K)
+            weights, biases = _add_scaled(weights, biases, p, s, experts, gates, M, TOP_K)
             p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             s = tl.zeros([BLOCK_N], tl.float32)
     # Each split writes a copy of its own, which sum_partials adds in a fixed order: atomics would not repeat.
