@@ -1,9 +1,12 @@
-"""The calls that compare.py times in two revisions. It uses the public API alone, and runs as a script with
-PYTHONPATH at a revision's tree: ``timing`` is the module beside this file, switch_moe the revision's.
+"""The calls that compare.py times in two revisions. It runs as a script with PYTHONPATH at a revision's tree:
+``timing`` is the module beside this file, switch_moe the revision's. Outside host_time it uses the public API
+alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import statistics
 import sys
@@ -45,6 +48,28 @@ def both(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], Any
     return run
 
 
+def host_time() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The Python of the kernels of expert_linear, on meta tensors and with launches left out."""
+    kernels = importlib.import_module("switch_moe.kernels.expert_linear")
+    experts = importlib.import_module("switch_moe.experts").LinearExperts
+    for name, module in list(sys.modules.items()):
+        if name.startswith("switch_moe.kernels.") and hasattr(module, "launch"):
+            module.launch = lambda *_, **__: None
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, gate = empty(64, 256, 384), empty(64, 2, dtype=torch.float32)
+    chosen = experts(empty(3, 384, 384), empty(3, 384), empty(64, 2, dtype=torch.int32), gate)
+
+    def forward() -> Any:
+        return kernels.forward(x, chosen, True, True)
+
+    yield "Python of the kernels, forward", forward
+    backward = lambda: kernels.backward(x, x, chosen, forward()[1], True, [True] * 4)  # noqa: E731
+    yield "Python of the kernels, forward+backward", backward
+
+
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each case by name."""
     for dtype in DTYPES:
@@ -64,6 +89,9 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     selected = torch.zeros(1000, 28, 3, device=DEVICE)
     selected.scatter_(2, torch.randn(1000, 28, 3, device=DEVICE).topk(2).indices, 1.0)
     yield "DiffusionPrior.match n=84", lambda: prior.match(selected.flatten(1))
+    if DEVICE == "cpu":
+        with contextlib.suppress(ImportError):  # without Triton there is none
+            yield from host_time()
 
 
 def main() -> None:

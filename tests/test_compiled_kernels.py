@@ -87,7 +87,8 @@ def launched_kernels() -> list[str]:
     for path in (ROOT / "switch_moe" / "kernels").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "launch":
-                found.add(f"{path.stem}.{ast.unparse(node.args[0])}")
+                names = {part.id for part in ast.walk(node.args[0]) if isinstance(part, ast.Name)}
+                found |= {f"{path.stem}.{name}" for name in names if name.endswith("_kernel")}
     return sorted(found)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..experts import schedule_size
 from ._launch import cdiv, launch
 
-_BLOCK = 64
+_BLOCK = 32
 
 
 def dispatch(expert_index: Tensor, num_experts: int) -> Tensor:

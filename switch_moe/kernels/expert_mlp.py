@@ -41,7 +41,7 @@ def _tiles(kernel: str, of_x: Kind, tokens: int, inner: int, columns: int, gated
     if kernel == "weight_grad":
         return tile._replace(BLOCK_K=min(tile.BLOCK_K, max(16, triton.next_power_of_2(tokens))))
     if tile.BLOCK_M > 64 >= tokens:
-        half = large_epilogue or in_float32
+        half = large_epilogue or (in_float32 and kernel == "hidden_grad")
         return tile._replace(BLOCK_M=64, BLOCK_N=64 if half else 128, num_warps=4)
     return tile
 
