@@ -1,4 +1,4 @@
-.PHONY: install test tritons fuzz lint format bench bench-report gpu
+.PHONY: install test tritons fuzz kill-test lint format bench bench-report gpu
 
 install:
 	pip install -e ".[dev]"
@@ -13,6 +13,10 @@ tritons:
 # 10,000 random calls of every operation against float64, then 5,000 during which memory must not grow.
 fuzz:
 	python tests/fuzz_ops.py --calls 10000 --memory 5000 $(ARGS)
+
+# 100 kills of a training run at random moments; every run must end the same to the bit.
+kill-test:
+	python tests/kill_run.py --kills 100 $(ARGS)
 
 lint:
 	ruff check .

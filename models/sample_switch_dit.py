@@ -54,7 +54,7 @@ def run(config: SampleConfig) -> Path:
     check_positive(guidance=config.guidance)
     device = resolve_device(config.device)
     path = _free_path(config)
-    model, diffusion = load_checkpoint(Path(config.run) / "checkpoint", config.weights)
+    model, diffusion = load_checkpoint(Path(config.run) / "weights", config.weights)
     model.to(device)
     if model.num_classes:
         classes = list(config.labels) or list(range(model.num_classes))

@@ -14,6 +14,8 @@ are in its folder:
     python models/train_switch_dit.py --routing none --name dense
     python models/train_switch_dit.py --routing dtr --name masks
 
+Interrupted at any moment, the same command goes on where it was, and ends with the same weights to the bit.
+
 Images of your own, from an .npz file with images (uint8 [n, H, W, C], H = W) and labels (integers from 0):
 
     python models/train_switch_dit.py --data my_images.npz --model S/2 --steps 20000 --lr 1e-4 --cuda-graph
@@ -35,7 +37,8 @@ import tyro
 from switch_dit.data import load_images
 from switch_dit.metrics import evaluate
 from switch_dit.plots import plot_loss, plot_routing, plot_samples
-from switch_dit.trainer import TrainConfig, Trainer, make_run_folder
+from switch_dit.resume import locked
+from switch_dit.trainer import Interrupted, TrainConfig, Trainer, run_folder, settings_of
 from torch import Tensor
 
 
@@ -48,16 +51,22 @@ def run(config: TrainConfig) -> dict[str, Any]:
             f"batch_size is {config.batch_size}; {config.data} has {len(images.train)} training images"
         )
     trainer = Trainer(config, images)
-    folder = make_run_folder(config)
-    settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()
-    }
+    folder = run_folder(config)
+    with locked(folder):
+        return run_in(folder, config, trainer)
+
+
+def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
+    """The run in its folder, which this process holds the lock of."""
+    images = trainer.images
     environment = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(trainer.device),
     }
-    (folder / "config.json").write_text(json.dumps({**settings, "environment": environment}, indent=2) + "\n")
+    draft = folder / "config.incomplete"
+    draft.write_text(json.dumps({**settings_of(config), "environment": environment}, indent=2) + "\n")
+    draft.replace(folder / "config.json")
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
         f"{config.model} ({config.routing}), {parameters / 1e6:.2f} M parameters, on {trainer.device} in "
@@ -67,12 +76,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         rows = trainer.fit(folder)
-    except KeyboardInterrupt:
+    except Interrupted as interrupted:
         trainer.save(folder)
-        raise SystemExit(
-            f"\ninterrupted after {trainer.steps_done} of {config.steps} steps; the weights so far are in "
-            f"{folder / 'checkpoint'}/"
-        ) from None
+        raise SystemExit(f"\n{interrupted}; the weights so far are in {folder / 'weights'}/") from None
     training_seconds = time.perf_counter() - started
     trainer.save(folder)
     tail = rows[-max(1, len(rows) // 10) :]

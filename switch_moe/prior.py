@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ops._checks import check_integers, check_positive, check_shape, check_tensors, check_top_k
+from .ops._checks import (
+    check_device,
+    check_integers,
+    check_positive,
+    check_shape,
+    check_tensors,
+    check_top_k,
+)
 from .ops.diffusion_prior import diffusion_prior_loss
 from .ops.match_columns import MOST_TIMESTEPS, match_columns
 
@@ -72,7 +79,7 @@ class DiffusionPrior(nn.Module):
         self.table = self.table.copy_(fresh) if self.table.dtype == fresh.dtype else fresh
 
     @torch.no_grad()
-    def match(self, selected: Tensor, prices: Tensor | None = None) -> Tensor:
+    def match(self, selected: Tensor, prices: Tensor | None = None, *, ties: Tensor | None = None) -> Tensor:
         """The column of the table that each expert of the model is matched to.
 
         Nothing waits for the host, and a CUDA graph can capture it.
@@ -82,15 +89,22 @@ class DiffusionPrior(nn.Module):
             prices: optional, int64 ``[L*M]``, updated in place: begin with zeros and pass it again, and
                 tables that change little between calls are matched faster (see ``linear_assignment``). How
                 ties break then depends on earlier calls: to repeat a run exactly, save it too.
+            ties: optional, ``[2, L*M]`` numbers whose order permutes the two sides, so that how ties break is
+                a function of them; by default torch's generator on the device decides.
 
         Returns:
-            int64 ``[L*M]``, a permutation at the least ``sum |selected - table|``. Ties break at random, from
-            torch's default generator on the device: both sides are permuted before the matching.
+            int64 ``[L*M]``, a permutation at the least ``sum |selected - table|``. Ties break at random: both
+            sides are permuted before the matching.
         """
         check_tensors(selected=selected)
         check_shape("selected", selected, tuple(self.table.shape))
         slots = self.table.shape[1]
-        if selected.device.type == "cpu":
+        if ties is not None:
+            check_tensors(ties=ties)
+            check_shape("ties", ties, (2, slots))
+            check_device("ties", ties, selected.device)
+            of_model, of_table = ties.argsort(stable=True, dim=-1)
+        elif selected.device.type == "cpu":
             of_model, of_table = (torch.randperm(slots, device="cpu") for _ in range(2))
         else:  # fewer launches
             of_model, of_table = torch.rand(2, slots, device=selected.device).argsort(-1)

@@ -44,7 +44,7 @@ def make_model(hidden_size: int = 32) -> SwitchDiT:
 def step(model: SwitchDiT, batch: int) -> None:
     """A training step with the prior, and a sampling step of one timestep."""
     x, t, y = torch.randn(batch, 1, 8, 8), torch.zeros(batch, dtype=torch.int64), torch.zeros(batch).long()
-    model.diffusion_prior_loss = lambda routing, t, match: model.prior.loss(
+    model.diffusion_prior_loss = lambda routing, t, match, ties: model.prior.loss(
         routing.probs.transpose(0, 1).flatten(1), t, model.assignment
     )  # without the matching, which has no Triton kernel
     out, prior_loss = model.forward_with_prior(x, t, y)

@@ -117,10 +117,12 @@ class LabelEmbedder(nn.Module):
         self.num_classes, self.dropout = num_classes, dropout
         self.embedding_table = nn.Embedding(num_classes + (dropout > 0), hidden_size)
 
-    def forward(self, y: Tensor) -> Tensor:
-        if self.training and self.dropout > 0:
-            dropped = torch.rand(y.shape, device=y.device) < self.dropout
-            y = torch.where(dropped, self.num_classes, y)
+    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Where ``drop``, bool [B], the label is left out; without it training leaves out a random share."""
+        if drop is None and self.training and self.dropout > 0:
+            drop = torch.rand(y.shape, device=y.device) < self.dropout
+        if drop is not None:
+            y = torch.where(drop, self.num_classes, y)
         return self.embedding_table(y)
 
 
@@ -398,7 +400,15 @@ class SwitchDiT(nn.Module):
         return self.router(self.t_embedder(timesteps), selected=True)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, with_prior: bool = False, match: bool = True
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        *,
+        with_prior: bool = False,
+        match: bool = True,
+        drop: Tensor | None = None,
+        ties: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
@@ -407,22 +417,31 @@ class SwitchDiT(nn.Module):
         an unconditional model takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero
         without experts. Without ``match`` it takes the assignment of the last call that matched.
 
+        Training is random in two places, unless it is told the outcome: ``drop``, bool [B], says whose labels
+        are left out, and ``ties``, [2, L*M], how the matching breaks ties (see DiffusionPrior.match).
+
         Raises ``ValueError`` or ``TypeError`` for an argument that does not fit; timesteps and labels are
         looked at on a CPU only.
         """
         check_flags(with_prior=with_prior, match=match)
         self._check_inputs(x, t, y)
+        if drop is not None:
+            check_tensors(drop=drop)
+            check_dtype("drop", drop, torch.bool)
+            check_shape("drop", drop, (x.shape[0],))
+            if y is None or self.y_embedder.dropout == 0:
+                raise ValueError("drop is given; the model has no null label to put in the place of a label")
         if with_prior or self.routing == "dtr":
             check_dtype("t", t, torch.int64, torch.int32)
         e = self.t_embedder(t)  # [B, D]
         routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
-        c = e if y is None else e + self.y_embedder(y)  # [B, D]
+        c = e if y is None else e + self.y_embedder(y, drop)  # [B, D]
         c = c.to(self.final_layer.linear.weight.dtype)
         if with_prior:
             # The prior needs the routing only, and little of a GPU. SideStream's two conditions hold: the
             # routing lives until join below, and embedder and router run outside autocast.
             with SideStream(x.device) as side:
-                prior_loss = self.diffusion_prior_loss(routing, t, match)
+                prior_loss = self.diffusion_prior_loss(routing, t, match, ties)
         h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         for block, of_block in zip(self.blocks, self.block_routings(routing, t), strict=True):
             h = block(h, c, *of_block)
@@ -456,12 +475,15 @@ class SwitchDiT(nn.Module):
             labels = self.y_embedder.embedding_table.num_embeddings
             check_range("y", y, labels, "the classes and, if trained with dropout, the null label")
 
-    def diffusion_prior_loss(self, routing: Routing | None, t: Tensor, match: bool) -> Tensor:
+    def diffusion_prior_loss(
+        self, routing: Routing | None, t: Tensor, match: bool, ties: Tensor | None = None
+    ) -> Tensor:
         """The diffusion prior loss, a scalar, of the routing at t; with ``match``, of a new assignment."""
         if routing is None:
             return torch.zeros((), device=t.device)
         if match:
-            self.assignment.copy_(self.prior.match(self.route_all_timesteps().selected()))
+            selected = self.route_all_timesteps().selected()
+            self.assignment.copy_(self.prior.match(selected, ties=ties))
         probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
         return self.prior.loss(probs, t, self.assignment)
 
@@ -471,10 +493,16 @@ class SwitchDiT(nn.Module):
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p)
 
     def forward_with_prior(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, match: bool = True
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        match: bool = True,
+        drop: Tensor | None = None,
+        ties: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``forward`` with ``with_prior``. It calls the module, so that hooks (FSDP's) run."""
-        return self(x, t, y, with_prior=True, match=match)
+        return self(x, t, y, with_prior=True, match=match, drop=drop, ties=ties)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598) on all channels of the noise.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.graphs import GraphedStep
 from switch_dit.model import PRESETS, ROUTINGS, create_model
+from switch_dit.randomness import Stream, normal
+from switch_dit.resume import Checkpoints, stop_on_signals
 from switch_dit.sampling import sample
 from switch_moe.ops._checks import (
     check_choice,
@@ -92,7 +95,13 @@ class TrainConfig:
     output: Path = Path("runs")
     """The folder that holds all runs."""
     name: str = ""
-    """The folder of this run inside output, which must not exist. By default it is named after the data."""
+    """The folder of this run inside output. By default it is named after the data."""
+    resume: bool = True
+    """Whether the run in that folder goes on where it was interrupted. Otherwise a new folder is made."""
+    checkpoint_every: int = 300
+    """A checkpoint to go on from is written every this many steps, and at the end."""
+    keep_checkpoints: int = 2
+    """The last this many of them are kept, 2 or more."""
     log_every: int = 20
     """stats.jsonl gets a line every this many steps."""
     # -- sampling at the end
@@ -108,7 +117,9 @@ class TrainConfig:
         check_integers(
             steps=self.steps, batch_size=self.batch_size, log_every=self.log_every,
             num_experts=self.num_experts, sample_steps=self.sample_steps, prior_every=self.prior_every,
+            checkpoint_every=self.checkpoint_every,
         )  # fmt: skip
+        check_integers(2, keep_checkpoints=self.keep_checkpoints)
         check_integers(0, warmup=self.warmup, generated=self.generated)
         check_integers(0, 2**32 - 1, seed=self.seed)
         check_positive(lr=self.lr, guidance=self.guidance)
@@ -119,7 +130,7 @@ class TrainConfig:
         check_top_k(self.top_k, self.num_experts)
         check_flags(
             learn_sigma=self.learn_sigma, conditional=self.conditional, lr_decay=self.lr_decay,
-            compile=self.compile, cuda_graph=self.cuda_graph,
+            compile=self.compile, cuda_graph=self.cuda_graph, resume=self.resume,
         )  # fmt: skip
         check_choice("model", self.model, PRESETS)
         check_choice("routing", self.routing, ROUTINGS)
@@ -153,7 +164,7 @@ class TrainConfig:
         device = resolve_device(self.device)
         if self.cuda_graph and device.type != "cuda":
             raise ValueError(f"cuda_graph is True; it needs a GPU, and the device is {device}")
-        if self.name and (self.output / self.name).exists():
+        if not self.resume and self.name and (self.output / self.name).exists():
             raise ValueError(f"name is {self.name!r}; {self.output / self.name} exists, choose another")
 
 
@@ -163,16 +174,46 @@ def _can_hold_runs(folder: Path) -> bool:
     return nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
-def make_run_folder(config: TrainConfig) -> Path:
-    """Creates and returns the folder of the run; an existing one is never written to."""
+# What may differ where a run goes on: where and how fast it runs, and what is done with the result.
+_FREE = (
+    "device", "compile", "cuda_graph", "output", "name", "resume", "checkpoint_every", "keep_checkpoints",
+    "guidance", "sample_steps", "generated",
+)  # fmt: skip
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """All settings as JSON holds them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The folder of the run, made where it is missing; without ``resume`` always a new one.
+
+    ``ValueError`` that names a setting which the run there has otherwise.
+    """
     base = config.name or Path(config.data).stem
+    if config.resume and (config.output / base / "config.json").exists():
+        folder = config.output / base
+        try:
+            before = json.loads((folder / "config.json").read_text())
+        except ValueError:
+            raise ValueError(f"{folder / 'config.json'} is broken; choose another name") from None
+        for key, value in settings_of(config).items():
+            if key not in _FREE and before.get(key) != value:
+                raise ValueError(
+                    f"{key} is {value!r}, and the run in {folder} has {before.get(key)!r}; give it the same, "
+                    "or choose another name, or --no-resume"
+                )
+        return folder
     for number in range(1, 10_000):
         folder = config.output / (base if number == 1 else f"{base}-{number}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
             if config.name:
-                raise ValueError(f"name is {config.name!r}; {folder} exists, choose another") from None
+                raise ValueError(
+                    f"name is {config.name!r}; {folder} exists and holds no run, choose another"
+                ) from None
             continue
         return folder
     raise ValueError(f"output {config.output} is full of runs named {base}")
@@ -182,6 +223,28 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then a constant rate or a cosine to zero."""
     rate = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
     return rate * (0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.lr_decay else 1.0)
+
+
+class Interrupted(Exception):
+    """A signal has stopped the run, after a checkpoint."""
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, float]]:
+    """The lines of stats.jsonl up to a step; the file is cut off there, as what follows is computed again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the process was killed while it wrote
+            break
+        if row["step"] > step:
+            break
+        rows.append(row)
+    draft = path.with_suffix(".incomplete")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draft.replace(path)
+    return rows
 
 
 class Trainer:
@@ -231,14 +294,33 @@ class Trainer:
         self.advance = GraphedStep(self._advance) if config.cuda_graph else self._advance
         self.train_images = images.train.to(self.device)  # bytes: a batch is scaled on the device
         self.train_labels = images.train_labels.to(self.device)
+        # Every random number is a function of the seed, the step and the sample's position in the batch.
+        self.of_samples, self.of_ties = Stream(config.seed, 0), Stream(config.seed, 1)
+        self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step
+        self.positions = torch.arange(config.batch_size, device=self.device)
+
+    def draw(self, number: Tensor | int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """What is random about the samples of a step: noise [B, *shape], timesteps [B], and dropped labels,
+        bool [B].
+        """
+        count = math.prod(shape)
+        uniform = self.of_samples.uniform(number, self.positions, 4 + 2 * -(-count // 2))
+        t = (uniform[:, 0] * self.diffusion.num_timesteps).long()
+        noise = normal(uniform[:, 4:])[:, :count].view(-1, *shape)
+        return noise, t, uniform[:, 1] < self.config.label_dropout
 
     def loss_terms(self, x_start: Tensor, y: Tensor | None, match: bool = True) -> dict[str, Tensor]:
-        """Batch means of mse, vb (zero without learned variance) and prior, at random timesteps."""
-        t = torch.randint(self.diffusion.num_timesteps, (x_start.shape[0],), device=self.device)
-        noise = torch.randn_like(x_start)
+        """Batch means of mse, vb (zero without learned variance) and prior, at the step's timesteps."""
+        noise, t, drop = self.draw(self.number, x_start.shape[1:])
         x_t = self.diffusion.q_sample(x_start, t, noise)
+        told: dict[str, Tensor] = {}
+        if y is not None and self.config.label_dropout > 0:
+            told["drop"] = drop
+        if self.config.routing == "switch" and match:
+            slots = len(self.model.assignment)
+            told["ties"] = self.of_ties.uniform(self.number, self.positions[:2], slots)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            out, prior = self.with_prior(x_t, t, y, match)
+            out, prior = self.with_prior(x_t, t, y, match, **told)
         losses = self.diffusion.training_losses(out, x_start, x_t, t, noise)
         terms = {name: value.mean() for name, value in losses.items()}
         return {"mse": terms["mse"], "vb": terms.get("vb", torch.zeros_like(prior)), "prior": prior}
@@ -249,6 +331,7 @@ class Trainer:
         The moving average's decay starts low, so that the first weights are soon forgotten. Nothing here
         waits for a GPU: the indices are copied from pinned memory.
         """
+        self.number.fill_(number)
         self.rate.fill_(learning_rate(self.config, number))
         self.ema_weight.fill_(1 - min(self.config.ema_decay, number / (9 + number)))
         if self.device.type == "cuda":
@@ -270,42 +353,103 @@ class Trainer:
             torch._foreach_add_(averaged, change)
         return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a run carries from step to step, by name: weights, averages, optimizer, assignment."""
+        found = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        found |= {f"ema.{name}": p.detach() for name, p in self.ema.named_parameters()}
+        found |= {f"buffer.{name}": b for name, b in self.model.named_buffers() if name == "assignment"}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            state = self.optimizer.state[parameter]
+            if not state:  # as AdamW makes it at its first step
+                state["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+            found |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+        return found
+
+    def restore(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
+        """Goes back to the newest checkpoint that is whole; its state, or None where there is none."""
+        state = checkpoints.latest()
+        if state is not None:
+            checkpoints.load(state["step"], self.tensors())
+        return state
+
     def fit(self, folder: Path) -> list[dict[str, float]]:
-        """All steps, with a progress bar; writes stats.jsonl as it goes and returns its rows."""
-        config, self.steps_done = self.config, 0
+        """The steps that are left, with a progress bar; writes stats.jsonl as it goes and returns its rows.
+
+        It goes on from the newest checkpoint in the folder. SIGTERM and SIGINT save one more and raise
+        :class:`Interrupted`.
+        """
+        config = self.config
+        checkpoints = Checkpoints(folder / "checkpoint", config.keep_checkpoints)
+        state = self.restore(checkpoints)
+        done = self.steps_done = 0 if state is None else state["step"]
+        rows = _rows_until(folder / "stats.jsonl", done)
+        pending = [torch.tensor(values, device=self.device) for values in state["pending"]] if state else []
+        names = ["loss", "mse", "vb", "prior"]
+        if done:
+            print(f"going on from step {done} of {config.steps}, from {checkpoints.folder}", flush=True)
         self.model.train()
-        rows: list[dict[str, float]] = []
-        sums: dict[str, Tensor] = {}
-        logged, logged_at = 0, time.perf_counter()
+        logged_at, timed = time.perf_counter(), len(pending)
         order = batches(len(self.train_images), config.batch_size, config.seed)
+        order = itertools.islice(order, done, None)
         with (
-            open(folder / "stats.jsonl", "w") as stats,
-            tqdm(total=config.steps, desc="training", unit="step") as bar,
+            open(folder / "stats.jsonl", "a") as stats,
+            tqdm(total=config.steps, initial=done, desc="training", unit="step") as bar,
+            stop_on_signals() as stop,
         ):
-            for number, chosen in zip(range(config.steps), order, strict=False):
-                for name, value in self.step(number, chosen).items():
-                    sums[name] = sums.get(name, 0) + value
+            for number, chosen in zip(range(done, config.steps), order, strict=False):
+                terms = self.step(number, chosen)
+                pending.append(torch.stack([terms[name].float() for name in names]))
                 bar.update()
                 done = self.steps_done = number + 1
-                if done % config.log_every and done != config.steps:
-                    continue
-                now, since = time.perf_counter(), done - logged
-                means = {name: float(value) / since for name, value in sums.items()}
-                if not math.isfinite(means["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {means['loss']} at step {done}; a smaller lr may help"
+                last = done == config.steps
+                if done % config.log_every == 0 or last:
+                    values = self._checked(pending, done)
+                    now = time.perf_counter()
+                    rate = (len(pending) - timed) * config.batch_size / (now - logged_at)
+                    means = dict(zip(names, values.double().mean(0).tolist(), strict=True))
+                    rows.append({"step": done, **means, "lr": learning_rate(config, number),
+                                 "images_per_second": rate})  # fmt: skip
+                    stats.write(json.dumps(rows[-1]) + "\n")
+                    stats.flush()
+                    bar.set_postfix(
+                        loss=f"{means['loss']:.3f}", prior=f"{means['prior']:.3f}", images_s=f"{rate:.0f}"
                     )
-                rate = since * config.batch_size / (now - logged_at)
-                rows.append(
-                    {"step": done, **means, "lr": learning_rate(config, number), "images_per_second": rate}
-                )
-                stats.write(json.dumps(rows[-1]) + "\n")
-                stats.flush()
-                bar.set_postfix(
-                    loss=f"{means['loss']:.3f}", prior=f"{means['prior']:.3f}", images_s=f"{rate:.0f}"
-                )
-                sums, logged, logged_at = {}, done, now
+                    pending, timed, logged_at = [], 0, now
+                if done % config.checkpoint_every == 0 or last or stop.name:
+                    self._save_checkpoint(checkpoints, pending, done)
+                if stop.name and not last:
+                    kept = max(checkpoints.steps(), default=0)
+                    raise Interrupted(
+                        f"{stop.name} stopped the run after {done} of {config.steps} steps; the same command "
+                        f"goes on from step {kept}"
+                    )
         return rows
+
+    def _checked(self, pending: list[Tensor], done: int) -> Tensor:
+        """The terms of the steps since the last line, [n, 4] on the CPU; raises where one is not finite."""
+        values = torch.stack(pending).cpu() if pending else torch.zeros(0, 4)
+        wrong = (~values.isfinite().all(1)).nonzero()
+        if len(wrong):
+            number = done - len(pending) + int(wrong[0])
+            _, t, _ = self.draw(number, self.train_images.shape[1:])
+            order = batches(len(self.train_images), self.config.batch_size, self.config.seed)
+            chosen = next(itertools.islice(order, number, None))
+            raise FloatingPointError(
+                f"the loss is not finite at step {number + 1}, images {chosen.tolist()[:8]}..., timesteps "
+                f"{t.tolist()[:8]}...; a smaller lr may help. Nothing is saved after it"
+            )
+        return values
+
+    def _save_checkpoint(self, checkpoints: Checkpoints, pending: list[Tensor], done: int) -> None:
+        """Writes a checkpoint; a disk that is full is said, and the run goes on."""
+        state = {"pending": self._checked(pending, done).tolist(), "settings": settings_of(self.config)}
+        try:
+            checkpoints.save(done, self.tensors(), state)
+        except OSError as error:
+            tqdm.write(f"no checkpoint at step {done}: {error}. The last one stays, the run goes on.")
 
     def generate(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Samples of the moving average on the CPU, the classes in turn, and their labels."""
@@ -324,11 +468,11 @@ class Trainer:
         return images.cpu(), labels
 
     def save(self, folder: Path) -> None:
-        """The checkpoint of the run; ``FloatingPointError`` where the weights are not finite."""
+        """The weights alone, to sample from; ``FloatingPointError`` where the weights are not finite."""
         for name, parameter in self.model.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.steps_done}; nothing is saved"
                 )
         settings = {"model": self.model.settings, "diffusion": self.diffusion_settings}
-        save_checkpoint(folder / "checkpoint", self.model, self.ema, settings)
+        save_checkpoint(folder / "weights", self.model, self.ema, settings)
