@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from switch_dit.checkpoint import save_checkpoint
-from switch_dit.data import Images, batches
+from switch_dit.data import Data, batches, loaded, name_of
+from switch_dit.data.memory import mirrored
 from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.graphs import GraphedStep
@@ -52,7 +54,19 @@ class TrainConfig:
     """This share of the labels is replaced by the null label, for guidance."""
     # -- data
     data: str = "digits"
-    """What to train on: digits, or the path of an .npz file with images (uint8 [n, H, W, C]) and labels."""
+    """What to train on: digits, mnist-5k, fashion-mnist[:DIR], images:DIR (a folder of images per class),
+    latents:DIR (written by encode_latents.py), hf:NAME_OR_PATH (a set of the package datasets), or the path
+    of an .npz file with images (uint8 [n, H, W, C]) and labels."""
+    image_size: int = 0
+    """Images of images:DIR and hf:NAME are cropped to this many pixels, 0 is 32; other data has its size."""
+    flip: bool = False
+    """Whether half of the images are mirrored, chosen anew at each step."""
+    unreadable: Literal["fail", "skip"] = "fail"
+    """Whether an image that cannot be read ends the run, or the next one of its class takes its place."""
+    workers: int = 2
+    """This many processes read images or latents ahead; data in memory needs none."""
+    verify_data: bool = True
+    """Whether the checksums of latents are compared before the run."""
     conditional: bool = True
     """Whether the model sees class labels."""
     # -- training
@@ -109,7 +123,9 @@ class TrainConfig:
             steps=self.steps, batch_size=self.batch_size, log_every=self.log_every,
             num_experts=self.num_experts, sample_steps=self.sample_steps, prior_every=self.prior_every,
         )  # fmt: skip
-        check_integers(0, warmup=self.warmup, generated=self.generated)
+        check_integers(
+            0, warmup=self.warmup, generated=self.generated, image_size=self.image_size, workers=self.workers
+        )
         check_integers(0, 2**32 - 1, seed=self.seed)
         check_positive(lr=self.lr, guidance=self.guidance)
         check_numbers(
@@ -119,10 +135,11 @@ class TrainConfig:
         check_top_k(self.top_k, self.num_experts)
         check_flags(
             learn_sigma=self.learn_sigma, conditional=self.conditional, lr_decay=self.lr_decay,
-            compile=self.compile, cuda_graph=self.cuda_graph,
+            compile=self.compile, cuda_graph=self.cuda_graph, flip=self.flip, verify_data=self.verify_data,
         )  # fmt: skip
         check_choice("model", self.model, PRESETS)
         check_choice("routing", self.routing, ROUTINGS)
+        check_choice("unreadable", self.unreadable, ("fail", "skip"))
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
         for name, kinds in (("data", (str, Path)), ("output", (str, Path)), ("name", str), ("device", str)):
             value = getattr(self, name)
@@ -165,7 +182,7 @@ def _can_hold_runs(folder: Path) -> bool:
 
 def make_run_folder(config: TrainConfig) -> Path:
     """Creates and returns the folder of the run; an existing one is never written to."""
-    base = config.name or Path(config.data).stem
+    base = config.name or name_of(config.data)
     for number in range(1, 10_000):
         folder = config.output / (base if number == 1 else f"{base}-{number}")
         try:
@@ -184,6 +201,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return rate * (0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.lr_decay else 1.0)
 
 
+def flips_of(config: TrainConfig, step: int) -> Tensor:
+    """Which images of a step's batch are mirrored, bool [batch_size], from the seed and the step alone."""
+    if not config.flip:
+        return torch.zeros(config.batch_size, dtype=torch.bool, device="cpu")
+    generator = torch.Generator("cpu").manual_seed((config.seed << 31) + step)
+    return torch.rand(config.batch_size, generator=generator, device="cpu") < 0.5
+
+
 class Trainer:
     """Owns the model, its moving average, the optimizer and the data of one run.
 
@@ -191,13 +216,13 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, images: Images, create: Callable[..., torch.nn.Module] = create_model
+        self, config: TrainConfig, images: Data, create: Callable[..., torch.nn.Module] = create_model
     ) -> None:
         self.config, self.images, self.steps_done = config, images, 0
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
-        channels, height = images.train.shape[1:3]
+        channels, height = images.channels, images.size
         patch_size = PRESETS[config.model].patch_size
         if height % patch_size:
             raise ValueError(
@@ -229,8 +254,13 @@ class Trainer:
         if config.compile:
             self.with_prior = torch.compile(self.with_prior)
         self.advance = GraphedStep(self._advance) if config.cuda_graph else self._advance
-        self.train_images = images.train.to(self.device)  # bytes: a batch is scaled on the device
-        self.train_labels = images.train_labels.to(self.device)
+        # Bytes on the device, where a batch is scaled: the whole set, or the present batch of a set on disk.
+        held = images.in_memory
+        if held is None:
+            one, label = images.batch(torch.zeros(1, dtype=torch.int64), torch.full((1,), config.flip))
+            held = one.new_empty(config.batch_size, *one.shape[1:]), label.new_empty(config.batch_size)
+        self.train_images, self.train_labels = (tensor.to(self.device) for tensor in held)
+        self.flips = torch.zeros(config.batch_size, dtype=torch.bool, device=self.device)
 
     def loss_terms(self, x_start: Tensor, y: Tensor | None, match: bool = True) -> dict[str, Tensor]:
         """Batch means of mse, vb (zero without learned variance) and prior, at random timesteps."""
@@ -243,14 +273,28 @@ class Trainer:
         terms = {name: value.mean() for name, value in losses.items()}
         return {"mse": terms["mse"], "vb": terms.get("vb", torch.zeros_like(prior)), "prior": prior}
 
-    def step(self, number: int, chosen: Tensor) -> dict[str, Tensor]:
+    def step(
+        self, number: int, chosen: Tensor, batch: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One optimizer step on the training images ``chosen [B]``; the loss terms, detached.
+
+        ``batch`` are these images and their labels, where they were read ahead from a set on disk.
 
         The moving average's decay starts low, so that the first weights are soon forgotten. Nothing here
         waits for a GPU: the indices are copied from pinned memory.
         """
         self.rate.fill_(learning_rate(self.config, number))
         self.ema_weight.fill_(1 - min(self.config.ema_decay, number / (9 + number)))
+        if self.images.in_memory is None:
+            for held, read in zip(
+                (self.train_images, self.train_labels),
+                batch or self.images.batch(chosen, flips_of(self.config, number)),
+                strict=True,
+            ):
+                held.copy_(read, non_blocking=True)
+            chosen = torch.arange(len(chosen), device="cpu")
+        elif self.config.flip:
+            self.flips.copy_(flips_of(self.config, number))
         if self.device.type == "cuda":
             chosen = chosen.pin_memory().to(self.device, non_blocking=True)
         return self.advance(chosen, number % self.config.prior_every == 0)
@@ -258,7 +302,13 @@ class Trainer:
     def _advance(self, chosen: Tensor, match: bool) -> dict[str, Tensor]:
         """The part of a step that a CUDA graph can hold."""
         y = self.train_labels[chosen] if self.config.conditional else None
-        terms = self.loss_terms(self.images.scale(self.train_images[chosen]), y, match)
+        x = self.train_images[chosen]
+        if self.config.flip and self.images.in_memory is not None:
+            x = mirrored(x, self.flips)
+        noise = None
+        if self.images.needs_noise:
+            noise = torch.randn(len(x), self.images.channels, *x.shape[2:], device=self.device)
+        terms = self.loss_terms(self.images.scale(x, noise), y, match)
         loss = terms["mse"] + terms["vb"] + self.config.prior_weight * terms["prior"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -270,6 +320,18 @@ class Trainer:
             torch._foreach_add_(averaged, change)
         return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
 
+    def batches(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+        """The indices of each step, and the batch itself where it is read ahead from disk."""
+        config = self.config
+        order = batches(len(self.images), config.batch_size, config.seed)
+        if self.images.in_memory is not None:
+            yield from ((chosen, None) for chosen in order)
+            return
+        ahead, order = itertools.tee(order)
+        plan = ((chosen, flips_of(config, number)) for number, chosen in enumerate(ahead))
+        pin = self.device.type == "cuda"
+        yield from zip(order, loaded(self.images, plan, config.workers, pin), strict=True)
+
     def fit(self, folder: Path) -> list[dict[str, float]]:
         """All steps, with a progress bar; writes stats.jsonl as it goes and returns its rows."""
         config, self.steps_done = self.config, 0
@@ -277,13 +339,12 @@ class Trainer:
         rows: list[dict[str, float]] = []
         sums: dict[str, Tensor] = {}
         logged, logged_at = 0, time.perf_counter()
-        order = batches(len(self.train_images), config.batch_size, config.seed)
         with (
             open(folder / "stats.jsonl", "w") as stats,
             tqdm(total=config.steps, desc="training", unit="step") as bar,
         ):
-            for number, chosen in zip(range(config.steps), order, strict=False):
-                for name, value in self.step(number, chosen).items():
+            for number, (chosen, batch) in zip(range(config.steps), self.batches(), strict=False):
+                for name, value in self.step(number, chosen, batch).items():
                     sums[name] = sums.get(name, 0) + value
                 bar.update()
                 done = self.steps_done = number + 1
