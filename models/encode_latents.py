@@ -97,7 +97,7 @@ def run(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> None:
 
 
 def load_autoencoder(name: str, channels: int) -> Any:
-    """The AutoencoderKL ``name``, in evaluation mode; ``ValueError`` where it is none, or takes other images."""
+    """The AutoencoderKL ``name``, for evaluation; ``ValueError`` where it is none or takes other images."""
     from diffusers import AutoencoderKL
 
     inner = (Path(name) / "vae" / "config.json").is_file()
@@ -111,8 +111,8 @@ def load_autoencoder(name: str, channels: int) -> Any:
     except Exception as error:  # the hub, the network and broken files make diffusers raise almost anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"vae is {name!r}; diffusers cannot load it ({reason}); it must be an AutoencoderKL on the Hugging "
-            "Face hub, or the folder that save_pretrained wrote"
+            f"vae is {name!r}; diffusers cannot load it ({reason}); it must be an AutoencoderKL on the "
+            "Hugging Face hub, or the folder that save_pretrained wrote"
         ) from None
     if vae.config.in_channels != channels:
         raise ValueError(
@@ -139,8 +139,8 @@ def encoded(
         for name, values in zip(("mean", "std"), moments, strict=True):
             if not bool(values.isfinite().all()):
                 raise ValueError(
-                    f"dtype is {config.dtype!r}; a {name} of the images {int(piece[0])} to {int(piece[-1])} is "
-                    "not finite in it" + ("; float32 may hold it" if config.dtype == "float16" else "")
+                    f"dtype is {config.dtype!r}; a {name} of images {int(piece[0])} to {int(piece[-1])} is not "
+                    "finite in it" + ("; float32 may hold it" if config.dtype == "float16" else "")
                 )
         found.append((*moments, labels))
         bar.update(len(labels))
@@ -238,15 +238,10 @@ class Shards:
             "sha256": hashlib.sha256(content).hexdigest(),
             "mean": mean.mean().item(),
             "square": (mean.square() + std.square()).mean().item(),
-            "skipped": [
-                name for name in self.data.skipped if name in {self._name(row) for row in rows.tolist()}
-            ],
+            "skipped": {row: name for row, name in self.data.skipped.items() if row in rows},
         }
         self._write(self.file(number), content)
         self._write(self.file(number).with_suffix(".json"), _as_json(note))
-
-    def _name(self, row: int) -> str:
-        return self.data.name(row) if hasattr(self.data, "name") else str(row)
 
     def _write(self, path: Path, content: bytes) -> None:
         """Whole or not at all, and on the disk before this returns."""
@@ -278,7 +273,7 @@ class Shards:
         mean = sum(note["mean"] * note["count"] for note in notes) / total
         square = sum(note["square"] * note["count"] for note in notes) / total
         std = math.sqrt(max(square - mean**2, 0)) * scaling
-        skipped = [name for note in notes for name in note["skipped"]]
+        skipped = {row: name for note in notes for row, name in note["skipped"].items()}
         keys = ("file", "count", "bytes", "sha256")
         index = self.settings | {
             "scaled_mean": (mean - shift) * scaling,
@@ -287,17 +282,17 @@ class Shards:
             "shards": [{key: note[key] for key in keys} for note in notes],
         }
         self._write(self.folder / "index.json", _as_json(index))
+        for draft in self.folder.glob("shard-*.incomplete"):  # of runs that were killed
+            draft.unlink(missing_ok=True)
         print(f"{total} images in {self.count} files in {self.folder}; scaled standard deviation {std:.3f}")
         if skipped:
-            print(
-                f"{len(skipped)} images could not be read, others took their place: {', '.join(skipped[:3])}"
-                + (", ..." if len(skipped) > 3 else "")
-            )
+            names = ", ".join([*skipped.values()][:3]) + (", ..." if len(skipped) > 3 else "")
+            print(f"{len(skipped)} images could not be read, others took their place: {names}")
         if not 0.5 <= std <= 2:
+            right = f"{scaling / std:.4g}" if std else "another size"
             warnings.warn(
-                f"the latents have a standard deviation of {std:.3g} after scaling by {scaling}, and training "
-                f"wants about 1; a scaling_factor of {scaling / std if std else math.nan:.4g} in the config of the "
-                "autoencoder would give that",
+                f"the latents have a standard deviation of {std:.3g} after scaling by {scaling}; training wants "
+                f"about 1, as a scaling_factor of {right} in the config of the autoencoder would give",
                 stacklevel=2,
             )
 

@@ -96,8 +96,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
         + "\n  (loss = mse of the predicted noise + variational bound of its variance + weighted prior loss)"
     )
     if images.skipped:
-        summary["unreadable"] = images.skipped
-        names = ", ".join(images.skipped[:3]) + (", ..." if len(images.skipped) > 3 else "")
+        summary["unreadable"] = list(images.skipped.values())
+        names = ", ".join(summary["unreadable"][:3]) + (", ..." if len(images.skipped) > 3 else "")
         print(
             f"{len(images.skipped)} images could not be read, others of their class took their place: {names}"
         )

@@ -27,11 +27,14 @@ __all__ = [
 
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts it
 DEFAULT_SIZE = 32  # of pictures, where no image size is asked for
-_WANTED = "digits, mnist-5k, fashion-mnist[:DIR], images:DIR, latents:DIR, hf:NAME_OR_PATH or the path of an .npz file"
+_WANTED = (
+    "digits, mnist-5k, fashion-mnist[:DIR], images:DIR, latents:DIR, hf:NAME_OR_PATH or the path of an .npz "
+    "file"
+)
 
 
 class Data(Protocol):
-    """What a training run asks of its data. Order, flips and noise come from the caller: nothing here is random."""
+    """What a run asks of its data. Nothing is random here: order, flips and noise come from the caller."""
 
     channels: int  # C of what the model sees
     size: int  # H = W
@@ -42,7 +45,7 @@ class Data(Protocol):
     in_memory: (
         tuple[Tensor, Tensor] | None
     )  # the whole set, uint8 [n, C, H, W] and int64 [n], where it is small
-    skipped: list[str]  # names of the images that could not be read so far
+    skipped: dict[int, str]  # the images that could not be read so far, with their names
 
     def __len__(self) -> int:
         """The number of training images."""
@@ -117,7 +120,7 @@ def load_data(
         raise ValueError(f"data is {data!r}; it must be {_WANTED}")
     if image_size not in (0, found.size):
         raise ValueError(
-            f"image_size is {image_size}; {data} is {found.size}x{found.size} and is not resized: leave it out"
+            f"image_size is {image_size}; {data} is {found.size}x{found.size} and is not resized"
         )
     return found
 

@@ -37,7 +37,8 @@ class Latents:
         self.channels, self.size, self.num_classes = index["channels"], index["size"], index["num_classes"]
         self.scaling, self.shift = float(index["scaling_factor"]), float(index["shift_factor"])
         self.views, self.dtype = 2 if index["flips"] else 1, _DTYPES[index["dtype"]]
-        self.shards, self.skipped = index["shards"], index["skipped"]
+        self.shards = index["shards"]
+        self.skipped = {int(row): str(name) for row, name in index["skipped"].items()}
         self._check_files(verify, rank, world_size)
         self.ends = np.cumsum([shard["count"] for shard in self.shards])
         self._mapped: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -100,7 +101,8 @@ class Latents:
                 and all(isinstance(name, str) and Path(name).name == name for name in names)
                 and np.isfinite(np.array(factors, dtype=np.float64)).all()
                 and isinstance(index["flips"], bool)
-                and isinstance(index["skipped"], list)
+                and isinstance(index["skipped"], dict)
+                and all(row.isdecimal() for row in index["skipped"])
                 and index["dtype"] in _DTYPES
                 and index["shards"]
             ):

@@ -45,8 +45,8 @@ class Images:
         return self.train, self.train_labels
 
     @property
-    def skipped(self) -> list[str]:
-        return []
+    def skipped(self) -> dict[int, str]:
+        return {}
 
     def __len__(self) -> int:
         return len(self.train)
@@ -123,8 +123,8 @@ def load_idx(data: str, folder: Path) -> Images:
     missing = sorted(set(range(classes)) - set(parts[1].tolist()))
     if missing or int(parts[3].max()) >= classes:
         raise ValueError(
-            f"data is {data!r}; its training labels go to {classes - 1} without {missing} and its held-out ones to "
-            f"{int(parts[3].max())}; labels must be 0, 1, 2 and so on, each with training images"
+            f"data is {data!r}; its training labels go to {classes - 1} without {missing} and its held-out ones "
+            f"to {int(parts[3].max())}; labels must be 0, 1, 2 and so on, each with training images"
         )
     return Images(*parts, num_classes=classes)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def batches(
     count: int, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Iterator[Tensor]:
-    """Endless shuffled batches of indices below ``count`` from ``start_step`` on, int64 [batch_size / world_size].
+    """Endless shuffled batches of indices below ``count`` from ``start_step`` on, int64 [batch_size / ranks].
 
     Epoch e has the permutation of (seed, e), cut into global batches of ``batch_size``; what remains is left
     out. A rank takes its slice of each, so that all ranks together see the same batch for any ``world_size``.
@@ -69,7 +69,7 @@ def _as_it_is(item: Any) -> Any:
 def loaded(
     data: Data, plan: Iterable[tuple[Tensor, Tensor]], workers: int = 0, pin_memory: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``data.batch(indices, flips)`` for each pair of ``plan``, in order, read ahead by ``workers`` processes.
+    """``data.batch(indices, flips)`` for each pair of ``plan``, in order, read ahead by ``workers``.
 
     Workers keep no state and no random numbers: their number changes nothing but the speed.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -52,8 +53,8 @@ class Pictures:
         return len(self.labels)
 
     @property
-    def skipped(self) -> list[str]:
-        return [self.name(i) for i in self.bad.nonzero().flatten().tolist()]
+    def skipped(self) -> dict[int, str]:
+        return {i: self.name(i) for i in self.bad.nonzero().flatten().tolist()}
 
     def batch(self, indices: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
         """Images uint8 [B, 3, size, size] and labels [B]; ``Unreadable`` names one that cannot be decoded."""
@@ -71,19 +72,24 @@ class Pictures:
                     f"data is {self.data!r}; {self.name(index)} cannot be read ({error}); remove it, or say "
                     "--unreadable skip"
                 ) from None
-            self.bad[index] = True
+            self._note(index, error)
         others = (self.labels == self.labels[index]).nonzero().flatten()
         others = others.roll(-1 - int((others == index).nonzero()))  # those that follow, then those before
         for other in others.tolist():
             if not self.bad[other]:
                 try:
                     return read_picture(self.opened(other), self.size)
-                except Unreadable:
-                    self.bad[other] = True
+                except Unreadable as error:
+                    self._note(other, error)
         raise Unreadable(
             f"data is {self.data!r}; none of the {len(others)} images of class {int(self.labels[index])} can "
             f"be read, {self.name(index)} among them"
         )
+
+    def _note(self, index: int, error: Unreadable) -> None:
+        self.bad[index] = True
+        text = f"{self.name(index)} cannot be read ({error}); the next image of its class takes its place"
+        warnings.warn(text, stacklevel=2)
 
     def scale(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Bytes to float32 in [-1, 1]."""
@@ -242,8 +248,8 @@ def load_hugging_face(data: str, name: str, size: int, unreadable: str) -> Pictu
     except Exception as error:  # the hub, the network and scripts raise almost anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"data is {data!r}; datasets cannot load it ({reason}); it must be a set on the Hugging Face hub, "
-            "or a folder with one"
+            f"data is {data!r}; datasets cannot load it ({reason}); it must be a set on the Hugging Face "
+            "hub, or a folder with one"
         ) from None
     kinds = rows.features
     column = next((key for key, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
