@@ -139,8 +139,8 @@ def encoded(
         for name, values in zip(("mean", "std"), moments, strict=True):
             if not bool(values.isfinite().all()):
                 raise ValueError(
-                    f"dtype is {config.dtype!r}; a {name} of images {int(piece[0])} to {int(piece[-1])} is not "
-                    "finite in it" + ("; float32 may hold it" if config.dtype == "float16" else "")
+                    f"dtype is {config.dtype!r}; a {name} of images {int(piece[0])} to {int(piece[-1])} is "
+                    "not finite in it" + ("; float32 may hold it" if config.dtype == "float16" else "")
                 )
         found.append((*moments, labels))
         bar.update(len(labels))
@@ -284,15 +284,15 @@ class Shards:
         self._write(self.folder / "index.json", _as_json(index))
         for draft in self.folder.glob("shard-*.incomplete"):  # of runs that were killed
             draft.unlink(missing_ok=True)
-        print(f"{total} images in {self.count} files in {self.folder}; scaled standard deviation {std:.3f}")
+        print(f"{total} images in {self.count} files in {self.folder}; standard deviation {std:.3f}")
         if skipped:
             names = ", ".join([*skipped.values()][:3]) + (", ..." if len(skipped) > 3 else "")
             print(f"{len(skipped)} images could not be read, others took their place: {names}")
         if not 0.5 <= std <= 2:
             right = f"{scaling / std:.4g}" if std else "another size"
             warnings.warn(
-                f"the latents have a standard deviation of {std:.3g} after scaling by {scaling}; training wants "
-                f"about 1, as a scaling_factor of {right} in the config of the autoencoder would give",
+                f"the latents have a standard deviation of {std:.3g} after scaling by {scaling}; training "
+                f"wants about 1, as a scaling_factor of {right} in the config of the autoencoder would give",
                 stacklevel=2,
             )
 

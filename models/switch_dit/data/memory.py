@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import importlib.resources
 import importlib.util
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,8 @@ def load_idx(data: str, folder: Path) -> Images:
     missing = sorted(set(range(classes)) - set(parts[1].tolist()))
     if missing or int(parts[3].max()) >= classes:
         raise ValueError(
-            f"data is {data!r}; its training labels go to {classes - 1} without {missing} and its held-out ones "
-            f"to {int(parts[3].max())}; labels must be 0, 1, 2 and so on, each with training images"
+            f"data is {data!r}; its training labels go to {classes - 1} without {missing} and its held-out "
+            f"ones to {int(parts[3].max())}; labels must be 0, 1, 2 and so on, each with training images"
         )
     return Images(*parts, num_classes=classes)
 
@@ -143,23 +144,19 @@ def _read_idx(data: str, path: Path, magic: int) -> np.ndarray:
         raise ValueError(
             f"data is {data!r}; {found} is cut off or broken ({_short(error)}); get it again"
         ) from None
-    dimensions = magic & 0xFF
-    header = np.frombuffer(
-        content[: 4 + 4 * dimensions], ">u4", count=min(len(content), 4 + 4 * dimensions) // 4
-    )
-    if len(header) < 1 + dimensions or header[0] != magic:
-        first = f"begins with {header[0]:#x}" if len(header) else "is empty"
+    begin = 4 + 4 * (magic & 0xFF)  # the last byte of the magic number is that of dimensions
+    header = [int.from_bytes(content[place : place + 4], "big") for place in range(0, begin, 4)]
+    if content[:4] != magic.to_bytes(4, "big"):
         raise ValueError(
-            f"data is {data!r}; {found} {first} and not with {magic:#x}, as an IDX file of bytes does"
+            f"data is {data!r}; {found} begins with {content[:4].hex() or 'nothing'} and not with "
+            f"{magic:08x}, as an IDX file of bytes does"
         )
-    shape = tuple(int(n) for n in header[1:])
-    size = int(np.prod(shape, dtype=object))
-    if len(content) != 4 + 4 * dimensions + size:
+    if len(content) != begin + math.prod(header[1:]):
         raise ValueError(
             f"data is {data!r}; {found} has {len(content)} bytes and its header says "
-            f"{4 + 4 * dimensions + size}, for {shape}; it is cut off or broken: get it again"
+            f"{begin + math.prod(header[1:])}, for {header[1:]}; it is cut off or broken: get it again"
         )
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(header[1:])
 
 
 def _padded(images: np.ndarray) -> np.ndarray:

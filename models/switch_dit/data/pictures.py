@@ -118,7 +118,7 @@ def read_picture(file: str | IO[bytes], size: int) -> np.ndarray:
             raise
         reason = str(error).splitlines()[0].split(" '/")[0] if str(error) else ""
         raise Unreadable(f"{type(error).__name__}: {reason}") from None
-    return pixels.transpose(2, 0, 1)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # noise is drawn in the order of memory
 
 
 def _as_rgb(picture: ImageFile.ImageFile) -> Image.Image:
