@@ -748,9 +748,7 @@ def test_a_set_on_disk_trains_like_the_same_set_in_memory(tmp_path: Path) -> Non
     found: list[list[Tensor]] = []
     for source in (data, held):
         trainer = Trainer(settings, source)
-        found.append(
-            [trainer.step(n, c, b)["loss"] for n, (c, b) in zip(range(5), trainer.batches(), strict=False)]
-        )
+        found.append([trainer.step(n, *b)["loss"] for n, b in zip(range(5), trainer.batches(), strict=False)])
     assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -294,7 +294,9 @@ class Trainer:
                 held.copy_(read, non_blocking=True)
             chosen = torch.arange(len(chosen), device="cpu")
         elif self.config.flip:
-            self.flips.copy_(flips_of(self.config, number))
+            flips = flips_of(self.config, number)
+            flips = flips.pin_memory() if self.device.type == "cuda" else flips
+            self.flips.copy_(flips, non_blocking=True)
         if self.device.type == "cuda":
             chosen = chosen.pin_memory().to(self.device, non_blocking=True)
         return self.advance(chosen, number % self.config.prior_every == 0)
@@ -320,12 +322,12 @@ class Trainer:
             torch._foreach_add_(averaged, change)
         return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
 
-    def batches(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
-        """The indices of each step, and the batch itself where it is read ahead from disk."""
+    def batches(self) -> Iterator[tuple[Any, ...]]:
+        """What :meth:`step` takes: indices, and the batch itself where it is read ahead from disk."""
         config = self.config
         order = batches(len(self.images), config.batch_size, config.seed)
         if self.images.in_memory is not None:
-            yield from ((chosen, None) for chosen in order)
+            yield from zip(order)
             return
         ahead, order = itertools.tee(order)
         plan = ((chosen, flips_of(config, number)) for number, chosen in enumerate(ahead))
@@ -343,8 +345,8 @@ class Trainer:
             open(folder / "stats.jsonl", "w") as stats,
             tqdm(total=config.steps, desc="training", unit="step") as bar,
         ):
-            for number, (chosen, batch) in zip(range(config.steps), self.batches(), strict=False):
-                for name, value in self.step(number, chosen, batch).items():
+            for number, batch in zip(range(config.steps), self.batches(), strict=False):
+                for name, value in self.step(number, *batch).items():
                     sums[name] = sums.get(name, 0) + value
                 bar.update()
                 done = self.steps_done = number + 1
