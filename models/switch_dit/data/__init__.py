@@ -40,6 +40,7 @@ class Data(Protocol):
     size: int  # H = W
     num_classes: int
     needs_noise: bool  # whether scale() draws from a distribution, with noise [B, C, H, W] of the caller
+    threads: bool  # whether a batch is no more than a copy, which threads can make
     held_out: Tensor | None  # images to measure against, as batch() gives them
     held_out_labels: Tensor | None
     in_memory: tuple[Tensor, Tensor] | None  # all images, uint8 [n, C, H, W], and labels, if that is small

@@ -27,7 +27,7 @@ class Latents:
     """Means and standard deviations of latents, mapped from disk and read when they are needed."""
 
     in_memory = held_out = held_out_labels = None
-    needs_noise = True
+    needs_noise = threads = True
 
     def __init__(
         self, data: str, folder: Path, verify: bool = True, rank: int = 0, world_size: int = 1

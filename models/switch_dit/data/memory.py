@@ -32,6 +32,7 @@ class Images:
     num_classes: int
     largest: int = 255  # the value of white
     needs_noise: ClassVar[bool] = False
+    threads: ClassVar[bool] = True
 
     @property
     def channels(self) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,9 +73,14 @@ def loaded(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``data.batch(indices, flips)`` for each pair of ``plan``, in order, read ahead by ``workers``.
 
-    Workers keep no state and no random numbers: their number changes nothing but the speed.
+    These are processes, or threads where a batch is only copied (``data.threads``): handing it over from
+    another process takes several times as long as the copy. Workers keep no state and no random numbers, so
+    their number changes nothing but the speed.
     """
     check_integers(0, workers=workers)
+    if data.threads and workers:
+        yield from _threaded(data, plan, workers, pin_memory)
+        return
     loader = DataLoader(
         _Batches(data), sampler=plan, batch_size=None, collate_fn=_as_it_is, num_workers=workers,
         pin_memory=pin_memory, generator=torch.Generator("cpu"),
@@ -82,3 +89,22 @@ def loaded(
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+def _threaded(
+    data: Data, plan: Iterable[tuple[Tensor, Tensor]], workers: int, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(item: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, labels = data.batch(*item)
+        return (x.pin_memory(), labels.pin_memory()) if pin_memory else (x, labels)
+
+    pool, ahead = ThreadPoolExecutor(workers), deque[Future[tuple[Tensor, Tensor]]]()
+    try:
+        for item in plan:
+            ahead.append(pool.submit(read, item))
+            if len(ahead) > 2 * workers:  # as many as a DataLoader reads ahead
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -33,7 +33,7 @@ class Pictures:
     """
 
     in_memory = held_out = held_out_labels = None
-    needs_noise, channels = False, 3
+    needs_noise, threads, channels = False, False, 3
 
     def __init__(
         self,
