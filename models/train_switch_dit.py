@@ -16,9 +16,16 @@ are in its folder:
 
 Interrupted at any moment, the same command goes on where it was, and ends with the same weights to the bit.
 
-Images of your own, from an .npz file with images (uint8 [n, H, W, C], H = W) and labels (integers from 0):
+Images of your own, from a folder with a folder of images for each class, or from an .npz file with images
+(uint8 [n, H, W, C], H = W) and labels (integers from 0):
 
+    python models/train_switch_dit.py --data images:DIR --image-size 32 --flip
     python models/train_switch_dit.py --data my_images.npz --model S/2 --steps 20000 --lr 1e-4 --cuda-graph
+
+Large images are encoded once, by an autoencoder:
+
+    python models/encode_latents.py --data images:DIR --output LATENTS --vae NAME_OR_PATH
+    python models/train_switch_dit.py --data latents:LATENTS --model S/2 --steps 20000 --lr 1e-4 --cuda-graph
 """
 
 from __future__ import annotations
@@ -34,7 +41,8 @@ from typing import Any
 
 import torch
 import tyro
-from switch_dit.data import load_images
+from safetensors.torch import save_file
+from switch_dit.data import load_data
 from switch_dit.metrics import evaluate
 from switch_dit.plots import plot_loss, plot_routing, plot_samples
 from switch_dit.resume import locked
@@ -45,10 +53,12 @@ from torch import Tensor
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains, writes the run's folder and prints what is in it. Returns the final numbers."""
     config.validate()
-    images = load_images(config.data)
-    if len(images.train) < config.batch_size:
+    images = load_data(
+        config.data, image_size=config.image_size, unreadable=config.unreadable, verify=config.verify_data
+    )
+    if len(images) < config.batch_size:
         raise ValueError(
-            f"batch_size is {config.batch_size}; {config.data} has {len(images.train)} training images"
+            f"batch_size is {config.batch_size}; {config.data} has {len(images)} training images"
         )
     trainer = Trainer(config, images)
     folder = run_folder(config)
@@ -64,13 +74,19 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
         "python": platform.python_version(),
         "device": str(trainer.device),
     }
+    identity, written = images.identity(), folder / "config.json"
+    if written.exists() and json.loads(written.read_text()).get("data_identity", identity) != identity:
+        raise ValueError(
+            f"data is {config.data!r}; it is not what the run in {folder} was trained on, choose another name"
+        )
     draft = folder / "config.incomplete"
-    draft.write_text(json.dumps({**settings_of(config), "environment": environment}, indent=2) + "\n")
+    of_run = {**settings_of(config), "data_identity": identity, "environment": environment}
+    draft.write_text(json.dumps(of_run, indent=2) + "\n")
     draft.replace(folder / "config.json")
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(
         f"{config.model} ({config.routing}), {parameters / 1e6:.2f} M parameters, on {trainer.device} in "
-        f"{str(trainer.dtype).removeprefix('torch.')}: {len(images.train)} training images of {config.data}",
+        f"{str(trainer.dtype).removeprefix('torch.')}: {len(images)} training images of {config.data}",
         flush=True,
     )
     started = time.perf_counter()
@@ -91,13 +107,22 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
         + ", ".join(f"{name} {summary[name]:.3f}" for name in ("loss", "mse", "vb", "prior"))
         + "\n  (loss = mse of the predicted noise + variational bound of its variance + weighted prior loss)"
     )
+    if images.skipped:
+        summary["unreadable"] = list(images.skipped.values())
+        names = ", ".join(summary["unreadable"][:3]) + (", ..." if len(images.skipped) > 3 else "")
+        print(
+            f"{len(images.skipped)} images could not be read, others of their class took their place: {names}"
+        )
     write_summary(folder, summary)
     if config.generated:
         generated, labels = trainer.generate(config.generated)
-        if labels is not None:
+        if labels is not None and images.held_out is not None:
             summary |= measure(trainer, generated, labels)
             write_summary(folder, summary)
-        draw(lambda: draw_samples(trainer, folder, generated, labels))
+        if images.channels in (1, 3):
+            draw(lambda: draw_samples(trainer, folder, generated, labels))
+        else:
+            save_file({"latents": generated}, folder / "samples.safetensors")
     draw(lambda: plot_loss(folder / "loss.png", rows))
     if config.routing == "switch":
         draw(lambda: plot_routing(folder / "routing.png", trainer.ema))
@@ -145,7 +170,7 @@ def main() -> None:
     config = tyro.cli(TrainConfig, description=__doc__)
     try:
         run(config)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from switch_dit import GaussianDiffusion, SwitchDiT, convert_official_state_dict, create_model, sample
 from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.convert import convert_to_official_state_dict
-from switch_dit.data import load_images
+from switch_dit.data import load_data
 from switch_dit.metrics import evaluate
 from torch import Tensor
 
@@ -268,11 +268,11 @@ def test_weights_that_are_not_finite_are_not_sampled() -> None:
     with pytest.raises(FloatingPointError, match="samples are not finite"):
         sample(model, GaussianDiffusion(), Y, steps=2)
     with pytest.raises(ValueError, match="generated holds numbers that are not finite"):
-        evaluate(load_images("digits"), torch.full((20, 1, 8, 8), math.nan), torch.arange(20) % 10)
+        evaluate(load_data("digits"), torch.full((20, 1, 8, 8), math.nan), torch.arange(20) % 10)
 
 
 def test_the_share_of_pixels_out_of_range_is_measured() -> None:
-    images = load_images("digits")
+    images = load_data("digits")
     held_out = images.scale(images.held_out)
     exact, wide = (evaluate(images, factor * held_out, images.held_out_labels) for factor in (1, 1.2))
     assert exact.out_of_range == 0
@@ -386,7 +386,7 @@ def test_broken_data_files(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> N
     np.savez_compressed(path, images=np.zeros((20, 4, 4, 3), np.uint8), labels=np.arange(20) % 2)
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(ValueError, match=r"own.npz'; the file is broken or no .npz file") as caught:
-        load_images(str(path))
+        load_data(str(path))
     assert "\n" not in str(caught.value)
 
 
@@ -410,7 +410,7 @@ def test_broken_data_files(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> N
 def test_data_that_cannot_be_meant(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     np.savez(tmp_path / "own.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        load_images(str(tmp_path / "own.npz"))
+        load_data(str(tmp_path / "own.npz"))
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_data_that_cannot_be_meant(tmp_path: Path, arrays: dict[str, Any], messa
 def test_of_the_measures(change: dict[str, Any], message: str) -> None:
     given = {"generated": torch.zeros(20, 1, 8, 8), "labels": torch.arange(20) % 10} | change
     with pytest.raises((ValueError, TypeError), match=message):
-        evaluate(load_images("digits"), **given)
+        evaluate(load_data("digits"), **given)
 
 
 def test_pictures_without_samples_or_with_many(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -94,8 +95,12 @@ def test_python_example_runs(block: str) -> None:
 def test_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one process, so that their imports are paid once."""
     monkeypatch.chdir(tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
-    np.savez(tmp_path / "my_images.npz", images=images, labels=np.arange(16) % 2)
+    for number, pixels in enumerate(
+        np.random.default_rng(0).integers(0, 256, (16, 40, 48, 3), dtype=np.uint8)
+    ):
+        place = tmp_path / "photos" / f"class {number % 2}" / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
     scripts = [command for command in COMMANDS if command.startswith("python models/")]
     assert len(scripts) >= 3
     for command in scripts:

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from switch_dit.data import load_images
+from PIL import Image
+from switch_dit.data import load_data
 from switch_dit.resume import Checkpoints, locked
 from switch_dit.trainer import Interrupted, TrainConfig, Trainer, run_folder
 from train_switch_dit import run as run_training
@@ -93,7 +95,7 @@ class TestCheckpoints:
 
 def test_any_step_can_be_replayed_alone(tmp_path: Path) -> None:
     """The randomness of a step does not depend on the steps before it."""
-    images = load_images("digits")
+    images = load_data("digits")
     one, other = (Trainer(config(tmp_path), images) for _ in range(2))
     chosen = torch.arange(8)
     for number in range(3):
@@ -110,8 +112,8 @@ def test_signals_save_and_say_how_to_go_on(tmp_path: Path, monkeypatch: pytest.M
     run_training(config(tmp_path, name="calm"))
     original = Trainer.step
 
-    def stopping(self, number, chosen):
-        found = original(self, number, chosen)
+    def stopping(self, number, *batch):
+        found = original(self, number, *batch)
         if number in (1, 6) and os.environ.get("STOPPED") != str(number):
             monkeypatch.setenv("STOPPED", str(number))
             os.kill(os.getpid(), signal.SIGTERM if number == 1 else signal.SIGINT)
@@ -138,6 +140,52 @@ def test_a_changed_setting_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(ValueError, match=r"name is 'taken'; .*taken exists and holds no run"):
         run_folder(config(tmp_path, name="taken"))
+
+
+def test_other_contents_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8)
+    labels = np.arange(60) % 3
+    data = tmp_path / "mine.npz"
+    np.savez(data, images=images, labels=labels)
+    run_training(config(tmp_path, name="run", data=str(data)))
+    np.savez(data, images=255 - images, labels=labels)
+    with pytest.raises(
+        ValueError, match=r"data is '.*mine.npz'; it is not what the run in .* was trained on"
+    ):
+        run_training(config(tmp_path, name="run", data=str(data)))
+
+
+@pytest.mark.parametrize("data", ["npz", "images"])
+def test_flips_and_sets_on_disk_go_on_too(data: str, tmp_path: Path) -> None:
+    """In three parts as at once, from memory and from a folder of pictures."""
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8)
+    if data == "npz":
+        name = str(tmp_path / "mine.npz")
+        np.savez(name, images=pixels, labels=np.arange(60) % 3)
+    else:
+        name = f"images:{tmp_path / 'pictures'}"
+        for number, picture in enumerate(pixels):
+            folder = tmp_path / "pictures" / str(number % 3)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).convert("RGB").save(folder / f"{number}.png")
+    settings = {"data": name, "flip": True, "image_size": 8 if data == "images" else 0, "steps": 6}
+    found = []
+    for run, stops in (("calm", []), ("parts", [2, 4])):
+        for stop in stops:
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                original = Trainer.step
+
+                def stopping(self, number, *batch, stop=stop, original=original):
+                    if number == stop:
+                        raise KeyboardInterrupt  # the process is gone
+                    return original(self, number, *batch)
+
+                monkeypatch.setattr(Trainer, "step", stopping)
+                with pytest.raises(KeyboardInterrupt):
+                    run_training(config(tmp_path / run, checkpoint_every=1, **settings, name="run"))
+        run_training(config(tmp_path / run, checkpoint_every=1, **settings, name="run"))
+        found.append((tmp_path / run / "run" / "weights" / "ema.safetensors").read_bytes())
+    assert found[0] == found[1]
 
 
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sample_switch_dit import run as run_sampling
 from switch_dit import checkpoint
 from switch_dit import model as model_module
 from switch_dit.checkpoint import load_checkpoint, save_checkpoint
-from switch_dit.data import batches, load_images
+from switch_dit.data import batches, load_data
 from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.metrics import Classifier, evaluate, frechet_distance
 from switch_dit.trainer import TrainConfig, Trainer, learning_rate
@@ -112,7 +112,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(model_module.PRESETS, "tiny/4", model_module.Preset(24, 1, 3, 4))
-    images = load_images("digits")
+    images = load_data("digits")
     terms = []
     for compiled in (False, True):
         trainer = Trainer(config(tmp_path, compile=compiled, label_dropout=0.0, guidance=1.0), images)
@@ -125,7 +125,7 @@ def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pyt
 
 def test_moving_average_follows_its_recurrence(tmp_path: Path) -> None:
     """The first weights replace the average, then its decay rises to ema_decay."""
-    trainer = Trainer(config(tmp_path, ema_decay=0.15), load_images("digits"))
+    trainer = Trainer(config(tmp_path, ema_decay=0.15), load_data("digits"))
     expected = None
     for number, chosen in zip(range(4), batches(1437, 16, 0), strict=False):
         trainer.step(number, chosen)
@@ -139,7 +139,7 @@ def test_moving_average_follows_its_recurrence(tmp_path: Path) -> None:
 
 
 def test_prior_every_refreshes_the_matching_every_so_many_steps(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path, prior_every=3), load_images("digits"))
+    trainer = Trainer(config(tmp_path, prior_every=3), load_data("digits"))
     calls = []
     match = trainer.model.prior.match
     trainer.model.prior.match = lambda selected, **ties: calls.append(number) or match(selected, **ties)
@@ -173,7 +173,11 @@ def test_a_graphed_step_is_the_eager_step(tmp_path: Path) -> None:
         ({"model": "M/2"}, "model is 'M/2'; it must be one of tiny/2"),
         ({"model": "tiny/16"}, "model is 'tiny/16'"),
         ({"weighting": "snr"}, "weighting is 'snr'; it must be constant, p2 or min_snr"),
-        ({"data": "cats"}, "data is 'cats'; it must be digits or the path of an .npz file"),
+        ({"data": "cats"}, "data is 'cats'; it must be digits, mnist-5k, .* or the path of an .npz file"),
+        ({"data": "images:"}, "data is 'images:'; after the colon comes a folder"),
+        ({"workers": -1}, "workers is -1; it must be at least 0"),
+        ({"unreadable": "warn"}, "unreadable is 'warn'; it must be"),
+        ({"image_size": 16}, "image_size is 16; digits is 8x8 and is not resized"),
         ({"device": "cuda:77"}, "device is 'cuda:77'; torch cannot use it here"),
         ({"label_dropout": 1.0}, r"label_dropout is 1.0; it must be in \[0, 1\)"),
         ({"label_dropout": 0.0}, "label_dropout is 0, so there is no null label"),
@@ -211,7 +215,7 @@ def test_a_diverging_loss_is_an_error(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    trainer = Trainer(config(tmp_path), load_images("digits"))
+    trainer = Trainer(config(tmp_path), load_data("digits"))
     trainer.model.final_layer.linear.bias.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"final_layer.linear.bias is not finite after step 0"):
         trainer.save(tmp_path)
@@ -234,7 +238,7 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(
 
 
 def test_a_thousand_classes_are_a_hundred_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(config(tmp_path), load_images("digits"))
+    trainer = Trainer(config(tmp_path), load_data("digits"))
     drawn = []
     monkeypatch.setattr(train_switch_dit, "plot_samples", lambda *a, **_: drawn.append(a))
     for classes, count in ((10, 100), (10, 1000), (1000, 10_000), (1000, 50)):
@@ -339,7 +343,7 @@ def test_batches_follow_the_seed() -> None:
 
 
 def test_digits_split() -> None:
-    images = load_images("digits")
+    images = load_data("digits")
     assert images.train.shape == (1437, 1, 8, 8)
     assert len(images.held_out) == 360
     assert images.train.dtype == torch.uint8
@@ -353,7 +357,7 @@ def test_own_images(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(40) % 2
     np.savez(path, images=rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8), labels=labels)
-    images = load_images(str(path))
+    images = load_data(str(path))
     assert images.train.shape == (32, 3, 4, 4)
     run_training(config(tmp_path / "runs", data=str(path), generated=20))
     assert (tmp_path / "runs" / "own" / "samples.png").exists()
@@ -375,7 +379,7 @@ def test_own_images(tmp_path: Path) -> None:
 def test_own_images_errors(tmp_path: Path, arrays: dict, message: str) -> None:
     np.savez(tmp_path / "own.npz", **arrays)
     with pytest.raises(ValueError, match=message):
-        load_images(str(tmp_path / "own.npz"))
+        load_data(str(tmp_path / "own.npz"))
 
 
 def test_frechet_distance() -> None:
@@ -389,7 +393,7 @@ def test_frechet_distance() -> None:
 
 
 def test_metrics_tell_good_from_bad() -> None:
-    images = load_images("digits")
+    images = load_data("digits")
     held_out = images.scale(images.held_out)
     good = evaluate(images, held_out, images.held_out_labels)
     assert good.conditional_accuracy == good.classifier_accuracy > 0.95
@@ -401,7 +405,7 @@ def test_metrics_tell_good_from_bad() -> None:
 
 
 def test_classifier_repeats() -> None:
-    images = load_images("digits")
+    images = load_data("digits")
     train, held_out = images.scale(images.train), images.scale(images.held_out)
     first, second = (Classifier(train, images.train_labels).features(held_out) for _ in range(2))
     assert np.array_equal(first, second)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switch_dit.data import Images
+from switch_dit.data.memory import Images
 from switch_moe.ops._checks import FLOATS, check_dtype, check_range, check_shape, check_tensors
 
 _MEANING = {

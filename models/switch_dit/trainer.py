@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from switch_dit.checkpoint import save_checkpoint
-from switch_dit.data import Images, batches
+from switch_dit.data import Data, batches, loaded, name_of
+from switch_dit.data.memory import mirrored
 from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.graphs import GraphedStep
@@ -55,7 +56,19 @@ class TrainConfig:
     """This share of the labels is replaced by the null label, for guidance."""
     # -- data
     data: str = "digits"
-    """What to train on: digits, or the path of an .npz file with images (uint8 [n, H, W, C]) and labels."""
+    """What to train on: digits, mnist-5k, fashion-mnist[:DIR], images:DIR (a folder of images per class),
+    latents:DIR (written by encode_latents.py), hf:NAME_OR_PATH (a set of the package datasets), or the path
+    of an .npz file with images (uint8 [n, H, W, C]) and labels."""
+    image_size: int = 0
+    """Images of images:DIR and hf:NAME are cropped to this many pixels, 0 is 32; other data has its size."""
+    flip: bool = False
+    """Whether half of the images are mirrored, chosen anew at each step."""
+    unreadable: Literal["fail", "skip"] = "fail"
+    """Whether an image that cannot be read ends the run, or the next one of its class takes its place."""
+    workers: int = 2
+    """This many processes read images or latents ahead; data in memory needs none."""
+    verify_data: bool = True
+    """Whether the checksums of latents are compared before the run."""
     conditional: bool = True
     """Whether the model sees class labels."""
     # -- training
@@ -120,7 +133,9 @@ class TrainConfig:
             checkpoint_every=self.checkpoint_every,
         )  # fmt: skip
         check_integers(2, keep_checkpoints=self.keep_checkpoints)
-        check_integers(0, warmup=self.warmup, generated=self.generated)
+        check_integers(
+            0, warmup=self.warmup, generated=self.generated, image_size=self.image_size, workers=self.workers
+        )
         check_integers(0, 2**32 - 1, seed=self.seed)
         check_positive(lr=self.lr, guidance=self.guidance)
         check_numbers(
@@ -130,10 +145,12 @@ class TrainConfig:
         check_top_k(self.top_k, self.num_experts)
         check_flags(
             learn_sigma=self.learn_sigma, conditional=self.conditional, lr_decay=self.lr_decay,
-            compile=self.compile, cuda_graph=self.cuda_graph, resume=self.resume,
+            compile=self.compile, cuda_graph=self.cuda_graph, resume=self.resume, flip=self.flip,
+            verify_data=self.verify_data,
         )  # fmt: skip
         check_choice("model", self.model, PRESETS)
         check_choice("routing", self.routing, ROUTINGS)
+        check_choice("unreadable", self.unreadable, ("fail", "skip"))
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
         for name, kinds in (("data", (str, Path)), ("output", (str, Path)), ("name", str), ("device", str)):
             value = getattr(self, name)
@@ -177,7 +194,7 @@ def _can_hold_runs(folder: Path) -> bool:
 # What may differ where a run goes on: where and how fast it runs, and what is done with the result.
 _FREE = (
     "device", "compile", "cuda_graph", "output", "name", "resume", "checkpoint_every", "keep_checkpoints",
-    "guidance", "sample_steps", "generated",
+    "guidance", "sample_steps", "generated", "workers", "verify_data",
 )  # fmt: skip
 
 
@@ -191,7 +208,7 @@ def run_folder(config: TrainConfig) -> Path:
 
     ``ValueError`` that names a setting which the run there has otherwise.
     """
-    base = config.name or Path(config.data).stem
+    base = config.name or name_of(config.data)
     if config.resume and (config.output / base / "config.json").exists():
         folder = config.output / base
         try:
@@ -254,13 +271,13 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, images: Images, create: Callable[..., torch.nn.Module] = create_model
+        self, config: TrainConfig, images: Data, create: Callable[..., torch.nn.Module] = create_model
     ) -> None:
         self.config, self.images, self.steps_done = config, images, 0
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
-        channels, height = images.train.shape[1:3]
+        channels, height = images.channels, images.size
         patch_size = PRESETS[config.model].patch_size
         if height % patch_size:
             raise ValueError(
@@ -292,26 +309,38 @@ class Trainer:
         if config.compile:
             self.with_prior = torch.compile(self.with_prior)
         self.advance = GraphedStep(self._advance) if config.cuda_graph else self._advance
-        self.train_images = images.train.to(self.device)  # bytes: a batch is scaled on the device
-        self.train_labels = images.train_labels.to(self.device)
+        # Bytes on the device, where a batch is scaled: the whole set, or the present batch of a set on disk.
+        held = images.in_memory
+        if held is None:
+            one, label = images.batch(torch.zeros(1, dtype=torch.int64), torch.full((1,), config.flip))
+            held = one.new_empty(config.batch_size, *one.shape[1:]), label.new_empty(config.batch_size)
+        self.train_images, self.train_labels = (tensor.to(self.device) for tensor in held)
         # Every random number is a function of the seed, the step and the sample's position in the batch.
         self.of_samples, self.of_ties = Stream(config.seed, 0), Stream(config.seed, 1)
+        self.of_latents = Stream(config.seed, 2)
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step
         self.positions = torch.arange(config.batch_size, device=self.device)
 
-    def draw(self, number: Tensor | int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """What is random about the samples of a step: noise [B, *shape], timesteps [B], and dropped labels,
-        bool [B].
+    def draw(self, number: Tensor | int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is random about the samples of a step: noise [B, *shape], timesteps [B], whose labels are
+        dropped and which images are mirrored, bool [B].
         """
         count = math.prod(shape)
         uniform = self.of_samples.uniform(number, self.positions, 4 + 2 * -(-count // 2))
         t = (uniform[:, 0] * self.diffusion.num_timesteps).long()
         noise = normal(uniform[:, 4:])[:, :count].view(-1, *shape)
-        return noise, t, uniform[:, 1] < self.config.label_dropout
+        return noise, t, uniform[:, 1] < self.config.label_dropout, self._flips(uniform)
+
+    def _flips(self, uniform: Tensor) -> Tensor:
+        return (uniform[:, 2] < 0.5) & self.config.flip
+
+    def flips(self, number: int) -> Tensor:
+        """The mirrored images of a step as :meth:`draw` has them, on the CPU, for a set on disk."""
+        return self._flips(self.of_samples.uniform(number, self.positions.cpu(), 4))
 
     def loss_terms(self, x_start: Tensor, y: Tensor | None, match: bool = True) -> dict[str, Tensor]:
         """Batch means of mse, vb (zero without learned variance) and prior, at the step's timesteps."""
-        noise, t, drop = self.draw(self.number, x_start.shape[1:])
+        noise, t, drop, _ = self.draw(self.number, x_start.shape[1:])
         x_t = self.diffusion.q_sample(x_start, t, noise)
         told: dict[str, Tensor] = {}
         if y is not None and self.config.label_dropout > 0:
@@ -325,8 +354,12 @@ class Trainer:
         terms = {name: value.mean() for name, value in losses.items()}
         return {"mse": terms["mse"], "vb": terms.get("vb", torch.zeros_like(prior)), "prior": prior}
 
-    def step(self, number: int, chosen: Tensor) -> dict[str, Tensor]:
+    def step(
+        self, number: int, chosen: Tensor, batch: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One optimizer step on the training images ``chosen [B]``; the loss terms, detached.
+
+        ``batch`` are these images and their labels, where they were read ahead from a set on disk.
 
         The moving average's decay starts low, so that the first weights are soon forgotten. Nothing here
         waits for a GPU: the indices are copied from pinned memory.
@@ -334,6 +367,14 @@ class Trainer:
         self.number.fill_(number)
         self.rate.fill_(learning_rate(self.config, number))
         self.ema_weight.fill_(1 - min(self.config.ema_decay, number / (9 + number)))
+        if self.images.in_memory is None:
+            for held, read in zip(
+                (self.train_images, self.train_labels),
+                batch or self.images.batch(chosen, self.flips(number)),
+                strict=True,
+            ):
+                held.copy_(read, non_blocking=True)
+            chosen = torch.arange(len(chosen), device="cpu")
         if self.device.type == "cuda":
             chosen = chosen.pin_memory().to(self.device, non_blocking=True)
         return self.advance(chosen, number % self.config.prior_every == 0)
@@ -341,7 +382,15 @@ class Trainer:
     def _advance(self, chosen: Tensor, match: bool) -> dict[str, Tensor]:
         """The part of a step that a CUDA graph can hold."""
         y = self.train_labels[chosen] if self.config.conditional else None
-        terms = self.loss_terms(self.images.scale(self.train_images[chosen]), y, match)
+        x = self.train_images[chosen]
+        if self.config.flip and self.images.in_memory is not None:
+            x = mirrored(x, self._flips(self.of_samples.uniform(self.number, self.positions, 4)))
+        noise = None
+        if self.images.needs_noise:
+            count = self.images.channels * x.shape[2] * x.shape[3]
+            uniform = self.of_latents.uniform(self.number, self.positions, 2 * -(-count // 2))
+            noise = normal(uniform)[:, :count].view(len(x), -1, *x.shape[2:])
+        terms = self.loss_terms(self.images.scale(x, noise), y, match)
         loss = terms["mse"] + terms["vb"] + self.config.prior_weight * terms["prior"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -375,6 +424,20 @@ class Trainer:
             checkpoints.load(state["step"], self.tensors())
         return state
 
+    def batches(self, start: int = 0) -> Iterator[tuple[Any, ...]]:
+        """What :meth:`step` takes, from a step on: indices, and the batch itself where it is read ahead from
+        disk.
+        """
+        config = self.config
+        order = batches(len(self.images), config.batch_size, config.seed, start)
+        if self.images.in_memory is not None:
+            yield from zip(order)
+            return
+        ahead, order = itertools.tee(order)
+        plan = ((chosen, self.flips(number)) for number, chosen in enumerate(ahead, start))
+        pin = self.device.type == "cuda"
+        yield from zip(order, loaded(self.images, plan, config.workers, pin), strict=True)
+
     def fit(self, folder: Path) -> list[dict[str, float]]:
         """The steps that are left, with a progress bar; writes stats.jsonl as it goes and returns its rows.
 
@@ -392,15 +455,13 @@ class Trainer:
             print(f"going on from step {done} of {config.steps}, from {checkpoints.folder}", flush=True)
         self.model.train()
         logged_at, timed = time.perf_counter(), len(pending)
-        order = batches(len(self.train_images), config.batch_size, config.seed)
-        order = itertools.islice(order, done, None)
         with (
             open(folder / "stats.jsonl", "a") as stats,
             tqdm(total=config.steps, initial=done, desc="training", unit="step") as bar,
             stop_on_signals() as stop,
         ):
-            for number, chosen in zip(range(done, config.steps), order, strict=False):
-                terms = self.step(number, chosen)
+            for number, batch in zip(range(done, config.steps), self.batches(done), strict=False):
+                terms = self.step(number, *batch)
                 pending.append(torch.stack([terms[name].float() for name in names]))
                 bar.update()
                 done = self.steps_done = number + 1
@@ -434,9 +495,8 @@ class Trainer:
         wrong = (~values.isfinite().all(1)).nonzero()
         if len(wrong):
             number = done - len(pending) + int(wrong[0])
-            _, t, _ = self.draw(number, self.train_images.shape[1:])
-            order = batches(len(self.train_images), self.config.batch_size, self.config.seed)
-            chosen = next(itertools.islice(order, number, None))
+            t = self.draw(number, (1,))[1]
+            chosen = next(batches(len(self.images), self.config.batch_size, self.config.seed, number))
             raise FloatingPointError(
                 f"the loss is not finite at step {number + 1}, images {chosen.tolist()[:8]}..., timesteps "
                 f"{t.tolist()[:8]}...; a smaller lr may help. Nothing is saved after it"
