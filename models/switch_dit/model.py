@@ -402,18 +402,19 @@ class SwitchDiT(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
-        t may be [1], one timestep for the whole batch: then it is embedded and routed once, and a block
-        merges its experts once. H and W are ``input_size``, labels are int64, num_classes standing for none;
-        an unconditional model takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero
-        without experts. Without ``match`` it takes the assignment of the last call that matched.
+        t may be of a floating type, for a process in continuous time: it is embedded as it is, the router
+        sees that embedding, and the prior and DTR's masks take the row floor(t) of their tables. t may be
+        [1], one timestep for the whole batch: then it is embedded and routed once, and a block merges its
+        experts once. H and W are ``input_size``, labels are int64, num_classes standing for none; an
+        unconditional model takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero without
+        experts. Without ``match`` it takes the assignment of the last call that matched.
 
         Raises ``ValueError`` or ``TypeError`` for an argument that does not fit; timesteps and labels are
         looked at on a CPU only.
         """
         check_flags(with_prior=with_prior, match=match)
         self._check_inputs(x, t, y)
-        if with_prior or self.routing == "dtr":
-            check_dtype("t", t, torch.int64, torch.int32)
+        row = table_row(t)  # [B]
         e = self.t_embedder(t)  # [B, D]
         routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
         c = e if y is None else e + self.y_embedder(y)  # [B, D]
@@ -422,9 +423,9 @@ class SwitchDiT(nn.Module):
             # The prior needs the routing only, and little of a GPU. SideStream's two conditions hold: the
             # routing lives until join below, and embedder and router run outside autocast.
             with SideStream(x.device) as side:
-                prior_loss = self.diffusion_prior_loss(routing, t, match)
+                prior_loss = self.diffusion_prior_loss(routing, row, match)
         h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
-        for block, of_block in zip(self.blocks, self.block_routings(routing, t), strict=True):
+        for block, of_block in zip(self.blocks, self.block_routings(routing, row), strict=True):
             h = block(h, c, *of_block)
         out = self.unpatchify(self.final_layer(h, c))  # [B, C or 2C, H, W]
         if not with_prior:
@@ -493,6 +494,11 @@ class SwitchDiT(nn.Module):
         with_label, without = noise.chunk(2)
         guided = without + cfg_scale * (with_label - without)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+def table_row(t: Tensor) -> Tensor:
+    """The row of a table over [0, N) for timesteps t [B]: t itself, or the integer below a t between two."""
+    return t.floor().long() if t.is_floating_point() else t
 
 
 def _on(device: torch.device, buffer: Tensor) -> Tensor:
