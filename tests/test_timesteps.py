@@ -179,7 +179,7 @@ U = torch.tensor([0.0, 0.5])
         (lambda: SpeeD(GaussianDiffusion(), lam=math.nan), ValueError, "lam is nan"),
         (lambda: SpeeD(GaussianDiffusion(), tau=1001), ValueError, "tau is 1001"),
         (lambda: SpeeD("linear"), TypeError, "diffusion is a str"),
-        (lambda: SpeeD(GaussianDiffusion(num_timesteps=21), tau=0), ValueError, "diffusion has 21 timesteps"),
+        (lambda: SpeeD(GaussianDiffusion(betas=[0.02] * 9), tau=0), ValueError, "diffusion has 9 timesteps"),
         (lambda: SpeeD(GaussianDiffusion(betas=[0.1]), tau=0), ValueError, "diffusion has 1 timesteps"),
         (lambda: Curriculum(10, clusters=11), ValueError, "clusters is 11; it must be at most num_timesteps"),
         (lambda: Curriculum(patience=0), ValueError, "patience is 0"),
