@@ -225,6 +225,7 @@ T, TIME = torch.tensor([0, 999]), torch.tensor([0.0, 1.0])
         ),
         (lambda: create_objective().losses(X, X, X, T, X, T), TypeError, "weight is torch.int64"),
         (lambda: create_objective().losses(X, X, X, T, X, TIME[:1]), ValueError, "weight has shape"),
+        (lambda: create_objective().predict(X.long(), X, T), TypeError, "model_output is torch.int64"),
         (lambda: create_objective().predict(None, X, T), TypeError, "model_output is None"),
     ],
 )  # fmt: skip

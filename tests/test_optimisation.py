@@ -10,6 +10,7 @@ import torch
 from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from switch_dit.devices import resolve_precision
 from switch_dit.optimisation import (
     DECAYS,
     Optimisation,
@@ -197,6 +198,13 @@ def test_uncertainty_has_its_own_rate() -> None:
     optimisation.step()
     moved = uncertainty.loss_scale.detach().abs()
     assert_close("scales", moved, torch.full((8,), 0.025), 1e-3)  # Adam's first step
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_precisions_have_names(precision: str) -> None:
+    assert resolve_precision(precision, torch.device("cpu")) == getattr(torch, precision)
+    with pytest.raises(ValueError, match="precision is 'half'; it must be one of float32, bfloat16, float16"):
+        resolve_precision("half", torch.device("cpu"))
 
 
 P = torch.nn.Parameter(torch.zeros(2))

@@ -142,6 +142,7 @@ class DiffusionObjective(Objective):
         check_shape("x_t", x_t, ("B", "C", "H", "W"))
         channels = x_t.shape[1] * (2 if self.learn_sigma else 1)
         check_shape("model_output", model_output, (x_t.shape[0], channels, *x_t.shape[2:]))
+        check_dtype("model_output", model_output, *FLOATS)
 
 
 class FlowObjective(Objective):

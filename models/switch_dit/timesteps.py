@@ -69,9 +69,9 @@ class Sampler:
         return self._timesteps(_checked(u))
 
     def _timesteps(self, u: Tensor) -> Draw:
-        return Draw(self._of_fraction(u))
+        return Draw(self._on_the_way(u))
 
-    def _of_fraction(self, fraction: Tensor) -> Tensor:
+    def _on_the_way(self, fraction: Tensor) -> Tensor:
         """Timesteps of a share of the way from data to noise, float64 ``[B]`` in [0, 1]."""
         if self.continuous:
             return fraction.float()
@@ -96,7 +96,7 @@ class LogitNormal(Sampler):
         self.mean, self.std = mean, std
 
     def _timesteps(self, u: Tensor) -> Draw:
-        return Draw(self._of_fraction(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))))
+        return Draw(self._on_the_way(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))))
 
 
 class SpeeD(Sampler):

@@ -52,11 +52,11 @@ def snr_weight(weighting: str, snr: np.ndarray, prediction: str = "eps") -> np.n
     check_choice("prediction", prediction, PREDICTIONS)
     if weighting == "constant":
         return np.ones_like(snr)
-    weight = _of_noise(weighting, snr)
+    weight = _noise_weight(weighting, snr)
     return weight if prediction == "eps" else weight * (snr / (1 + snr))
 
 
-def _of_noise(weighting: str, snr: np.ndarray) -> np.ndarray:
+def _noise_weight(weighting: str, snr: np.ndarray) -> np.ndarray:
     if weighting == "p2":
         return 1 / (1 + snr)
     match = re.fullmatch(f"min_snr_{_NUMBER}", str(weighting))
