@@ -72,7 +72,9 @@ def test_a_weighting_is_one_function_of_time(schedule: str, weighting: str) -> N
     ["min_snr", "min_snr_0", "min_snr_-1", "P2", "", "p2_gamma1", "p2_gamma1_k0", "p2_gamma-1_k1", "uw", 5],
 )
 def test_wrong_weightings_are_named(weighting: object) -> None:
-    with pytest.raises(ValueError, match=r"weighting is .*; it must be constant, min_snr_<gamma> like"):
+    with pytest.raises(
+        ValueError, match=r"weighting is .*; it must be constant, p2 or min_snr_<gamma>, like"
+    ):
         snr_weight(weighting, np.ones(3))
     with pytest.raises(ValueError, match="prediction is 'x'; it must be one of eps, v"):
         snr_weight("constant", np.ones(3), "x")

@@ -66,8 +66,8 @@ def _noise_weight(weighting: str, snr: np.ndarray) -> np.ndarray:
     if match and 0 < float(match[2]) < math.inf and float(match[1]) < math.inf:
         return (float(match[2]) + snr) ** -float(match[1])
     raise ValueError(
-        f"weighting is {weighting!r}; it must be constant, min_snr_<gamma> like min_snr_5, p2, or "
-        "p2_gamma<gamma>_k<k> like p2_gamma0.5_k1"
+        f"weighting is {weighting!r}; it must be constant, p2 or min_snr_<gamma>, like min_snr_5, or "
+        "p2_gamma<gamma>_k<k>, like p2_gamma0.5_k1"
     )
 
 
@@ -97,8 +97,7 @@ class UncertaintyWeighting(nn.Module):
 
     Attributes:
         loss_scale: s, float32 ``[C]``, zeros at first. ANT trains it at a learning rate of 0.025 without
-        weight
-            decay (``uncertainty`` of :func:`switch_dit.optimisation.create_optimizer`).
+            weight decay (``uncertainty`` of :func:`switch_dit.optimisation.create_optimizer`).
 
     Raises ``ValueError`` or ``TypeError`` for a setting that does not fit.
     """
@@ -126,8 +125,7 @@ class UncertaintyWeighting(nn.Module):
 
         Args:
             losses: what is to be weighted, ``[B]`` of any floating type: the squared error and, with a
-            learned
-                variance, the bound, added.
+                learned variance, the bound, added.
             t: the timesteps as the model takes them, ``[B]`` in [0, N).
 
         A loss that is not finite stays with its sample and with ``loss_scale``'s gradient of its cluster.
