@@ -75,10 +75,9 @@ class Objective(ABC):
         noise: Tensor,
         weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses per sample, float32 ``[B]``: ``mse`` and, with a learned variance, ``vb`` in bits per
-        dimension.
+        """Losses per sample, float32 ``[B]``: ``mse`` and, with a learned variance, ``vb``.
 
-        The objective's weighting and ``weight`` ``[B]``, a sampler's, multiply ``mse`` alone.
+        ``vb`` is in bits per dimension. The objective's weighting and ``weight`` ``[B]``, a sampler's, multiply ``mse`` alone.
         """
 
     @abstractmethod
