@@ -77,7 +77,8 @@ class Objective(ABC):
     ) -> dict[str, Tensor]:
         """Losses per sample, float32 ``[B]``: ``mse`` and, with a learned variance, ``vb``.
 
-        ``vb`` is in bits per dimension. The objective's weighting and ``weight`` ``[B]``, a sampler's, multiply ``mse`` alone.
+        ``vb`` is in bits per dimension. The objective's weighting and ``weight`` ``[B]``, a sampler's,
+        multiply ``mse`` alone.
         """
 
     @abstractmethod
