@@ -383,7 +383,7 @@ class SwitchDiT(nn.Module):
         if routing is not None:
             blocks = routing.scheduled(self.router.backend).blocks()
             return [(*block[:3], block.schedule) for block in blocks]
-        return [(self.dtr_mask[t],) if self.routing == "dtr" else ()] * len(self.blocks)
+        return [(self.dtr_mask[table_row(t)],) if self.routing == "dtr" else ()] * len(self.blocks)
 
     def route(self, time_embedding: Tensor) -> Routing:
         """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
@@ -403,18 +403,18 @@ class SwitchDiT(nn.Module):
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
         t may be of a floating type, for a process in continuous time: it is embedded as it is, the router
-        sees that embedding, and the prior and DTR's masks take the row floor(t) of their tables. t may be
-        [1], one timestep for the whole batch: then it is embedded and routed once, and a block merges its
-        experts once. H and W are ``input_size``, labels are int64, num_classes standing for none; an
-        unconditional model takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero without
-        experts. Without ``match`` it takes the assignment of the last call that matched.
+        sees that embedding, and the prior and DTR's masks take the row floor(t) of their tables.
+
+        t may be [1], one timestep for the whole batch: then it is embedded and routed once, and a block
+        merges its experts once. H and W are ``input_size``, labels are int64, num_classes standing for none;
+        an unconditional model takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero
+        without experts. Without ``match`` it takes the assignment of the last call that matched.
 
         Raises ``ValueError`` or ``TypeError`` for an argument that does not fit; timesteps and labels are
         looked at on a CPU only.
         """
         check_flags(with_prior=with_prior, match=match)
         self._check_inputs(x, t, y)
-        row = table_row(t)  # [B]
         e = self.t_embedder(t)  # [B, D]
         routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
         c = e if y is None else e + self.y_embedder(y)  # [B, D]
@@ -423,9 +423,9 @@ class SwitchDiT(nn.Module):
             # The prior needs the routing only, and little of a GPU. SideStream's two conditions hold: the
             # routing lives until join below, and embedder and router run outside autocast.
             with SideStream(x.device) as side:
-                prior_loss = self.diffusion_prior_loss(routing, row, match)
+                prior_loss = self.diffusion_prior_loss(routing, t, match)
         h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
-        for block, of_block in zip(self.blocks, self.block_routings(routing, row), strict=True):
+        for block, of_block in zip(self.blocks, self.block_routings(routing, t), strict=True):
             h = block(h, c, *of_block)
         out = self.unpatchify(self.final_layer(h, c))  # [B, C or 2C, H, W]
         if not with_prior:
@@ -464,7 +464,7 @@ class SwitchDiT(nn.Module):
         if match:
             self.assignment.copy_(self.prior.match(self.route_all_timesteps().selected()))
         probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
-        return self.prior.loss(probs, t, self.assignment)
+        return self.prior.loss(probs, table_row(t), self.assignment)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Patches [B, T, p*p*C_out] to images [B, C_out, H, W]."""
