@@ -106,7 +106,7 @@ def test_guidance_of_an_odd_batch() -> None:
         (lambda: SwitchMoE(16, expert=np.ones(2)), ValueError, "expert is array"),
         (lambda: create_model([]), ValueError, r"preset is \[\]"),
         (lambda: random_model(routing="none").route(X), ValueError, "routing is 'none'; only a model with"),
-        (lambda: random_model(routing="dtr")(X, T.float(), Y), TypeError, "t is torch.float32"),
+        (lambda: random_model(routing="dtr")(X, T.short(), Y), TypeError, "t is torch.int16"),
         (lambda: random_model()(X, T, Y, with_prior=1), TypeError, "with_prior is 1"),
         (lambda: random_model()(X.to("meta"), T, Y), ValueError, "x is on meta; it must be on cpu"),
         (lambda: SwitchMoE(16)(torch.zeros(2, 3, 16), routing=(1, 2)), TypeError, "routing is a tuple"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from switch_moe.ops._checks import check_choice
 from switch_moe.torch_compat import cpu_has
 
 
@@ -25,4 +26,6 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has("amx_tile")
         precision = "bfloat16" if fast else "float32"
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    check_choice("precision", precision, dtypes)
+    return dtypes[precision]

@@ -7,13 +7,13 @@ Dhariwal (arXiv 2102.09672). Sampling is in :mod:`switch_dit.sampling`, with dif
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from switch_dit.weightings import PREDICTIONS, snr_weight
 from switch_moe.ops._checks import (
     FLOATS,
     check_choice,
@@ -59,7 +59,7 @@ class GaussianDiffusion:
     Args:
         schedule: ``linear`` or ``cosine``.
         num_timesteps: N.
-        weighting: how the squared error is weighted, see :meth:`mse_weight`.
+        weighting: how the squared error is weighted, see :func:`switch_dit.weightings.snr_weight`.
         betas: float64 [N], each in (0, 1), instead of a schedule.
 
     Raises ``ValueError`` or ``TypeError`` for a setting that does not fit.
@@ -95,27 +95,17 @@ class GaussianDiffusion:
             "posterior_x_t": (1 - previous) * np.sqrt(1 - self.betas) / (1 - self.alphas_cumprod),
             "min_log_variance": np.log(np.append(first, posterior_variance[1:])),
             "max_log_variance": np.log(self.betas),
-            "mse_weight": self.mse_weight(weighting),
+            "eps_weight": self.mse_weight(weighting),
+            "v_weight": self.mse_weight(weighting, "v"),
         }
         self._tables = {name: torch.from_numpy(table).float() for name, table in tables.items()}
 
-    def mse_weight(self, weighting: str) -> np.ndarray:
-        """Weight of the squared error of the noise at each timestep, float64 [N]; snr = abar / (1 - abar).
+    def mse_weight(self, weighting: str, prediction: str = "eps") -> np.ndarray:
+        """Weight of the squared error of the prediction at each timestep, float64 [N].
 
-        ``constant``; ``min_snr_<gamma>``: min(snr, gamma) / snr (arXiv 2303.09556); ``p2``: 1 / (1 + snr)
-        (arXiv 2204.00227, k = gamma = 1).
+        The weightings are those of :func:`switch_dit.weightings.snr_weight`.
         """
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        if weighting == "constant":
-            return np.ones_like(snr)
-        if weighting == "p2":
-            return 1 / (1 + snr)
-        match = re.fullmatch(r"min_snr_(\d+(?:\.\d+)?)", str(weighting))
-        if match and float(match[1]) > 0:
-            return np.minimum(snr, float(match[1])) / snr
-        raise ValueError(
-            f"weighting is {weighting!r}; it must be constant, p2 or min_snr_<gamma>, like min_snr_5"
-        )
+        return snr_weight(weighting, self.alphas_cumprod / (1 - self.alphas_cumprod), prediction)
 
     def respaced(self, steps: int) -> tuple[GaussianDiffusion, Tensor]:
         """The process through ``steps`` evenly spaced timesteps, and those, int64 [steps] rising."""
@@ -163,6 +153,17 @@ class GaussianDiffusion:
         self._check(t, x_t=x_t, noise=noise)
         return (x_t - self._at("noise", t, x_t) * noise) / self._at("signal", t, x_t)
 
+    def velocity(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """``v = sqrt(abar) noise - sqrt(1 - abar) x_start``, [B, C, H, W] (arXiv 2202.00512, section 4)."""
+        self._check(t, x_start=x_start, noise=noise)
+        return self._at("signal", t, noise) * noise - self._at("noise", t, noise) * x_start
+
+    def x_start_and_noise(self, velocity: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_start and the noise that a velocity implies: the inverse of that rotation."""
+        self._check(t, velocity=velocity, x_t=x_t)
+        signal, noise = self._at("signal", t, x_t), self._at("noise", t, x_t)
+        return signal * x_t - noise * velocity, noise * x_t + signal * velocity
+
     def q_posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_start) (DDPM eq. 7)."""
         self._check(t, x_start=x_start, x_t=x_t)
@@ -186,24 +187,34 @@ class GaussianDiffusion:
         return {"mean": mean, "log_variance": share * high + (1 - share) * low, "pred_xstart": x_start}
 
     def training_losses(
-        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+        self,
+        model_output: Tensor,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        prediction: str = "eps",
     ) -> dict[str, Tensor]:
         """Losses per sample, float32 [B]: ``mse``, weighted, and ``vb`` where the variance is learned.
 
-        ``vb`` is in bits per dimension and trains the variance only: the mean is detached (eq. 16 of arXiv
-        2102.09672).
+        The model predicts the noise (``eps``) or the velocity (``v``). The variance is learned beside the
+        noise only. ``vb`` is in bits per dimension and trains the variance only: the mean is detached (eq. 16
+        of arXiv 2102.09672).
         """
+        check_choice("prediction", prediction, PREDICTIONS)
         self._check(t, x_start=x_start, x_t=x_t, noise=noise)
         check_tensors(model_output=model_output)
-        channels = x_t.shape[1] * (1 + (model_output.dim() > 1 and model_output.shape[1] > x_t.shape[1]))
+        learned = prediction == "eps" and model_output.dim() > 1 and model_output.shape[1] > x_t.shape[1]
+        channels = x_t.shape[1] * (1 + learned)
         check_shape("model_output", model_output, (x_t.shape[0], channels, *x_t.shape[2:]))
         check_dtype("model_output", model_output, *FLOATS)
         check_device("model_output", model_output, x_t.device)
-        model_output = model_output.float()
+        model_output, x_start, x_t, noise = (x.float() for x in (model_output, x_start, x_t, noise))
         predicted = model_output[:, : x_t.shape[1]]
-        weight = self._at("mse_weight", t, t)
-        losses = {"mse": weight * (predicted - noise).square().flatten(1).mean(1)}
-        if model_output.shape[1] == 2 * x_t.shape[1]:
+        target = noise if prediction == "eps" else self.velocity(x_start, t, noise)
+        weight = self._at(f"{prediction}_weight", t, t)
+        losses = {"mse": weight * (predicted - target).square().flatten(1).mean(1)}
+        if learned:
             frozen = torch.cat([predicted.detach(), model_output[:, x_t.shape[1] :]], dim=1)
             losses["vb"] = self.variational_bound(frozen, x_start, x_t, t)
         return losses

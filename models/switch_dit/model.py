@@ -385,7 +385,7 @@ class SwitchDiT(nn.Module):
         if routing is not None:
             blocks = routing.scheduled(self.router.backend).blocks()
             return [(*block[:3], block.schedule) for block in blocks]
-        return [(self.dtr_mask[t],) if self.routing == "dtr" else ()] * len(self.blocks)
+        return [(self.dtr_mask[table_row(t)],) if self.routing == "dtr" else ()] * len(self.blocks)
 
     def route(self, time_embedding: Tensor) -> Routing:
         """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
@@ -412,6 +412,9 @@ class SwitchDiT(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
+        t may be of a floating type, for a process in continuous time: it is embedded as it is, the router
+        sees that embedding, and the prior and DTR's masks take the row floor(t) of their tables.
+
         t may be [1], one timestep for the whole batch: then it is embedded and routed once, and a block
         merges its experts once. H and W are ``input_size``, labels are int64, num_classes standing for none;
         an unconditional model takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero
@@ -431,8 +434,6 @@ class SwitchDiT(nn.Module):
             check_shape("drop", drop, (x.shape[0],))
             if y is None or self.y_embedder.dropout == 0:
                 raise ValueError("drop is given; the model has no null label to put in the place of a label")
-        if with_prior or self.routing == "dtr":
-            check_dtype("t", t, torch.int64, torch.int32)
         e = self.t_embedder(t)  # [B, D]
         routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
         c = e if y is None else e + self.y_embedder(y, drop)  # [B, D]
@@ -485,7 +486,7 @@ class SwitchDiT(nn.Module):
             selected = self.route_all_timesteps().selected()
             self.assignment.copy_(self.prior.match(selected, ties=ties))
         probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
-        return self.prior.loss(probs, t, self.assignment)
+        return self.prior.loss(probs, table_row(t), self.assignment)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Patches [B, T, p*p*C_out] to images [B, C_out, H, W]."""
@@ -521,6 +522,11 @@ class SwitchDiT(nn.Module):
         with_label, without = noise.chunk(2)
         guided = without + cfg_scale * (with_label - without)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+def table_row(t: Tensor) -> Tensor:
+    """The row of a table over [0, N) for timesteps t [B]: t itself, or the integer below a t between two."""
+    return t.floor().long() if t.is_floating_point() else t
 
 
 def _on(device: torch.device, buffer: Tensor) -> Tensor:
