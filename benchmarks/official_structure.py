@@ -29,13 +29,21 @@ class OfficialStructure(SwitchDiT):
         return twin.to(model.pos_embed.device)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, with_prior: bool = False, match: bool = True
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        *,
+        with_prior: bool = False,
+        match: bool = True,
+        drop: Tensor | None = None,
+        ties: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As :meth:`switch_dit.SwitchDiT.forward`."""
         embeddings = self.embed_timesteps()  # [N, D]
         c = embeddings[t]  # [B, D]
         if self.y_embedder is not None:
-            c = c + self.y_embedder(y)
+            c = c + self.y_embedder(y, drop)
         h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         probs, chosen = [], []
         for i, block in enumerate(self.blocks):
@@ -49,7 +57,7 @@ class OfficialStructure(SwitchDiT):
         if not with_prior:
             return out
         if match:
-            self.match(torch.cat(chosen, dim=1))
+            self.match(torch.cat(chosen, dim=1), ties)
         return out, self.prior_loss(torch.cat(probs, dim=1), t)
 
     def embed_timesteps(self) -> Tensor:
@@ -72,11 +80,15 @@ class OfficialStructure(SwitchDiT):
         return 1 + expert_loop(x, weight, bias, index[t], gate[t]), probs[t], chosen
 
     @torch.no_grad()
-    def match(self, chosen: Tensor) -> None:
-        """Matches the experts, chosen where ``[N, L*M]`` is 1, to the prior's columns; ties at random."""
+    def match(self, chosen: Tensor, ties: Tensor | None = None) -> None:
+        """Matches the experts, chosen where ``[N, L*M]`` is 1, to the prior's columns; ties at random, or by
+        the order of ``ties [2, L*M]``.
+        """
         from scipy.optimize import linear_sum_assignment
 
-        of_model, of_table = torch.randperm(chosen.shape[1]), torch.randperm(chosen.shape[1])
+        if ties is None:
+            ties = torch.rand(2, chosen.shape[1])
+        of_model, of_table = ties.cpu().argsort(dim=1)
         differences = chosen[:, of_model][:, :, None] - self.prior.table[:, of_table][:, None]
         _, column = linear_sum_assignment(differences.abs().sum(0).cpu())
         self.assignment[of_model] = of_table[torch.as_tensor(column)].to(self.assignment.device)

@@ -192,6 +192,7 @@ def test_the_committed_report_is_of_what_the_newest_torch_brings(committed: dict
     assert compared == {80, 90}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "same"), [("", True), ("--opt-level 1", False)])
 def test_other_machine_code_is_seen(option: str, same: bool, tmp_path: Path) -> None:
     """Triton's own assembler as the second one, and with less optimisation."""

@@ -772,7 +772,7 @@ def test_flips_depend_on_the_seed_and_the_step() -> None:
     trainer = Trainer(TrainConfig(flip=True, batch_size=1000, model="tiny/4"), data)
     first = trainer.flips(7)
     assert torch.equal(first, trainer.flips(7))
-    assert torch.equal(first, trainer.draw(7, (1, 8, 8))[3])
+    assert torch.equal(first, trainer.draw(7, (1, 8, 8)).flip)
     assert not torch.equal(first, trainer.flips(8))
     assert 400 < int(first.sum()) < 600
     assert not Trainer(TrainConfig(batch_size=10), data).flips(7).any()

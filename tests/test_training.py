@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.data import batches, load_data
 from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.metrics import Classifier, evaluate, frechet_distance
-from switch_dit.trainer import TrainConfig, Trainer, learning_rate
+from switch_dit.trainer import TrainConfig, Trainer
 from train_switch_dit import run as run_training
 
 from switch_moe.torch_compat import cpu_has
@@ -409,13 +408,6 @@ def test_classifier_repeats() -> None:
     train, held_out = images.scale(images.train), images.scale(images.held_out)
     first, second = (Classifier(train, images.train_labels).features(held_out) for _ in range(2))
     assert np.array_equal(first, second)
-
-
-def test_learning_rate() -> None:
-    settings = TrainConfig(steps=100, warmup=10, lr=1.0)
-    assert learning_rate(settings, 0) == pytest.approx(0.1, rel=1e-3)
-    assert learning_rate(settings, 99) < 1e-3
-    assert learning_rate(replace(settings, lr_decay=False), 99) == 1.0
 
 
 def test_precision_and_device() -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,12 @@ from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.graphs import GraphedStep
 from switch_dit.model import PRESETS, ROUTINGS, create_model
+from switch_dit.objectives import DiffusionObjective
+from switch_dit.optimisation import learning_rate
 from switch_dit.randomness import Stream, normal
 from switch_dit.resume import Checkpoints, stop_on_signals
 from switch_dit.sampling import sample
+from switch_dit.timesteps import create_sampler
 from switch_moe.ops._checks import (
     check_choice,
     check_flags,
@@ -91,7 +94,9 @@ class TrainConfig:
     schedule: Literal["linear", "cosine"] = "linear"
     """The noise grows with the timestep by this schedule."""
     weighting: str = "constant"
-    """How the squared error is weighted over timesteps: constant, p2 or min_snr_<gamma>."""
+    """How the squared error is weighted over timesteps: constant, p2, p2_gamma<a>_k<b> or min_snr_<gamma>."""
+    timesteps: Literal["uniform", "logit-normal", "speed"] = "uniform"
+    """How timesteps are drawn; speed is SpeeD (arXiv 2405.17403), with its weights."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 autocast on a GPU and on CPUs with AMX, float32 elsewhere."""
     compile: bool = False
@@ -177,7 +182,8 @@ class TrainConfig:
             raise ValueError(
                 "label_dropout is 0, so there is no null label to guide with; guidance must be 1"
             )
-        GaussianDiffusion(self.schedule, weighting=self.weighting)
+        check_choice("timesteps", self.timesteps, ("uniform", "logit-normal", "speed"))
+        create_sampler(self.timesteps, objective_of(self))
         device = resolve_device(self.device)
         if self.cuda_graph and device.type != "cuda":
             raise ValueError(f"cuda_graph is True; it needs a GPU, and the device is {device}")
@@ -236,10 +242,20 @@ def run_folder(config: TrainConfig) -> Path:
     raise ValueError(f"output {config.output} is full of runs named {base}")
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a constant rate or a cosine to zero."""
-    rate = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
-    return rate * (0.5 * (1 + math.cos(math.pi * step / config.steps)) if config.lr_decay else 1.0)
+def objective_of(config: TrainConfig) -> DiffusionObjective:
+    """The noise, with a learned variance where that is asked for."""
+    diffusion = GaussianDiffusion(config.schedule, weighting=config.weighting)
+    return DiffusionObjective(diffusion, "eps", config.learn_sigma)
+
+
+class Draws(NamedTuple):
+    """What is random about the samples of a step."""
+
+    noise: Tensor  # [B, C, H, W]
+    t: Tensor  # timesteps, int64 [B]
+    weight: Tensor | None  # of the losses [B], None for ones
+    drop: Tensor  # whose labels are left out, bool [B]
+    flip: Tensor  # which images are mirrored, bool [B]
 
 
 class Interrupted(Exception):
@@ -295,7 +311,9 @@ class Trainer:
         }
         self.model = create(config.model, **model_settings).to(self.device)
         self.diffusion_settings = {"schedule": config.schedule, "weighting": config.weighting}
-        self.diffusion = GaussianDiffusion(**self.diffusion_settings)
+        self.objective = objective_of(config)
+        self.diffusion = self.objective.diffusion
+        self.sampler = create_sampler(config.timesteps, self.objective)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         # Device scalars: a captured step reads what each replay finds in them.
         self.rate = torch.tensor(config.lr, device=self.device)
@@ -321,15 +339,14 @@ class Trainer:
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step
         self.positions = torch.arange(config.batch_size, device=self.device)
 
-    def draw(self, number: Tensor | int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is random about the samples of a step: noise [B, *shape], timesteps [B], whose labels are
-        dropped and which images are mirrored, bool [B].
-        """
+    def draw(self, number: Tensor | int, shape: tuple[int, ...]) -> Draws:
+        """What is random about the samples of a step, with noise [B, *shape]."""
         count = math.prod(shape)
         uniform = self.of_samples.uniform(number, self.positions, 4 + 2 * -(-count // 2))
-        t = (uniform[:, 0] * self.diffusion.num_timesteps).long()
+        t, weight = self.sampler.draw(uniform[:, 0])
         noise = normal(uniform[:, 4:])[:, :count].view(-1, *shape)
-        return noise, t, uniform[:, 1] < self.config.label_dropout, self._flips(uniform)
+        drop = uniform[:, 1] < self.config.label_dropout
+        return Draws(noise, t, weight, drop, self._flips(uniform))
 
     def _flips(self, uniform: Tensor) -> Tensor:
         return (uniform[:, 2] < 0.5) & self.config.flip
@@ -340,8 +357,8 @@ class Trainer:
 
     def loss_terms(self, x_start: Tensor, y: Tensor | None, match: bool = True) -> dict[str, Tensor]:
         """Batch means of mse, vb (zero without learned variance) and prior, at the step's timesteps."""
-        noise, t, drop, _ = self.draw(self.number, x_start.shape[1:])
-        x_t = self.diffusion.q_sample(x_start, t, noise)
+        noise, t, weight, drop, _ = self.draw(self.number, x_start.shape[1:])
+        x_t = self.objective.q_sample(x_start, t, noise)
         told: dict[str, Tensor] = {}
         if y is not None and self.config.label_dropout > 0:
             told["drop"] = drop
@@ -350,9 +367,14 @@ class Trainer:
             told["ties"] = self.of_ties.uniform(self.number, self.positions[:2], slots)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             out, prior = self.with_prior(x_t, t, y, match, **told)
-        losses = self.diffusion.training_losses(out, x_start, x_t, t, noise)
+        losses = self.objective.losses(out, x_start, x_t, t, noise, weight)
         terms = {name: value.mean() for name, value in losses.items()}
         return {"mse": terms["mse"], "vb": terms.get("vb", torch.zeros_like(prior)), "prior": prior}
+
+    def rate_at(self, number: int) -> float:
+        """The learning rate of a step."""
+        config, decay = self.config, "cosine" if self.config.lr_decay else "constant"
+        return learning_rate(number, lr=config.lr, steps=config.steps, warmup=config.warmup, decay=decay)
 
     def step(
         self, number: int, chosen: Tensor, batch: tuple[Tensor, Tensor] | None = None
@@ -365,7 +387,7 @@ class Trainer:
         waits for a GPU: the indices are copied from pinned memory.
         """
         self.number.fill_(number)
-        self.rate.fill_(learning_rate(self.config, number))
+        self.rate.fill_(self.rate_at(number))
         self.ema_weight.fill_(1 - min(self.config.ema_decay, number / (9 + number)))
         if self.images.in_memory is None:
             for held, read in zip(
@@ -471,7 +493,7 @@ class Trainer:
                     now = time.perf_counter()
                     rate = (len(pending) - timed) * config.batch_size / (now - logged_at)
                     means = dict(zip(names, values.double().mean(0).tolist(), strict=True))
-                    rows.append({"step": done, **means, "lr": learning_rate(config, number),
+                    rows.append({"step": done, **means, "lr": self.rate_at(number),
                                  "images_per_second": rate})  # fmt: skip
                     stats.write(json.dumps(rows[-1]) + "\n")
                     stats.flush()
@@ -495,7 +517,7 @@ class Trainer:
         wrong = (~values.isfinite().all(1)).nonzero()
         if len(wrong):
             number = done - len(pending) + int(wrong[0])
-            t = self.draw(number, (1,))[1]
+            t = self.draw(number, (1,)).t
             chosen = next(batches(len(self.images), self.config.batch_size, self.config.seed, number))
             raise FloatingPointError(
                 f"the loss is not finite at step {number + 1}, images {chosen.tolist()[:8]}..., timesteps "
