@@ -27,8 +27,9 @@ import torch
 import tyro
 from safetensors.torch import save
 from switch_dit.data import Data, load_data, loaded
-from switch_dit.data.latents import FORMAT, checksum
+from switch_dit.data.latents import FORMAT
 from switch_dit.devices import resolve_device
+from switch_dit.files import checksum, to_disk
 from torch import Tensor
 from tqdm import tqdm
 
@@ -247,19 +248,13 @@ class Shards:
         """Whole or not at all, and on the disk before this returns."""
         draft = path.with_name(f"{path.name}.{self.rank}.incomplete")
         try:
-            with open(draft, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            draft.write_bytes(content)
+            to_disk(draft)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
         draft.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        to_disk(path.parent)
 
     def finish(self) -> None:
         """Writes index.json where all shards are done, by whichever process."""

@@ -15,9 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -31,6 +29,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from switch_dit.files import checksum, to_disk
 
 _CHECKSUMS = "checksums.json"
 _STATE = "state.json"
@@ -70,11 +70,11 @@ class Checkpoints:
                 writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
                 dcp.save(tensors, storage_writer=writer, no_dist=True)
             (draft / _STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
-            sums = {path.name: _checksum(path) for path in sorted(draft.iterdir())}
+            sums = {path.name: checksum(path) for path in sorted(draft.iterdir())}
             (draft / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
             for path in draft.iterdir():
-                _to_disk(path)
-            _to_disk(draft)
+                to_disk(path)
+            to_disk(draft)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, CheckpointException):  # no Exception; it holds what failed on each rank
@@ -83,7 +83,7 @@ class Checkpoints:
             raise
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
-        _to_disk(self.folder)
+        to_disk(self.folder)
         for old in self.steps()[: -self.keep]:  # renamed first: a half-removed one must not look whole
             with contextlib.suppress(OSError):
                 leftover = self.folder / f"step-{old}.incomplete"
@@ -108,7 +108,7 @@ class Checkpoints:
             names = {path.name for path in folder.iterdir()} - {_CHECKSUMS}
             if not isinstance(sums, dict) or names != sums.keys() or _STATE not in names:
                 return "files are missing, or others lie there"
-            wrong = [name for name, checksum in sums.items() if _checksum(folder / name) != checksum]
+            wrong = [name for name, written in sums.items() if checksum(folder / name) != written]
         except (OSError, ValueError) as error:
             return f"{_CHECKSUMS}: {type(error).__name__}"
         return f"{wrong[0]} is not what was written" if wrong else None
@@ -126,23 +126,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _checksum(path: Path) -> str:
-    found = hashlib.blake2b()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from switch_dit.averages import MovingAverage
 from switch_dit.checkpoint import save_checkpoint
 from switch_dit.data import Data, batches, loaded, name_of
 from switch_dit.data.memory import mirrored
@@ -25,7 +26,7 @@ from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.graphs import GraphedStep
 from switch_dit.model import PRESETS, ROUTINGS, create_model
 from switch_dit.objectives import DiffusionObjective
-from switch_dit.optimisation import learning_rate
+from switch_dit.optimisation import create_optimizer, learning_rate
 from switch_dit.randomness import Stream, normal
 from switch_dit.resume import Checkpoints, stop_on_signals
 from switch_dit.sampling import sample
@@ -317,12 +318,12 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         # Device scalars: a captured step reads what each replay finds in them.
         self.rate = torch.tensor(config.lr, device=self.device)
-        self.ema_weight = torch.zeros((), device=self.device)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=self.rate, weight_decay=config.weight_decay, fused=True,
-            capturable=self.device.type == "cuda",
-        )  # fmt: skip
+        self.optimizer = create_optimizer(
+            self.model.parameters(), self.rate, weight_decay=config.weight_decay
+        )
+        self.averaged = dict(self.model.named_parameters())
+        of_copy = dict(self.ema.named_parameters())
+        self.average = MovingAverage(self.averaged, config.ema_decay, of_copy)
         self.with_prior = self.model.forward_with_prior
         if config.compile:
             self.with_prior = torch.compile(self.with_prior)
@@ -388,7 +389,7 @@ class Trainer:
         """
         self.number.fill_(number)
         self.rate.fill_(self.rate_at(number))
-        self.ema_weight.fill_(1 - min(self.config.ema_decay, number / (9 + number)))
+        self.average.prepare(number)
         if self.images.in_memory is None:
             for held, read in zip(
                 (self.train_images, self.train_labels),
@@ -417,11 +418,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        with torch.no_grad():
-            averaged, current = list(self.ema.parameters()), list(self.model.parameters())
-            change = torch._foreach_sub(current, averaged)
-            torch._foreach_mul_(change, self.ema_weight)
-            torch._foreach_add_(averaged, change)
+        self.average.advance(self.averaged)
         return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
 
     def tensors(self) -> dict[str, Tensor]:

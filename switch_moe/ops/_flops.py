@@ -52,7 +52,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 execute(module)
                 _enter(module)
 
-            # Of this one loader: the module is executed as ever, and then the formulas are entered.
+            # Only this one loader changes: it executes the module as ever, then enters the formulas.
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 

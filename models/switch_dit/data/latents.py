@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from switch_dit.files import checksum
+
 FORMAT = "switch_dit latents 1"
 _AGAIN = "run models/encode_latents.py again"
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -152,12 +154,3 @@ class Latents:
             )
         self._mapped[number] = mean.numpy(), std.numpy()
         return *self._mapped[number], labels.clone()
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
