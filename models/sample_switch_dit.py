@@ -33,8 +33,9 @@ class SampleConfig:
     """Each class gets this many samples."""
     steps: int = 50
     """The scheduler takes this many steps."""
-    scheduler: Literal["ddim", "ddpm", "dpm-solver++"] = "ddim"
-    """ddpm uses the learned variance and wants more steps."""
+    scheduler: Literal["auto", "ddim", "ddpm", "dpm-solver++", "euler"] = "auto"
+    """auto takes euler for a model of rectified flow, which takes no other, and ddim for the rest. ddpm uses
+    the learned variance and wants more steps."""
     guidance: float = 1.5
     """The samples are drawn with this classifier-free guidance; 1 is none."""
     seed: int = 0
@@ -54,7 +55,7 @@ def run(config: SampleConfig) -> Path:
     check_positive(guidance=config.guidance)
     device = resolve_device(config.device)
     path = _free_path(config)
-    model, diffusion = load_checkpoint(Path(config.run) / "weights", config.weights)
+    model, objective = load_checkpoint(Path(config.run) / "weights", config.weights)
     model.to(device)
     if model.num_classes:
         classes = list(config.labels) or list(range(model.num_classes))
@@ -63,17 +64,20 @@ def run(config: SampleConfig) -> Path:
         raise ValueError(f"labels is {config.labels}; the model was trained without classes")
     else:
         labels = None
+    scheduler = config.scheduler
+    if scheduler == "auto":
+        scheduler = "euler" if objective.continuous else "ddim"
     images = sample(
         model,
-        diffusion,
+        objective,
         labels,
         count=config.count,
         steps=config.steps,
-        scheduler=config.scheduler,
+        scheduler=scheduler,
         guidance=config.guidance,
         generator=torch.Generator("cpu").manual_seed(config.seed),
     )
-    title = f"{Path(config.run).name}: {config.scheduler}, {config.steps} steps, guidance {config.guidance:g}"
+    title = f"{Path(config.run).name}: {scheduler}, {config.steps} steps, guidance {config.guidance:g}"
     plot_samples(path, images.cpu(), None if labels is None else labels.tolist(), config.count, title)
     print(f"{len(images)} samples in {path}")
     return path

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "models")]
 
 import train_switch_dit  # noqa: E402
-from switch_dit.trainer import TrainConfig  # noqa: E402
+from switch_dit.settings import TrainConfig  # noqa: E402
 
 SETTINGS: dict[str, Any] = {
     "steps": 60, "batch_size": 16, "checkpoint_every": 7, "log_every": 5, "generated": 0, "prior_every": 3,

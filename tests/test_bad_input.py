@@ -18,6 +18,7 @@ from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.convert import convert_to_official_state_dict
 from switch_dit.data import load_data
 from switch_dit.metrics import evaluate
+from switch_dit.objectives import create_objective
 from torch import Tensor
 
 from switch_moe import DiffusionPrior, Router, SwitchMoE, ops
@@ -208,12 +209,17 @@ def test_dpm_solver_takes_fewer_steps_than_timesteps(schedule: str, count: int) 
         ({"clip": "yes"}, TypeError, "clip is 'yes'"),
         ({"count": "a"}, TypeError, "count is 'a'"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model is a Linear"),
-        ({"diffusion": None}, TypeError, "diffusion is a NoneType"),
-        ({"diffusion": GaussianDiffusion(num_timesteps=500)}, ValueError, "diffusion has 500 timesteps; the"),
+        ({"process": None}, TypeError, "process is a NoneType"),
+        ({"process": GaussianDiffusion(num_timesteps=500)}, ValueError, "process has 500 timesteps; the"),
+        (
+            {"process": create_objective("v")},
+            ValueError,
+            "process is an objective 'v' with another learn_sigma",
+        ),
     ],
 )
 def test_of_sampling(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"model": random_model(), "diffusion": GaussianDiffusion(), "labels": Y, "steps": 2}
+    arguments = {"model": random_model(), "process": GaussianDiffusion(), "labels": Y, "steps": 2}
     with pytest.raises(error, match=message):
         sample(**{**arguments, **options})
 

@@ -24,7 +24,8 @@ from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.data import batches, load_data
 from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.metrics import Classifier, evaluate, frechet_distance
-from switch_dit.trainer import TrainConfig, Trainer
+from switch_dit.settings import TrainConfig
+from switch_dit.trainer import Trainer
 from train_switch_dit import run as run_training
 
 from switch_moe.torch_compat import cpu_has

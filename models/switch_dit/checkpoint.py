@@ -2,7 +2,7 @@
 
 model.safetensors  the trained weights
 ema.safetensors    their moving average
-config.json        the settings of the model and of the diffusion process
+config.json        the settings of the model and of its objective: what create_objective takes
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from switch_dit.convert import without_wrappers
-from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import SwitchDiT
+from switch_dit.objectives import Objective, create_objective
 from switch_moe.ops._checks import FLOATS, check_choice
 
 
@@ -78,8 +78,8 @@ def _give_usual_permissions(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT, GaussianDiffusion]:
-    """The model in evaluation mode and its diffusion process.
+def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT, Objective]:
+    """The model in evaluation mode and its objective.
 
     ``weights`` are the moving average (``ema``) or the trained ones (``model``).
 
@@ -98,11 +98,11 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
     try:
         settings = json.loads(config.read_text())
         model = SwitchDiT(**settings["model"])
-        diffusion = GaussianDiffusion(**settings["diffusion"])
+        objective = create_objective(**settings["diffusion"], learn_sigma=model.learn_sigma)
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError, ArithmeticError) as error:
         raise ValueError(f"{config} is broken ({_first_line(error)}); take it from another copy") from None
-    if model.num_timesteps != diffusion.num_timesteps:
-        counts = f"{model.num_timesteps} timesteps and its diffusion process {diffusion.num_timesteps}"
+    if model.num_timesteps != objective.num_timesteps:
+        counts = f"{model.num_timesteps} timesteps and its diffusion process {objective.num_timesteps}"
         raise ValueError(f"{config} is broken (the model has {counts}); take it from another copy")
     try:
         state = load_file(tensors)
@@ -111,7 +111,7 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
             f"{tensors} is broken or cut off ({_first_line(error)}); take it from another copy"
         ) from None
     load_weights(model, state, str(tensors))
-    return model.eval(), diffusion
+    return model.eval(), objective
 
 
 def load_weights(model: SwitchDiT, state: Mapping[str, Tensor], source: str) -> None:

@@ -1,4 +1,4 @@
-"""Sampling with diffusers' schedulers.
+"""Sampling with diffusers' schedulers, for a model of the noise, of the velocity or of rectified flow.
 
 DDIM and DDPM walk the respaced process (every kept timestep follows the one before it), so their coefficients
 are those of the official code for any number of steps; DPM-Solver++ chooses its own timesteps.
@@ -7,13 +7,16 @@ are those of the official code for any number of steps; DPM-Solver++ chooses its
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import SwitchDiT
+from switch_dit.objectives import DiffusionObjective, FlowObjective, Objective
 from switch_moe.ops._checks import (
     FLOATS,
     check_choice,
@@ -25,56 +28,75 @@ from switch_moe.ops._checks import (
     check_tensors,
 )
 
-SCHEDULERS = ("ddim", "ddpm", "dpm-solver++")
+SCHEDULERS = ("ddim", "ddpm", "dpm-solver++", "euler")
 
 
 def make_scheduler(
-    name: str, diffusion: GaussianDiffusion, steps: int, learn_sigma: bool, clip: bool = False
-) -> tuple[Any, dict[int, int]]:
-    """A diffusers scheduler, and the trained timestep that each of its timesteps stands for.
+    name: str, objective: Objective, steps: int, clip: bool = False
+) -> tuple[Any, Callable[[int], float]]:
+    """A diffusers scheduler, and the trained timestep that its step number i stands for.
 
     With ``clip`` the predicted image is confined to [-1, 1] in each step, as pixels are and latents are not.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+    from diffusers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     check_choice("scheduler", name, SCHEDULERS)
+    if (name == "euler") != isinstance(objective, FlowObjective):
+        wanted = "euler" if isinstance(objective, FlowObjective) else "ddim, ddpm or dpm-solver++"
+        raise ValueError(f"scheduler is {name!r}; a model of {objective.name!r} takes {wanted}")
+    if isinstance(objective, FlowObjective):
+        check_integers(steps=steps)
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=objective.num_timesteps)
+        # Times from 1, noise, towards 0 in even steps; the scheduler adds the 0, the image.
+        times = np.linspace(1, 0, steps, endpoint=False)
+        scheduler.set_timesteps(sigmas=times.tolist())
+        of_model = objective.model_time(torch.from_numpy(times)).tolist()
+        return scheduler, of_model.__getitem__
+    diffusion, kind = objective.diffusion, {"eps": "epsilon", "v": "v_prediction"}[objective.name]
     respaced, kept = diffusion.respaced(steps)
     if name == "dpm-solver++" and steps >= diffusion.num_timesteps:
         raise ValueError(
             f"steps is {steps}; dpm-solver++ takes fewer than the {diffusion.num_timesteps} trained timesteps"
         )
-    trained_timestep = dict(enumerate(kept.tolist()))
     if name == "dpm-solver++":
         # variance_type stays None and the model's variance is dropped: learned_range would slice 3 channels.
         # Thresholding is dynamic; a largest value of 1 makes it a clip to [-1, 1].
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=diffusion.num_timesteps, trained_betas=diffusion.betas,
             algorithm_type="dpmsolver++", timestep_spacing="linspace", thresholding=clip,
-            sample_max_value=1.0,
+            sample_max_value=1.0, prediction_type=kind,
         )  # fmt: skip
-        trained_timestep = {t: t for t in range(diffusion.num_timesteps)}
+        scheduler.set_timesteps(steps)
+        return scheduler, scheduler.timesteps.tolist().__getitem__
+    settings = {
+        "num_train_timesteps": steps, "trained_betas": respaced.betas, "clip_sample": clip,
+        "prediction_type": kind,
+    }  # fmt: skip
+    if name == "ddim":
+        scheduler = DDIMScheduler(**settings)
     else:
-        settings = {"num_train_timesteps": steps, "trained_betas": respaced.betas, "clip_sample": clip}
-        if name == "ddim":
-            scheduler = DDIMScheduler(**settings)
-        else:
-            variance = "learned_range" if learn_sigma else "fixed_small"
-            scheduler = DDPMScheduler(variance_type=variance, **settings)
-        # The cosine schedule ends at abar = 2e-9; diffusers' float32 product of 1 - beta would round it to 0.
-        scheduler.alphas_cumprod = torch.from_numpy(respaced.alphas_cumprod).float()
+        variance = "learned_range" if objective.learn_sigma else "fixed_small"
+        scheduler = DDPMScheduler(variance_type=variance, **settings)
+    # The cosine schedule ends at abar = 2e-9; diffusers' float32 product of 1 - beta would round it to 0.
+    scheduler.alphas_cumprod = torch.from_numpy(respaced.alphas_cumprod).float()
     scheduler.set_timesteps(steps)
-    return scheduler, trained_timestep
+    return scheduler, [kept.tolist()[step] for step in scheduler.timesteps.tolist()].__getitem__
 
 
 @torch.no_grad()
 def sample(
     model: SwitchDiT,
-    diffusion: GaussianDiffusion,
+    process: Objective | GaussianDiffusion,
     labels: Tensor | None,
     *,
     count: int | None = None,
     steps: int = 250,
-    scheduler: str = "ddim",
+    scheduler: str | None = None,
     guidance: float = 1.5,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
@@ -84,31 +106,44 @@ def sample(
     """Images (or latents) float32 [n, C, H, W] from noise, by the model in evaluation mode.
 
     Args:
+        process: what the model predicts, its objective; a GaussianDiffusion stands for the noise in it.
         labels: int64 [n]; an unconditional model takes None, and ``count`` instead.
         steps: model evaluations (twice as many samples each where there is guidance); fewer than the trained
             timesteps for ``dpm-solver++``.
-        scheduler: ``ddim`` (eta 0), ``ddpm`` (with the learned variance) or ``dpm-solver++``.
+        scheduler: ``ddim`` (eta 0; None is that), ``ddpm`` (with the variance, if it is learned) or
+            ``dpm-solver++``; for rectified flow ``euler``, which None is there.
         guidance: classifier-free scale; 1 is none.
         generator: the source of noise, on the CPU, for any device.
         start: the noise to begin with, [n, C, H, W], instead of drawing it.
         batch_size: samples at a time.
         clip: whether each step confines the predicted image to [-1, 1], as it must for pixels: the first
             steps of the cosine schedule divide by as little as 5e-5. None clips 1 and 3 channels (grey and
-            colour) and no others, which are latents.
+            colour) and no others, which are latents. ``euler`` confines nothing: it divides by nothing.
 
     Raises:
         ValueError, TypeError: an argument does not fit. FloatingPointError: a sample is not finite.
     """
-    for name, value, kind in (("model", model, SwitchDiT), ("diffusion", diffusion, GaussianDiffusion)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a {kind.__name__}")
+    if not isinstance(model, SwitchDiT):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a SwitchDiT")
+    if not isinstance(process, (Objective, GaussianDiffusion)):
+        raise TypeError(
+            f"process is a {type(process).__name__}; it must be an Objective or a GaussianDiffusion"
+        )
+    objective = process
+    if isinstance(process, GaussianDiffusion):
+        objective = DiffusionObjective(process, "eps", model.learn_sigma)
+    if model.learn_sigma != getattr(objective, "learn_sigma", False):
+        raise ValueError(
+            f"process is an objective {objective.name!r} with another learn_sigma than the model's, "
+            f"{model.learn_sigma}"
+        )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
     if (labels is None) != (model.num_classes == 0):
         raise ValueError(f"labels is {labels}; the model has {model.num_classes} classes")
-    if model.num_timesteps != diffusion.num_timesteps:
+    if model.num_timesteps != objective.num_timesteps:
         raise ValueError(
-            f"diffusion has {diffusion.num_timesteps} timesteps; the model was made for {model.num_timesteps}"
+            f"process has {objective.num_timesteps} timesteps; the model was made for {model.num_timesteps}"
         )
     check_integers(batch_size=batch_size)
     check_numbers(guidance=guidance)
@@ -141,7 +176,8 @@ def sample(
     if clip is None:
         clip = model.in_channels in (1, 3)
     check_flags(clip=clip)
-    new_scheduler = functools.partial(make_scheduler, scheduler, diffusion, steps, model.learn_sigma, clip)
+    scheduler = scheduler or ("euler" if objective.continuous else "ddim")
+    new_scheduler = functools.partial(make_scheduler, scheduler, objective, steps, clip)
     with torch.device("cpu"):  # diffusers makes its tables on the default device
         new_scheduler()  # settings that do not fit are refused before any work, and without samples too
     modes = [(module, module.training) for module in model.modules()]
@@ -165,7 +201,7 @@ def _sample_batch(
     x: Tensor,
     labels: Tensor | None,
     stepper: Any,
-    trained_timestep: dict[int, int],
+    trained_timestep: Callable[[int], float],
     scheduler: str,
     guidance: float,
     generator: torch.Generator | None,
@@ -173,8 +209,8 @@ def _sample_batch(
     n, device = len(x), x.device
     guided = labels is not None and guidance != 1
     both = torch.cat([labels, torch.full_like(labels, model.num_classes)]) if guided else labels
-    for step in stepper.timesteps.tolist():
-        t = torch.full((1,), trained_timestep[step], device=device)  # of all samples
+    for number, step in enumerate(stepper.timesteps.tolist()):
+        t = torch.full((1,), trained_timestep(number), device=device)  # of all samples
         if guided:
             out = model.forward_with_cfg(torch.cat([x, x]), t, both, guidance)[:n]
         else:
