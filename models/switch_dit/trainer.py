@@ -165,6 +165,10 @@ class Trainer:
             )
         if config.fsdp and size == 1:
             raise ValueError("fsdp is True; it needs several processes, as torchrun starts them")
+        if config.fsdp and config.weighting == "uw" and self.dtype == torch.float16:
+            raise ValueError(
+                "weighting is 'uw'; with fsdp and float16 torch cannot scale its weights, take bfloat16"
+            )
         if config.cuda_graph and size > 1:
             raise ValueError(
                 f"cuda_graph is True; the messages of {size} processes are not captured, leave it out"
