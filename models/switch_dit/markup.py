@@ -21,9 +21,9 @@ def escaped(text: object) -> Markup:
     return text if isinstance(text, Markup) else Markup(escape(_CONTROLS.sub("\ufffd", str(text))))
 
 
-def join(*children: object) -> Markup:
+def join(*children: object, between: str = "") -> Markup:
     """The children side by side."""
-    return Markup("".join(escaped(child) for child in children))
+    return Markup(between.join(escaped(child) for child in children))
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Markup:

@@ -187,8 +187,9 @@ def _key_numbers(summary: dict[str, Any], rows: list[dict[str, Any]]) -> Markup 
     card("conditional_accuracy", "Right class", _share, "of the generated images are read as asked for",
          ("classifier_accuracy", "; of real ones {}", _share), ("generated", ". {} were measured", _integer),
          bar=True)  # fmt: skip
-    card("frechet_distance", "Fréchet distance", _number, "of generated to real images in the "
-         "classifier's features; 0 is best", ("frechet_floor", ", two halves of the real ones give {}", _number))  # fmt: skip
+    card("frechet_distance", "Fréchet distance", _number,
+         "of generated to real images in the classifier's features; 0 is best",
+         ("frechet_floor", ", two halves of the real ones give {}", _number))  # fmt: skip
     card("out_of_range", "Cut-off pixels", _share, "of the pixel values lie beyond what a picture can show",
          bar=True)  # fmt: skip
     card("loss", "Loss", _number, "mean over the last tenth of training", ("mse", "; noise {}", _number),
@@ -332,24 +333,26 @@ def _commands(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) 
     """The commands to go on, of the settings that differ from the defaults, and to draw samples."""
     if not settings or not defaults:
         return ""
-    words = ["python", "models/train_switch_dit.py"]
+    options = []
     for key, value in settings.items():
         if key in ("output", "name", "resume") or key not in defaults or value == defaults[key]:
             continue
         flag = key.replace("_", "-")
-        words += (
-            [f"--{flag}" if value else f"--no-{flag}"]
-            if isinstance(value, bool)
-            else [f"--{flag}", str(value)]
-        )
-    words += ["--output", str(folder.parent), "--name", folder.resolve().name]
+        if isinstance(value, bool):
+            options.append([f"--{flag}" if value else f"--no-{flag}"])
+        else:
+            options.append([f"--{flag}", str(value)])
+    options += [["--output", str(folder.parent)], ["--name", folder.resolve().name]]
     shown = (
-        ("Go on where the run was interrupted, or draw its samples and this page again:", words),
-        ("Draw more samples:", ["python", "models/sample_switch_dit.py", "--run", str(folder)]),
-    )
-    return join(
-        *(element("p", text) + element("pre", element("code", shlex.join(words))) for text, words in shown)
-    )
+        ("Go on where the run was interrupted, or draw its samples and this page again:",
+         [["python", "models/train_switch_dit.py"], *options]),
+        ("Draw more samples:", [["python", "models/sample_switch_dit.py"], ["--run", str(folder)]]),
+    )  # fmt: skip
+    parts = []
+    for text, command in shown:
+        spans = [element("span", shlex.join(words)) for words in command]  # a line breaks between them
+        parts += [element("p", text), element("pre", element("code", join(*spans, between=" ")))]
+    return join(*parts)
 
 
 # -- how values are written
