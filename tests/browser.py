@@ -17,8 +17,9 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage",
+    "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--remote-debugging-pipe",
 )  # fmt: skip
 _STATE = """({
     broken: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.alt),
@@ -82,7 +83,9 @@ class Browser:
         for event in self.events:
             told = event["params"]
             if event["method"] == "Runtime.exceptionThrown":
-                found.append(f"script error: {told['exceptionDetails'].get('exception', {}).get('description')}")
+                found.append(
+                    f"script error: {told['exceptionDetails'].get('exception', {}).get('description')}"
+                )
             elif event["method"] == "Log.entryAdded":
                 found.append(f"log: {told['entry']['text']}")
             elif event["method"] == "Runtime.consoleAPICalled":

@@ -37,8 +37,12 @@ def write_report(folder: Path | str, defaults: dict[str, Any] | None = None) -> 
     folder = Path(folder)
     page = "<!doctype html>\n" + _page(folder, defaults or {})
     draft, path = folder / "report.incomplete", folder / "report.html"
-    draft.write_bytes(page.encode("utf-8", "replace"))
-    draft.replace(path)
+    try:
+        draft.write_bytes(page.encode("utf-8", "replace"))
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
     return path
 
 
@@ -107,16 +111,13 @@ def _section(title: str, *parts: Markup | str) -> Markup | str:
     return element("section", element("h2", title), *parts) if any(parts) else ""
 
 
-# -- what is said in words
-
-
 def _headline(
     settings: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]]
 ) -> tuple[str, str]:
     routing = settings.get("routing")
     model = _MODELS.get(routing, "a diffusion transformer") if isinstance(routing, str) else "a model"
     size = f" {settings['model']}" if "model" in settings else ""
-    data = f" on {settings['data']}" if "data" in settings else ""
+    data = f" on {Path(str(settings['data']).split(':')[-1]).name}" if "data" in settings else ""
     steps = f", {rows[-1]['step']:,.0f} steps" if rows else ""
     title = f"{model[0].upper()}{model[1:]}{size}{data}{steps}"
     accuracy, real = summary.get("conditional_accuracy"), summary.get("classifier_accuracy")
@@ -196,13 +197,12 @@ def _key_numbers(summary: dict[str, Any], rows: list[dict[str, Any]]) -> Markup 
          ("vb", ", its variance {}", _number), ("prior", ", routing {}", _number))  # fmt: skip
     card("training_seconds", "Training time", _duration, "since the run was last started" + speed)
     for key, value in list(left.items()):
-        several = isinstance(value, (list, dict))
-        note = _MEANINGS.get(key, "") + (": " + ", ".join(map(str, value)) if several and value else "")
-        card(key, key.replace("_", " ").capitalize(), _count if several else _number, note)
+        note = _MEANINGS.get(key, "")
+        if isinstance(value, (list, dict)):
+            note = ": ".join(text for text in (note, ", ".join(map(str, value))) if text)
+            left[key] = len(value)
+        card(key, key.replace("_", " ").capitalize(), _number, note)
     return element("dl", *cards, cls="cards") if cards else ""
-
-
-# -- pictures
 
 
 def _png(path: Path) -> tuple[bytes, int, int] | None:
@@ -232,11 +232,8 @@ def _picture(path: Path, alt: str, caption: str) -> Markup | str:
 
 def _picture_in_details(path: Path) -> Markup | str:
     picture = _picture(path, "Loss curves", "Each point is the mean since the last one.")
-    return (
-        element("details", element("summary", f"The losses as a picture, {path.name}"), picture)
-        if picture
-        else ""
-    )
+    title = element("summary", f"The losses as a picture, {path.name}")
+    return element("details", title, picture) if picture else ""
 
 
 def _strips(folder: Path) -> Iterable[tuple[str, Markup]]:
@@ -260,9 +257,6 @@ def _strips(folder: Path) -> Iterable[tuple[str, Markup]]:
             yield kind, element("div", *figures, cls="strip") + element("p", text, cls="note")
 
 
-# -- training
-
-
 def _charts(rows: list[dict[str, Any]]) -> Markup | str:
     if not rows:
         return ""
@@ -278,7 +272,7 @@ def _charts(rows: list[dict[str, Any]]) -> Markup | str:
     if not drawn:
         return ""
     means = f" Each point is the mean of {each} of them." if each > 1 else ""
-    keys = [key for key in points[-1] if key != "step" and any(finite(point.get(key)) for point in points)]
+    keys = dict.fromkeys(key for point in points for key in point if key != "step")
     header = element("tr", *(element("th", key.replace("_", " "), scope="col") for key in ("step", *keys)))
     body = [
         element("tr", element("th", f"{point['step']:,.0f}", scope="row"),
@@ -286,18 +280,12 @@ def _charts(rows: list[dict[str, Any]]) -> Markup | str:
         for point in points
     ]  # fmt: skip
     table = element("table", element("thead", header), element("tbody", *body), cls="numbers")
+    text = f"From {len(rows):,} lines of stats.jsonl.{means} Point at a curve to read its values."
     return join(
-        element(
-            "p",
-            f"From {len(rows):,} lines of stats.jsonl.{means} Point at a curve to read its values.",
-            cls="note",
-        ),
+        element("p", text, cls="note"),
         element("div", *drawn, cls="charts"),
         element("details", element("summary", "The numbers as a table"), element("div", table, cls="scroll")),
     )
-
-
-# -- settings
 
 
 def _settings(settings: dict[str, Any], defaults: dict[str, Any]) -> Markup | str:
@@ -315,11 +303,9 @@ def _settings(settings: dict[str, Any], defaults: dict[str, Any]) -> Markup | st
     titles = ("Setting", "Value", "Default, where it differs") if defaults else ("Setting", "Value")
     header = element("thead", element("tr", *(element("th", title, scope="col") for title in titles)))
     body = [row(key, differs=True) for key in changed] + [row(key, differs=False) for key in rest]
-    count = (
-        f"{len(changed)} of {len(settings)} differ from the defaults; they come first." if defaults else ""
-    )
+    text = f"{len(changed)} of {len(settings)} differ from the defaults; they come first."
     table = element("table", header, element("tbody", *body), cls="settings")
-    return join(element("p", count, cls="note") if count else "", element("div", table, cls="scroll"))
+    return join(element("p", text, cls="note") if defaults else "", element("div", table, cls="scroll"))
 
 
 def _environment(environment: Any) -> Markup | str:
@@ -344,8 +330,7 @@ def _commands(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) 
             options.append([f"--{flag}", str(value)])
     options += [["--output", str(folder.parent)], ["--name", folder.resolve().name]]
     shown = (
-        ("Go on where the run was interrupted, or draw its samples and this page again:",
-         [["python", "models/train_switch_dit.py"], *options]),
+        ("Go on where the run was interrupted:", [["python", "models/train_switch_dit.py"], *options]),
         ("Draw more samples:", [["python", "models/sample_switch_dit.py"], ["--run", str(folder)]]),
     )  # fmt: skip
     parts = []
@@ -355,12 +340,9 @@ def _commands(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) 
     return join(*parts)
 
 
-# -- how values are written
-
-
 def _or_not(value: Any, shown: Callable[[Any], str]) -> str:
-    """A value in its form; what has no form, NaN included, is said to be so."""
-    if isinstance(value, (list, dict)) or finite(value):
+    """A number in its form, and anything else as it is."""
+    if finite(value):
         return shown(value)
     return "not finite" if isinstance(value, float) else _value(value)
 
@@ -375,10 +357,6 @@ def _number(value: float) -> str:
 
 def _integer(value: float) -> str:
     return f"{value:,.0f}"
-
-
-def _count(value: Any) -> str:
-    return _integer(len(value))
 
 
 def _value(value: Any) -> str:
