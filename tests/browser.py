@@ -25,7 +25,6 @@ _STATE = """({
     broken: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.alt),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     background: getComputedStyle(document.body).backgroundColor,
-    titles: document.querySelectorAll('svg title').length,
 })"""
 
 
@@ -65,14 +64,13 @@ class Browser:
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._rest, self._number = write, read, b"", 0
+        self._session: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         (target,) = [t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
         attached = self._call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
-
-    _session: dict[str, str] = {}  # noqa: RUF012
 
     def problems(self, page: Path, width: int = 1100, *, dark: bool = False) -> list[str]:
         """What is wrong with a page: script errors, requests, failed loads, broken images, overflow."""
@@ -99,7 +97,7 @@ class Browser:
         return found
 
     def opened(self, page: Path, width: int = 1100, *, dark: bool = False) -> dict[str, Any]:
-        """Opens a page, waits until it is loaded and returns what it shows."""
+        """Opens a page, waits until it is loaded, unfolds it and returns what it shows."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._call("Emulation.setEmulatedMedia", features=scheme)
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
@@ -107,6 +105,8 @@ class Browser:
         self.events.clear()
         self._call("Page.navigate", url=page.resolve().as_uri())
         self._until(lambda: any(event["method"] == "Page.loadEventFired" for event in self.events))
+        unfold = "document.querySelectorAll('details').forEach(details => details.open = true)"
+        self._call("Runtime.evaluate", expression=unfold)
         return self._call("Runtime.evaluate", expression=_STATE, returnByValue=True)["result"]["value"]
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import browser
 import pytest
 from PIL import Image
-from switch_dit.charts import Series, chart, thinned
+from switch_dit.charts import Series, chart, short, thinned
 from switch_dit.markup import Markup, element
 from switch_dit.report import write_report
 
@@ -236,6 +236,13 @@ def test_a_curve_is_where_its_values_are(log: bool) -> None:
     assert 'd="M' in chart("A", "", rows[:1], series=[Series("a", "a")], log=log)
 
 
+def test_ticks_are_short() -> None:
+    values = (0, -0.25, 0.01, 0.0015, 0.000125, 2.0, 2500, 60000, 1e5, 2.5e12)
+    assert [short(value) for value in values] == [
+        "0", "-0.25", "0.01", "1.5e-3", "1.25e-4", "2", "2,500", "60,000", "1e5", "2.5e12",
+    ]  # fmt: skip
+
+
 def test_markup_escapes_what_is_not_markup() -> None:
     made = element("p", "a<b", element("i", "&"), cls='"x"', aria_label="'")
     assert made == '<p class="&quot;x&quot;" aria-label="&#x27;">a&lt;b<i>&amp;</i></p>'
@@ -261,6 +268,7 @@ def test_a_page_is_never_half_written(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="no space left"):
         write_report(run, DEFAULTS)
     monkeypatch.undo()
+    assert [path.name for path in run.glob("report*")] == ["report.html"]
     assert (run / "report.html").read_bytes() == before
     monkeypatch.setattr(Path, "replace", watched)
     write_report(run, DEFAULTS)
@@ -277,7 +285,9 @@ BROKEN = {
     "failed load: net::ERR_FILE_NOT_FOUND": "<link rel='stylesheet' href='gone.css'>",
     "request: http://127.0.0.1:1/x.js": "<script src='http://127.0.0.1:1/x.js'></script>",
     "overflow: ": "<div style='width: 2000px'>wide</div>",
-    "log: Loading the image": "<meta http-equiv='Content-Security-Policy' content=\"img-src 'none'\"><img src='data:,'>",
+    "log: Loading the image": (
+        "<meta http-equiv='Content-Security-Policy' content=\"img-src 'none'\"><img src='data:,'>"
+    ),
 }
 
 
@@ -285,7 +295,7 @@ BROKEN = {
     browser.executable() is None, reason=f"needs one of {', '.join(browser.NAMES)} on the PATH"
 )
 def test_in_a_browser(tmp_path: Path) -> None:
-    """Nothing goes wrong on a page, from phone to desk, light and dark; and what would go wrong is noticed."""
+    """Nothing goes wrong on a page, from phone to desk, light and dark; a page with a fault is noticed."""
     long = "images:/" + "a_very_long_folder_name/" * 12
     rows = [row(step, prior=1 / step) for step in range(20, 6001, 20)]
     summary = SUMMARY | {"unreadable": [HOSTILE, "x" * 300]}

@@ -156,5 +156,6 @@ def _log_axis(values: list[float]) -> tuple[list[float], float, float]:
 def short(value: float) -> str:
     """A tick in few characters."""
     if value and not 1e-2 <= abs(value) < 1e5:
-        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:,.6g}" if abs(value) >= 1 else f"{value:.3g}"
