@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from switch_dit.markup import Markup, element
+from switch_dit.markup import Markup, element, join
 
 _POINTS = 200  # a curve has this many at most
 _WIDTH, _HEIGHT = 480, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40  # margins of the plot
+_LEFT, _END, _TOP, _FLOOR = 54, 468, 10, 210  # the edges of the plot
 
 
 class Series(NamedTuple):
@@ -55,59 +55,52 @@ def chart(
         return ""
     values = [row[one.key] for row in rows for one in series if drawable(row.get(one.key))]
     ticks, low, high = _log_axis(values) if log else _axis([*values, 0.0])
-    steps = [row["step"] for row in rows]
-    step_ticks, first, last = _axis(steps, tight=True)
-    height, scaled = _HEIGHT - _TOP - _BOTTOM, math.log10 if log else float
+    step_ticks, first, last = _axis([row["step"] for row in rows], tight=True)
+    scaled = math.log10 if log else float
 
     def x(step: float) -> float:
-        return round(_LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - first) / (last - first), 1)
+        return round(_LEFT + (_END - _LEFT) * (step - first) / (last - first), 1)
 
     def y(value: float) -> float:
-        share = (scaled(value) - scaled(low)) / (scaled(high) - scaled(low))
-        return round(_TOP + height * (1 - share), 1)
-
-    parts = []
-    for tick in ticks:
-        parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y(tick), y2=y(tick), cls="grid"))
-        parts.append(element("text", short(tick), x=_LEFT - 7, y=y(tick) + 4, text_anchor="end"))
-    for tick in step_ticks:
-        parts.append(
-            element("line", x1=x(tick), x2=x(tick), y1=_TOP + height, y2=_TOP + height + 5, cls="axis")
+        return round(
+            _FLOOR - (_FLOOR - _TOP) * (scaled(value) - scaled(low)) / (scaled(high) - scaled(low)), 1
         )
-        parts.append(element("text", short(tick), x=x(tick), y=_TOP + height + 19, text_anchor="middle"))
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(element("text", "step", x=middle, y=_HEIGHT - 4, text_anchor="middle"))
-    parts.append(
-        element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=_TOP + height, y2=_TOP + height, cls="axis")
-    )
+
+    parts = [_frame({short(tick): x(tick) for tick in step_ticks}, {short(tick): y(tick) for tick in ticks})]
     for number, one in enumerate(series):
         places = [(x(row["step"]), y(row[one.key])) if drawable(row.get(one.key)) else None for row in rows]
         parts.append(element("path", d=_path(places), cls=f"curve c{number}"))
-    half = max(3.0, (_WIDTH - _LEFT - _RIGHT) / len(rows) / 2)
+    width = round(max(6.0, (_END - _LEFT) / len(rows)), 1)
     for row in rows:
-        here = [(n, one) for n, one in enumerate(series) if drawable(row.get(one.key))]
-        told = ", ".join(f"{one.label} {row[one.key]:.4g}" for _, one in here)
-        inside = [
-            element("title", f"step {row['step']:,.0f}: {told or 'nothing that can be drawn'}"),
-            element(
-                "rect", x=round(x(row["step"]) - half, 1), y=_TOP, width=round(2 * half, 1), height=height
-            ),
-            *(
-                element("circle", cx=x(row["step"]), cy=y(row[one.key]), r=3.5, cls=f"c{n}")
-                for n, one in here
-            ),
-        ]
-        parts.append(element("g", *inside, cls="at"))
-    ends = [f"{one.label} {_end(rows, one.key)}" for one in series]
-    described = f"{title} over steps {short(first)} to {short(last)}; at the end: {', '.join(ends)}"
+        here = [(n, one, row[one.key]) for n, one in enumerate(series) if drawable(row.get(one.key))]
+        told = ", ".join(f"{one.label} {value:.4g}" for _, one, value in here) or "nothing that can be drawn"
+        dots = [element("circle", cx=x(row["step"]), cy=y(value), r=3.5, cls=f"c{n}") for n, _, value in here]
+        left = round(x(row["step"]) - width / 2, 1)
+        area = element("rect", x=left, y=_TOP, width=width, height=_FLOOR - _TOP)
+        parts.append(
+            element("g", element("title", f"step {row['step']:,.0f}: {told}"), area, *dots, cls="at")
+        )
+    ends = ", ".join(f"{one.label} {_end(rows, one.key)}" for one in series)
+    described = f"{title} over steps {short(first)} to {short(last)}; at the end: {ends}"
     drawing = element("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=described)
-    legend = [
-        element("span", element("i", cls=f"c{n}"), one.label)
-        for n, one in enumerate(series)
-        if len(series) > 1
-    ]
+    names = [element("span", element("i", cls=f"c{n}"), one.label) for n, one in enumerate(series)]
+    legend = names if len(series) > 1 else []
     caption = element("figcaption", element("b", title), f" ({unit})" if unit else "", *legend, cls="legend")
     return element("figure", caption, drawing, cls="chart")
+
+
+def _frame(steps: dict[str, float], values: dict[str, float]) -> Markup:
+    """The axes, with the places of their ticks."""
+    parts = []
+    for text, y in values.items():
+        parts.append(element("line", x1=_LEFT, x2=_END, y1=y, y2=y, cls="grid"))
+        parts.append(element("text", text, x=_LEFT - 7, y=y + 4, text_anchor="end"))
+    for text, x in steps.items():
+        parts.append(element("line", x1=x, x2=x, y1=_FLOOR, y2=_FLOOR + 5, cls="axis"))
+        parts.append(element("text", text, x=x, y=_FLOOR + 19, text_anchor="middle"))
+    parts.append(element("line", x1=_LEFT, x2=_END, y1=_FLOOR, y2=_FLOOR, cls="axis"))
+    parts.append(element("text", "step", x=(_LEFT + _END) / 2, y=_HEIGHT - 4, text_anchor="middle"))
+    return join(*parts)
 
 
 def _end(rows: list[dict[str, Any]], key: str) -> str:

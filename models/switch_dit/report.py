@@ -300,7 +300,7 @@ def _settings(settings: dict[str, Any], defaults: dict[str, Any]) -> Markup | st
             cells.append(element("td", _value(defaults[key]) if differs else "", cls="default"))
         return element("tr", *cells, cls="changed" if differs else "same")
 
-    titles = ("Setting", "Value", "Default, where it differs") if defaults else ("Setting", "Value")
+    titles = ("Setting", "Value", "Default") if defaults else ("Setting", "Value")
     header = element("thead", element("tr", *(element("th", title, scope="col") for title in titles)))
     body = [row(key, differs=True) for key in changed] + [row(key, differs=False) for key in rest]
     text = f"{len(changed)} of {len(settings)} differ from the defaults; they come first."
