@@ -51,6 +51,7 @@ from switch_dit.data import load_data
 from switch_dit.distributed import World, joined
 from switch_dit.metrics import evaluate
 from switch_dit.plots import plot_loss, plot_routing, plot_samples
+from switch_dit.report import write_report
 from switch_dit.resume import locked
 from switch_dit.settings import TrainConfig, run_folder, settings_of
 from switch_dit.trainer import Interrupted, Trainer
@@ -86,6 +87,7 @@ def run_in_world(config: TrainConfig, world: World) -> dict[str, Any]:
     folder = world.on_first(lambda: run_folder(config))
     with contextlib.ExitStack() as held:
         world.on_first(lambda: held.enter_context(locked(folder)) or None)
+        held.callback(lambda: trainer.tracker.close())
         return run_in(folder, config, trainer)
 
 
@@ -130,6 +132,8 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
         rows = trainer.fit(folder)
     except Interrupted as interrupted:
         trainer.save(folder)
+        if world.first:
+            draw(lambda: write_report(folder, settings_of(TrainConfig())))
         said = f"\n{interrupted}; the weights so far are in {folder / 'weights'}/"
         raise SystemExit(said if world.first else 1) from None
     training_seconds = time.perf_counter() - started
@@ -165,6 +169,11 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
     draw(lambda: plot_loss(folder / "loss.png", rows))
     if config.routing == "switch":
         draw(lambda: plot_routing(folder / "routing.png", trainer.ema))
+    numbers = {f"end/{key}": value for key, value in summary.items() if isinstance(value, (int, float))}
+    trainer.tracker.log(config.steps, numbers)
+    pictures = {name: folder / f"{name}.png" for name in ("samples", "routing")}
+    trainer.tracker.images(config.steps, {name: path for name, path in pictures.items() if path.exists()})
+    draw(lambda: write_report(folder, settings_of(TrainConfig())))
     print(f"\nwritten to {folder}/:")
     for path in sorted(folder.iterdir()):
         print(f"  {path.name}{'/' if path.is_dir() else ''}")

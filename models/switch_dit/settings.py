@@ -14,6 +14,7 @@ from switch_dit.model import PRESETS, ROUTINGS
 from switch_dit.objectives import OBJECTIVES, Objective, create_objective
 from switch_dit.optimisation import DECAYS
 from switch_dit.timesteps import SAMPLERS, Sampler, create_sampler
+from switch_dit.tracking import check_tracker
 from switch_moe.ops._checks import (
     check_choice,
     check_flags,
@@ -123,6 +124,8 @@ class TrainConfig:
     """The last this many of them are kept, 2 or more."""
     log_every: int = 20
     """stats.jsonl gets a line every this many steps."""
+    track: str = ""
+    """Where the numbers and pictures go besides: tensorboard, wandb or trackio. None needs an account."""
     dry_run: bool = False
     """Whether to say what would be trained, and stop."""
     # -- sampling at the end
@@ -189,6 +192,7 @@ class TrainConfig:
             raise ValueError(
                 "label_dropout is 0, so there is no null label to guide with; guidance must be 1"
             )
+        check_tracker(self.track)
         sampler_of(self, objective_of(self))
         device = resolve_device(self.device)
         if self.cuda_graph and device.type != "cuda":
@@ -207,7 +211,7 @@ def _can_hold_runs(folder: Path) -> bool:
 _FREE = (
     "device", "compile", "cuda_graph", "output", "name", "resume", "checkpoint_every", "keep_checkpoints",
     "guidance", "sample_steps", "generated", "workers", "verify_data", "accumulate", "fsdp",
-    "checkpoint_activations", "dry_run",
+    "checkpoint_activations", "dry_run", "track",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from switch_dit.resume import Checkpoints, StopRequest, stop_on_signals
 from switch_dit.sampling import sample
 from switch_dit.settings import TrainConfig, objective_of, process_of, sampler_of, settings_of
 from switch_dit.timesteps import Curriculum, CurriculumState
+from switch_dit.tracking import Tracker, create_tracker
 from switch_dit.weightings import UncertaintyWeighting
 
 _TERMS = ("loss", "mse", "vb", "prior")
@@ -84,6 +85,7 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         self.config, self.images, self.steps_done, self.world = config, images, 0, world or World()
+        self.tracker = Tracker("")  # from the first step on, the one that track names
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
         self._check_processes()
@@ -360,6 +362,8 @@ class Trainer:
         state = self.restore(checkpoints)
         done = self.steps_done = 0 if state is None else state["step"]
         rows = world.on_first(lambda: _rows_until(folder / "stats.jsonl", done))
+        if world.first:
+            self.tracker = create_tracker(config.track, folder, settings_of(config), done)
         losses = Losses(self, state["pending"] if state else [])
         if done and world.first:
             print(f"going on from step {done} of {config.steps}, from {checkpoints.folder}", flush=True)
@@ -387,6 +391,7 @@ class Trainer:
                                  "images_per_second": rate})  # fmt: skip
                     stats.write(json.dumps(rows[-1]) + "\n")
                     stats.flush()
+                    self.tracker.log(done, {key: value for key, value in rows[-1].items() if key != "step"})
                     bar.set_postfix(
                         loss=f"{means['loss']:.3f}", prior=f"{means['prior']:.3f}", images_s=f"{rate:.0f}"
                     )
