@@ -58,8 +58,8 @@ def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     summary = run_training(config(tmp_path))
     run = tmp_path / "digits"
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "stats.jsonl", "samples.png", "loss.png", "routing.png", "report.html", "checkpoint", "weights",
-        "summary.json", "lock",
+        "config.json", "stats.jsonl", "samples.png", "loss.png", "routing.png", "report.html", "checkpoint",
+        "weights", "summary.json", "lock",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 8, 12]
