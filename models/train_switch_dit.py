@@ -26,6 +26,10 @@ Images of your own, from a folder with a folder of images for each class, or fro
     python models/train_switch_dit.py --data images:DIR --image-size 32 --flip
     python models/train_switch_dit.py --data my_images.npz --model S/2 --steps 20000 --lr 1e-4 --cuda-graph
 
+The settings of a run that is known, and what is given beside it:
+
+    python models/train_switch_dit.py --recipe fashion-mnist
+
 Large images are encoded once, by an autoencoder:
 
     python models/encode_latents.py --data images:DIR --output LATENTS --vae NAME_OR_PATH
@@ -34,6 +38,7 @@ Large images are encoded once, by an autoencoder:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import platform
@@ -51,6 +56,7 @@ from switch_dit.data import load_data
 from switch_dit.distributed import World, joined
 from switch_dit.metrics import evaluate
 from switch_dit.plots import plot_loss, plot_routing, plot_samples
+from switch_dit.recipes import RECIPES
 from switch_dit.report import write_report
 from switch_dit.resume import locked
 from switch_dit.settings import TrainConfig, run_folder, settings_of
@@ -227,8 +233,17 @@ def measure(trainer: Trainer, generated: Tensor, labels: Tensor) -> dict[str, An
     return asdict(metrics)
 
 
+def defaults_for(arguments: list[str]) -> TrainConfig:
+    """The defaults of the recipe that is named among the arguments of the command; ours without one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default="")
+    name = parser.parse_known_args(arguments)[0].recipe
+    settings = RECIPES[name].settings if name in RECIPES else {}
+    return TrainConfig(recipe=name, **settings)
+
+
 def main() -> None:
-    config = tyro.cli(TrainConfig, description=__doc__)
+    config = tyro.cli(TrainConfig, default=defaults_for(sys.argv[1:]), description=__doc__)
     try:
         run(config)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:

@@ -13,6 +13,7 @@ from switch_dit.devices import resolve_device
 from switch_dit.model import PRESETS, ROUTINGS
 from switch_dit.objectives import OBJECTIVES, Objective, create_objective
 from switch_dit.optimisation import DECAYS
+from switch_dit.recipes import RECIPES
 from switch_dit.timesteps import SAMPLERS, Sampler, create_sampler
 from switch_dit.tracking import check_tracker
 from switch_moe.ops._checks import (
@@ -29,6 +30,9 @@ from switch_moe.ops._checks import (
 class TrainConfig:
     """Train Switch-DiT. Without arguments: the tiny model on handwritten digits."""
 
+    recipe: str = ""
+    """Other defaults: digits, fashion-mnist, imagenet-S, imagenet-B, imagenet-L, imagenet-XL or ffhq. What is
+    given beside it counts."""
     # -- model
     model: str = "tiny/4"
     """The size and patch size of the model: {tiny,S,B,L,XL}/{2,4,8}."""
@@ -193,6 +197,8 @@ class TrainConfig:
                 "label_dropout is 0, so there is no null label to guide with; guidance must be 1"
             )
         check_tracker(self.track)
+        if self.recipe:
+            check_choice("recipe", self.recipe, RECIPES)
         sampler_of(self, objective_of(self))
         device = resolve_device(self.device)
         if self.cuda_graph and device.type != "cuda":
@@ -211,7 +217,7 @@ def _can_hold_runs(folder: Path) -> bool:
 _FREE = (
     "device", "compile", "cuda_graph", "output", "name", "resume", "checkpoint_every", "keep_checkpoints",
     "guidance", "sample_steps", "generated", "workers", "verify_data", "accumulate", "fsdp",
-    "checkpoint_activations", "dry_run", "track",
+    "checkpoint_activations", "dry_run", "track", "recipe",
 )  # fmt: skip
 
 
