@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import platform
 import sys
@@ -62,7 +63,6 @@ from switch_dit.resume import locked
 from switch_dit.settings import TrainConfig, run_folder, settings_of
 from switch_dit.trainer import Interrupted, Trainer
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -106,22 +106,10 @@ def describe(trainer: Trainer) -> str:
     processes = "" if size == 1 else f"{size} processes ({'FSDP' if config.fsdp else 'DDP'}) "
     return (
         f"{config.model} ({config.routing}), {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them "
-        f"active, {flops_per_image(trainer) / 1e9:.3g} GFLOP to train on an image; on {processes}"
+        f"active, {trainer.flops_per_image() / 1e9:.3g} GFLOP to train on an image; on {processes}"
         f"{trainer.device} in {str(trainer.dtype).removeprefix('torch.')}: {len(trainer.images)} training "
         f"images of {config.data}; into {config.output}/"
     )
-
-
-def flops_per_image(trainer: Trainer) -> int:
-    """Floating-point operations of a training step's products for an image; the backward counts twice."""
-    with torch.device("meta"):
-        model, images = trainer.create(), trainer.images
-        x = torch.zeros(1, images.channels, images.size, images.size)
-        t = torch.zeros(1, dtype=torch.int64)
-        y = t if trainer.config.conditional else None
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(x, t, y)
-    return 3 * counter.get_total_flops()
 
 
 def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
@@ -135,7 +123,7 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
     world.on_first(lambda: write_settings(folder, config, images.identity(), environment))
     started = time.perf_counter()
     try:
-        rows = trainer.fit(folder)
+        rows = trainer.fit(folder, functools.partial(draw_on_the_way, trainer, folder))
     except Interrupted as interrupted:
         trainer.save(folder)
         if world.first:
@@ -169,7 +157,7 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
             summary |= measure(trainer, generated, labels)
             write_summary(folder, summary)
         if images.channels in (1, 3):
-            draw(lambda: draw_samples(trainer, folder, generated, labels))
+            draw(lambda: draw_samples(trainer, folder / "samples.png", generated, labels, config.steps))
         else:
             save_file({"latents": generated}, folder / "samples.safetensors")
     draw(lambda: plot_loss(folder / "loss.png", rows))
@@ -212,7 +200,25 @@ def draw(picture: Callable[[], None]) -> None:
         print(f"a picture could not be drawn ({type(error).__name__}: {error})", file=sys.stderr)
 
 
-def draw_samples(trainer: Trainer, folder: Path, generated: Tensor, labels: Tensor | None) -> None:
+def draw_on_the_way(
+    trainer: Trainer, folder: Path, average: torch.nn.Module, step: int, rows: list[dict[str, float]]
+) -> None:
+    """Pictures of a run that goes on, in its folder pictures, and the report with them."""
+    place, classes = folder / "pictures", trainer.images.num_classes
+    place.mkdir(exist_ok=True)
+    paths = {name: place / f"step-{step}-{name}.png" for name in ("samples", "routing", "loss")}
+    if trainer.images.channels in (1, 3):
+        labelled = trainer.config.conditional and classes <= 10
+        drawn = trainer.generate(10 * classes if labelled else 100, average)
+        draw(lambda: draw_samples(trainer, paths["samples"], *drawn, step))
+    if trainer.config.routing == "switch":
+        draw(lambda: plot_routing(paths["routing"], average))
+    draw(lambda: plot_loss(paths["loss"], rows))
+    trainer.tracker.images(step, {name: path for name, path in paths.items() if path.exists()})
+    draw(lambda: write_report(folder, settings_of(TrainConfig())))
+
+
+def draw_samples(trainer: Trainer, path: Path, generated: Tensor, labels: Tensor | None, steps: int) -> None:
     """A grid of ten samples of each of the first ten classes, or of a hundred samples."""
     config, classes = trainer.config, trainer.images.num_classes
     shown, names = generated[:100], None
@@ -220,8 +226,8 @@ def draw_samples(trainer: Trainer, folder: Path, generated: Tensor, labels: Tens
         rows = range(min(classes, 10))
         shown = torch.cat([generated[row : 10 * classes : classes] for row in rows])
         names = [row for row in rows for _ in range(10)]
-    title = f"{config.model} ({config.routing}), {config.steps} steps, guidance {config.guidance:g}"
-    plot_samples(folder / "samples.png", shown, names, columns=10, title=title)
+    title = f"{config.model} ({config.routing}), {steps} steps, guidance {config.guidance:g}"
+    plot_samples(path, shown, names, columns=10, title=title)
 
 
 def measure(trainer: Trainer, generated: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -25,6 +25,22 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+# Floating-point operations a second of the tensor cores in bfloat16 and float16, without sparsity, from the
+# data sheets. A name that is part of another comes after it.
+_PEAKS = {
+    "B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+    "A100": 312e12, "L40S": 362e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What a device can do in a second in a half type; None for other types, and where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """The type of the matrix products; ``auto`` takes bfloat16 where the hardware has matrix units for it."""
     if precision == "auto":

@@ -128,6 +128,8 @@ class TrainConfig:
     """The last this many of them are kept, 2 or more."""
     log_every: int = 20
     """stats.jsonl gets a line every this many steps."""
+    pictures_every: int = 0
+    """Samples, routing and losses are drawn every this many steps; 0 draws them at the end only."""
     track: str = ""
     """Where the numbers and pictures go besides: tensorboard, wandb or trackio. None needs an account."""
     dry_run: bool = False
@@ -150,8 +152,9 @@ class TrainConfig:
         )  # fmt: skip
         check_integers(2, keep_checkpoints=self.keep_checkpoints)
         check_integers(
-            0, warmup=self.warmup, generated=self.generated, image_size=self.image_size, workers=self.workers
-        )
+            0, warmup=self.warmup, generated=self.generated, image_size=self.image_size, workers=self.workers,
+            pictures_every=self.pictures_every,
+        )  # fmt: skip
         check_integers(0, 2**32 - 1, seed=self.seed)
         check_positive(lr=self.lr, guidance=self.guidance)
         check_numbers(
@@ -218,6 +221,7 @@ _FREE = (
     "device", "compile", "cuda_graph", "output", "name", "resume", "checkpoint_every", "keep_checkpoints",
     "guidance", "sample_steps", "generated", "workers", "verify_data", "accumulate", "fsdp",
     "checkpoint_activations", "dry_run", "track", "recipe",
+    "pictures_every",
 )  # fmt: skip
 
 

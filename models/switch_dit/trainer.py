@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from switch_dit.averages import MovingAverage
 from switch_dit.checkpoint import save_checkpoint
 from switch_dit.data import Data, batches, loaded
 from switch_dit.data.memory import mirrored
-from switch_dit.devices import resolve_device, resolve_precision
+from switch_dit.devices import peak_flops, resolve_device, resolve_precision
 from switch_dit.distributed import Spread, Vote, World, local, recompute_blocks, whole
 from switch_dit.graphs import GraphedStep
 from switch_dit.model import PRESETS, create_model
@@ -152,6 +153,7 @@ class Trainer:
         # Every random number is a function of the seed, the step and the sample's position in the batch.
         self.of_samples, self.of_ties = Stream(config.seed, 0), Stream(config.seed, 1)
         self.of_latents = Stream(config.seed, 2)
+        self.flops = self.flops_per_image() if self.device.type == "cuda" else 0
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step
         self.everyone = torch.arange(config.batch_size, device=self.device)  # in the batch of all processes
         first = self.world.rank * self.own
@@ -350,11 +352,34 @@ class Trainer:
         config, world = self.config, self.world
         return batches(len(self.images), config.batch_size, config.seed, start, world.rank, world.size)
 
-    def fit(self, folder: Path) -> list[dict[str, float]]:
+    def flops_per_image(self) -> int:
+        """Floating-point operations of a step's products for an image; the backward counts twice."""
+        with torch.device("meta"):
+            model, images = self.create(), self.images
+            x = torch.zeros(1, images.channels, images.size, images.size)
+            t = torch.zeros(1, dtype=torch.int64)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(x, t, t if self.config.conditional else None)
+        return 3 * counter.get_total_flops()
+
+    def of_gpu(self, images_per_second: float) -> dict[str, float]:
+        """For a line of stats.jsonl: the most memory so far, in GiB, and mfu, the share of the peak."""
+        if self.device.type != "cuda":
+            return {}
+        found = {"memory_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
+        peak = peak_flops(self.device, self.dtype)
+        if peak is not None:
+            found["mfu"] = images_per_second * self.flops / (peak * self.world.size)
+        return found
+
+    def fit(
+        self, folder: Path, draw: Callable[[torch.nn.Module, int, list[dict[str, float]]], None] | None = None
+    ) -> list[dict[str, float]]:
         """The steps that are left, with a progress bar; writes stats.jsonl as it goes and returns its rows.
 
         It goes on from the newest checkpoint in the folder. SIGTERM and SIGINT save one more and raise
-        :class:`Interrupted`.
+        :class:`Interrupted`. Every ``pictures_every`` steps the first process calls ``draw`` with the moving
+        average, the number of steps and the rows so far.
         """
         config, world = self.config, self.world
         on_gpu = self.device.type == "cuda"
@@ -388,7 +413,7 @@ class Trainer:
                     now = time.perf_counter()
                     rate = (done - timed) * config.batch_size / (now - logged_at)
                     rows.append({"step": done, **means, "lr": self.rate_at(number),
-                                 "images_per_second": rate})  # fmt: skip
+                                 "images_per_second": rate, **self.of_gpu(rate)})  # fmt: skip
                     stats.write(json.dumps(rows[-1]) + "\n")
                     stats.flush()
                     self.tracker.log(done, {key: value for key, value in rows[-1].items() if key != "step"})
@@ -399,6 +424,10 @@ class Trainer:
                     timed, logged_at = done, now
                 if done % config.checkpoint_every == 0 or last or stopped:
                     self._save_checkpoint(checkpoints, losses, done)
+                if draw and config.pictures_every and done % config.pictures_every == 0 and not last:
+                    average = whole(self.ema, self.create)
+                    if world.first:
+                        draw(average, done, rows)
                 if stopped and not last:
                     self._wait_for(checkpoints)
                     self._interrupt(checkpoints, stop, done)
@@ -433,12 +462,14 @@ class Trainer:
                 f"no checkpoint at step {self.steps_done}: {error}. The last one stays, the run goes on."
             )
 
-    def generate(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Samples of the moving average on the CPU, the classes in turn, and their labels."""
+    def generate(self, count: int, model: torch.nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
+        """Samples of a model, by default of the moving average, on the CPU, the classes in turn, and their
+        labels.
+        """
         conditional, classes = self.config.conditional, self.images.num_classes
         labels = torch.arange(count, device="cpu") % classes if conditional else None
         images = sample(
-            self.ema,
+            self.ema if model is None else model,
             self.objective,
             labels,
             count=count,
