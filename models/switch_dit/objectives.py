@@ -49,6 +49,7 @@ class Objective(ABC):
         name: one of ``OBJECTIVES``.
         num_timesteps: N of the model, whose timesteps are in [0, N).
         continuous: whether t is float32 in [0, 1], from data to noise; otherwise it is an integer in [0, N).
+        learn_sigma: whether outputs have a second half of channels, for the variance.
 
     Every method raises ``ValueError`` or ``TypeError`` that names the argument that does not fit.
     """
@@ -56,6 +57,7 @@ class Objective(ABC):
     name: str
     num_timesteps: int
     continuous: bool
+    learn_sigma: bool
 
     @abstractmethod
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -162,6 +164,7 @@ class FlowObjective(Objective):
 
     name = "flow"
     continuous = True
+    learn_sigma = False
 
     def __init__(self, num_timesteps: int = 1000) -> None:
         check_integers(high=2**24, num_timesteps=num_timesteps)

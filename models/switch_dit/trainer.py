@@ -311,9 +311,7 @@ class Trainer:
             "top_k": config.top_k,
         }
         self.model = create(config.model, **model_settings).to(self.device)
-        self.diffusion_settings = {"schedule": config.schedule, "weighting": config.weighting}
         self.objective = objective_of(config)
-        self.diffusion = self.objective.diffusion
         self.sampler = create_sampler(config.timesteps, self.objective)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         # Device scalars: a captured step reads what each replay finds in them.
@@ -536,7 +534,7 @@ class Trainer:
         labels = torch.arange(count, device="cpu") % classes if conditional else None
         images = sample(
             self.ema,
-            self.diffusion,
+            self.objective,
             labels,
             count=count,
             steps=self.config.sample_steps,
@@ -553,5 +551,12 @@ class Trainer:
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.steps_done}; nothing is saved"
                 )
-        settings = {"model": self.model.settings, "diffusion": self.diffusion_settings}
+        objective = {
+            "name": self.objective.name,
+            "schedule": self.config.schedule,
+            "weighting": self.config.weighting,
+            "learn_sigma": self.objective.learn_sigma,
+            "num_timesteps": self.objective.num_timesteps,
+        }
+        settings = {"model": self.model.settings, "objective": objective}
         save_checkpoint(folder / "weights", self.model, self.ema, settings)
