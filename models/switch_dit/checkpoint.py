@@ -89,14 +89,12 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
             another model; the message names it.
     """
     check_choice("weights", weights, ("ema", "model"))
-    folder = _as_folder(folder)
-    previous = _beside(folder, "old")
-    found = previous if previous.is_dir() and not folder.exists() else folder
+    found = _whole(_as_folder(folder))
     config, tensors = found / "config.json", found / f"{weights}.safetensors"
-    for path in (config, tensors):
-        if not path.is_file():
-            raise FileNotFoundError(f"{found} is no checkpoint: {path.name} is missing")
-    model, objective = _from_config(config)
+    settings = load_settings(folder)
+    if not tensors.is_file():
+        raise FileNotFoundError(f"{found} is no checkpoint: {tensors.name} is missing")
+    model, objective = _from_settings(settings, config)
     try:
         state = load_file(tensors)
     except (SafetensorError, OSError) as error:
@@ -107,17 +105,34 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
     return model.eval(), objective
 
 
-def _from_config(config: Path) -> tuple[SwitchDiT, Objective]:
-    """A fresh model and its objective; ``ValueError`` that names the file where it describes neither."""
+def load_settings(folder: Path | str) -> dict[str, Any]:
+    """The settings that :func:`save_checkpoint` was given."""
+    found = _whole(_as_folder(folder))
+    config = found / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{found} is no checkpoint: config.json is missing")
     try:
         settings = json.loads(config.read_text())
     except ValueError as error:
         raise _broken(config, _first_line(error)) from None
-    if isinstance(settings, dict) and "objective" not in settings:
+    if not isinstance(settings, dict):
+        raise _broken(config, f"it holds a {type(settings).__name__}")
+    if "objective" not in settings:
         raise ValueError(
             f"{config} lacks the key 'objective', the arguments of create_objective; older versions did not "
             "write it, so train again or add it by hand"
         )
+    return settings
+
+
+def _whole(folder: Path) -> Path:
+    """Where the whole checkpoint is: an interrupted call may have left it beside its place."""
+    previous = _beside(folder, "old")
+    return previous if previous.is_dir() and not folder.exists() else folder
+
+
+def _from_settings(settings: dict[str, Any], config: Path) -> tuple[SwitchDiT, Objective]:
+    """A fresh model and its objective; ``ValueError`` that names the file where they do not fit."""
     try:
         model = SwitchDiT(**settings["model"])
         objective = create_objective(**settings["objective"])
