@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def small_model() -> SwitchDiT:
-    return random_model(hidden_size=12, depth=1, in_channels=1, learn_sigma=False)
+    return random_model(hidden_size=12, depth=1, in_channels=4, learn_sigma=False)
 
 
 def moved(model: SwitchDiT, generator: torch.Generator) -> None:
@@ -37,7 +37,7 @@ def moved(model: SwitchDiT, generator: torch.Generator) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator) + 0.01)
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator) + 1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_snapshots_of_another_model(trained, tmp_path: Path) -> None:
     for name in ("config.json", "ema.safetensors"):
         (tmp_path / "weights").mkdir(exist_ok=True)
         (tmp_path / "weights" / name).write_bytes((folder / "weights" / name).read_bytes())
-    other = random_model(hidden_size=24, depth=1, in_channels=1, learn_sigma=False)
+    other = random_model(hidden_size=24, depth=1, in_channels=4, learn_sigma=False)
     average = PowerAverage(dict(other.named_parameters()))
     save_snapshot(tmp_path / "averages", average.snapshot(9))
     with pytest.raises(ValueError, match=r"the snapshots are of another model than .*weights: \S+ differs"):

@@ -101,10 +101,9 @@ def _flow_scheduler(name: str, objective: FlowObjective, steps: int, clip: bool)
             use_flow_sigmas=True, algorithm_type="dpmsolver++", thresholding=clip, sample_max_value=1.0,
         )  # fmt: skip
     scheduler.set_timesteps(steps)
-    # Of themselves, Euler would take a last step of 1 / N, and DPM-Solver++ would begin at t = 1 - 1 / N (an
-    # error of 4e-4 instead of 6e-5 on a Gaussian in 320 steps) and round times to find its place by them.
+    # By default Euler's last step would be 1 / N, and DPM-Solver++ would begin at t = 1 - 1 / N. Its error on
+    # a Gaussian in 320 steps is 6e-5 with these times, 4e-4 with its own.
     scheduler.sigmas = torch.cat([t, torch.zeros(1)])
-    scheduler.set_begin_index(0)
     return scheduler, objective.model_time(t)
 
 
