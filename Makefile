@@ -14,9 +14,11 @@ tritons:
 fuzz:
 	python tests/fuzz_ops.py --calls 10000 --memory 5000 $(ARGS)
 
-# 100 kills of a training run at random moments; every run must end the same to the bit.
+# 100 kills of a training run at random moments, and 100 of one of two processes; every run must end the same
+# to the bit.
 kill-test:
 	python tests/kill_run.py --kills 100 $(ARGS)
+	python tests/kill_run.py --kills 100 --processes 2 $(ARGS)
 
 lint:
 	ruff check .

@@ -19,7 +19,8 @@ import pytest
 import torch
 from switch_dit import PRESETS, SwitchDiT, create_model
 from switch_dit.data import Images
-from switch_dit.trainer import TrainConfig, Trainer
+from switch_dit.settings import TrainConfig
+from switch_dit.trainer import Trainer
 from torch import Tensor, nn
 
 from benchmarks import counts

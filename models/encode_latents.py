@@ -85,8 +85,6 @@ def run(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> None:
         config.data, image_size=0 if own_size else config.image_size, unreadable=config.unreadable
     )
     device = resolve_device(config.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     vae = load_autoencoder(config.vae, data.channels).to(device)
     shards = Shards(config, data, vae, rank)
     todo = [number for number in range(rank, shards.count, world_size) if not shards.done(number)]

@@ -16,6 +16,10 @@ are in its folder:
 
 Interrupted at any moment, the same command goes on where it was, and ends with the same weights to the bit.
 
+On several GPUs, or processes, with the same batch; --fsdp leaves each a share of the weights:
+
+    torchrun --nproc_per_node=8 models/train_switch_dit.py ...
+
 Images of your own, from a folder with a folder of images for each class, or from an .npz file with images
 (uint8 [n, H, W, C], H = W) and labels (integers from 0):
 
@@ -30,6 +34,7 @@ Large images are encoded once, by an autoencoder:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
@@ -43,60 +48,98 @@ import torch
 import tyro
 from safetensors.torch import save_file
 from switch_dit.data import load_data
+from switch_dit.distributed import World, joined
 from switch_dit.metrics import evaluate
 from switch_dit.plots import plot_loss, plot_routing, plot_samples
+from switch_dit.report import write_report
 from switch_dit.resume import locked
-from switch_dit.trainer import Interrupted, TrainConfig, Trainer, run_folder, settings_of
+from switch_dit.settings import TrainConfig, run_folder, settings_of
+from switch_dit.trainer import Interrupted, Trainer
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains, writes the run's folder and prints what is in it. Returns the final numbers."""
+    """Trains, writes the run's folder and prints what is in it. Returns the final numbers.
+
+    In a process of torchrun it is one of the run's, and the first one writes.
+    """
     config.validate()
+    with joined(config.device) as world:
+        return run_in_world(config, world)
+
+
+def run_in_world(config: TrainConfig, world: World) -> dict[str, Any]:
+    """The part of the run that all of its processes take together."""
     images = load_data(
-        config.data, image_size=config.image_size, unreadable=config.unreadable, verify=config.verify_data
-    )
+        config.data, image_size=config.image_size, unreadable=config.unreadable, verify=config.verify_data,
+        rank=world.rank, world_size=world.size,
+    )  # fmt: skip
     if len(images) < config.batch_size:
         raise ValueError(
             f"batch_size is {config.batch_size}; {config.data} has {len(images)} training images"
         )
-    trainer = Trainer(config, images)
-    folder = run_folder(config)
-    with locked(folder):
+    trainer = Trainer(config, images, world=world)
+    if world.first:
+        print(describe(trainer), flush=True)
+    if config.dry_run:
+        return {}
+    folder = world.on_first(lambda: run_folder(config))
+    with contextlib.ExitStack() as held:
+        world.on_first(lambda: held.enter_context(locked(folder)) or None)
+        held.callback(lambda: trainer.tracker.close())
         return run_in(folder, config, trainer)
+
+
+def describe(trainer: Trainer) -> str:
+    """One line: what is trained, where, on what."""
+    config, model, size = trainer.config, trainer.model, trainer.world.size
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".moe." in name)
+    total = sum(p.numel() for p in model.parameters())
+    active = total - experts * (config.num_experts - config.top_k) // config.num_experts
+    processes = "" if size == 1 else f"{size} processes ({'FSDP' if config.fsdp else 'DDP'}) "
+    return (
+        f"{config.model} ({config.routing}), {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them "
+        f"active, {flops_per_image(trainer) / 1e9:.3g} GFLOP to train on an image; on {processes}"
+        f"{trainer.device} in {str(trainer.dtype).removeprefix('torch.')}: {len(trainer.images)} training "
+        f"images of {config.data}; into {config.output}/"
+    )
+
+
+def flops_per_image(trainer: Trainer) -> int:
+    """Floating-point operations of a training step's products for an image; the backward counts twice."""
+    with torch.device("meta"):
+        model, images = trainer.create(), trainer.images
+        x = torch.zeros(1, images.channels, images.size, images.size)
+        t = torch.zeros(1, dtype=torch.int64)
+        y = t if trainer.config.conditional else None
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x, t, y)
+    return 3 * counter.get_total_flops()
 
 
 def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
     """The run in its folder, which this process holds the lock of."""
-    images = trainer.images
+    images, world = trainer.images, trainer.world
     environment = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": str(trainer.device),
     }
-    identity, written = images.identity(), folder / "config.json"
-    if written.exists() and json.loads(written.read_text()).get("data_identity", identity) != identity:
-        raise ValueError(
-            f"data is {config.data!r}; it is not what the run in {folder} was trained on, choose another name"
-        )
-    draft = folder / "config.incomplete"
-    of_run = {**settings_of(config), "data_identity": identity, "environment": environment}
-    draft.write_text(json.dumps(of_run, indent=2) + "\n")
-    draft.replace(folder / "config.json")
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(
-        f"{config.model} ({config.routing}), {parameters / 1e6:.2f} M parameters, on {trainer.device} in "
-        f"{str(trainer.dtype).removeprefix('torch.')}: {len(images)} training images of {config.data}",
-        flush=True,
-    )
+    world.on_first(lambda: write_settings(folder, config, images.identity(), environment))
     started = time.perf_counter()
     try:
         rows = trainer.fit(folder)
     except Interrupted as interrupted:
         trainer.save(folder)
-        raise SystemExit(f"\n{interrupted}; the weights so far are in {folder / 'weights'}/") from None
+        if world.first:
+            draw(lambda: write_report(folder, settings_of(TrainConfig())))
+        said = f"\n{interrupted}; the weights so far are in {folder / 'weights'}/"
+        raise SystemExit(said if world.first else 1) from None
     training_seconds = time.perf_counter() - started
     trainer.save(folder)
+    if not world.first:
+        return {}
     tail = rows[-max(1, len(rows) // 10) :]
     summary: dict[str, Any] = {
         "training_seconds": training_seconds,
@@ -126,11 +169,29 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
     draw(lambda: plot_loss(folder / "loss.png", rows))
     if config.routing == "switch":
         draw(lambda: plot_routing(folder / "routing.png", trainer.ema))
+    numbers = {f"end/{key}": value for key, value in summary.items() if isinstance(value, (int, float))}
+    trainer.tracker.log(config.steps, numbers)
+    pictures = {name: folder / f"{name}.png" for name in ("samples", "routing")}
+    trainer.tracker.images(config.steps, {name: path for name, path in pictures.items() if path.exists()})
+    draw(lambda: write_report(folder, settings_of(TrainConfig())))
     print(f"\nwritten to {folder}/:")
     for path in sorted(folder.iterdir()):
         print(f"  {path.name}{'/' if path.is_dir() else ''}")
     print(f"more samples: python {Path(sys.argv[0]).parent / 'sample_switch_dit.py'} --run {folder}")
     return summary
+
+
+def write_settings(folder: Path, config: TrainConfig, identity: str, environment: dict[str, str]) -> None:
+    """Writes config.json; ``ValueError`` where the data are not those that the run in the folder had."""
+    written = folder / "config.json"
+    if written.exists() and json.loads(written.read_text()).get("data_identity", identity) != identity:
+        raise ValueError(
+            f"data is {config.data!r}; it is not what the run in {folder} was trained on, choose another name"
+        )
+    draft = folder / "config.incomplete"
+    of_run = {**settings_of(config), "data_identity": identity, "environment": environment}
+    draft.write_text(json.dumps(of_run, indent=2) + "\n")
+    draft.replace(written)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -171,7 +232,7 @@ def main() -> None:
     try:
         run(config)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(1 if getattr(error, "told", False) else f"error: {error}")
 
 
 if __name__ == "__main__":

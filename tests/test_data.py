@@ -25,7 +25,8 @@ from switch_dit.data import Images, batches, load_data, loaded, name_of
 from switch_dit.data.latents import Latents
 from switch_dit.data.pictures import centre_crop, read_picture
 from switch_dit.randomness import Stream
-from switch_dit.trainer import TrainConfig, Trainer
+from switch_dit.settings import TrainConfig
+from switch_dit.trainer import Trainer
 from torch import Tensor
 from train_switch_dit import run as run_training
 

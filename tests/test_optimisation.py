@@ -19,17 +19,18 @@ from switch_dit.optimisation import (
     create_optimizer,
     learning_rate,
 )
-from switch_dit.trainer import TrainConfig, Trainer
+from switch_dit.settings import TrainConfig
+from switch_dit.trainer import Trainer
 from switch_dit.weightings import UncertaintyWeighting
 from torch import Tensor
 
 
-@pytest.mark.parametrize("lr_decay", [True, False])
-def test_the_rate_of_the_trainer(lr_decay: bool) -> None:
+@pytest.mark.parametrize("lr_decay", ["cosine", "constant"])
+def test_the_rate_of_the_trainer(lr_decay: str) -> None:
     """Linear warm-up, then a constant rate or a cosine to zero, as published with the default run."""
     trainer = Trainer(TrainConfig(steps=90, warmup=7, lr_decay=lr_decay), load_data("digits"))
     for step in range(90):
-        decay = 0.5 * (1 + math.cos(math.pi * step / 90)) if lr_decay else 1.0
+        decay = 0.5 * (1 + math.cos(math.pi * step / 90)) if lr_decay == "cosine" else 1.0
         assert trainer.rate_at(step) == pytest.approx(4e-3 * min(1.0, (step + 1) / 7) * decay, rel=1e-12)
 
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from switch_dit.data import load_data
 from switch_dit.resume import Checkpoints, locked
-from switch_dit.trainer import Interrupted, TrainConfig, Trainer, run_folder
+from switch_dit.settings import TrainConfig, run_folder
+from switch_dit.trainer import Interrupted, Trainer
 from train_switch_dit import run as run_training
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3.5), "c": torch.tensor([7])}
@@ -230,10 +231,12 @@ def test_interrupted_is_not_an_error_of_the_user() -> None:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again() -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_again_and_again(processes: int) -> None:
     """SIGKILL and SIGTERM at random moments, half of them in a save: `make kill-test` is the long form."""
     seed = str(int.from_bytes(os.urandom(2), "little"))
     command = [sys.executable, str(Path(__file__).parent / "kill_run.py"), "--kills", "12", "--seed", seed]
+    command += ["--processes", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "every run ended the same to the bit" in done.stdout

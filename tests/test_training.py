@@ -24,7 +24,8 @@ from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.data import batches, load_data
 from switch_dit.devices import resolve_device, resolve_precision
 from switch_dit.metrics import Classifier, evaluate, frechet_distance
-from switch_dit.trainer import TrainConfig, Trainer
+from switch_dit.settings import TrainConfig
+from switch_dit.trainer import Trainer
 from train_switch_dit import run as run_training
 
 from switch_moe.torch_compat import cpu_has
@@ -57,8 +58,8 @@ def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     summary = run_training(config(tmp_path))
     run = tmp_path / "digits"
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "stats.jsonl", "samples.png", "loss.png", "routing.png", "checkpoint", "weights",
-        "summary.json", "lock",
+        "config.json", "stats.jsonl", "samples.png", "loss.png", "routing.png", "report.html", "checkpoint",
+        "weights", "summary.json", "lock",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 8, 12]

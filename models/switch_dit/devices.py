@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from switch_moe.ops._checks import check_choice
@@ -9,9 +11,11 @@ from switch_moe.torch_compat import cpu_has
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU."""
+    """``auto`` is CUDA where there is a GPU. A process of torchrun takes the GPU of its local rank."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

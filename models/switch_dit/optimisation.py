@@ -109,7 +109,8 @@ class Optimisation:
     The weights stay float32 in each case; run the model under ``torch.autocast`` with ``dtype``.
 
     Args:
-        optimizer: from :func:`create_optimizer`. dtype: of the matrix products. max_norm: 0 for no clipping.
+        optimizer: from :func:`create_optimizer`. dtype: of the matrix products. max_norm: 0 for no clipping;
+            the learned weights of the loss are not among what is clipped.
         scale: the first factor.
     """
 
@@ -140,8 +141,7 @@ class Optimisation:
         In a float16 step that is skipped the norm is not finite.
         """
         self.scaler.unscale_(self.optimizer)
-        every = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-        norm = clip_gradients(every, self.max_norm)
+        norm = clip_gradients(self.optimizer.param_groups[0]["params"], self.max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,6 @@
 """Checkpoints from which a run goes on, to the bit, whenever it was interrupted.
 
-    runs/<name>/checkpoint/step-300/    *.safetensors   every tensor of the run, by name
+    runs/<name>/checkpoint/step-300/    *.safetensors   every tensor of the run, by name, from each process
                                         state.json      the step and the settings
                                         checksums.json  of the files above
     runs/<name>/lock                    held while a process trains
@@ -22,14 +22,19 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from switch_dit.distributed import World, local
 from switch_dit.files import checksum, to_disk
 
 _CHECKSUMS = "checksums.json"
@@ -37,12 +42,25 @@ _STATE = "state.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run, in ``folder``; the last ``keep`` are kept, 2 or more."""
+    """The checkpoints of one run, in ``folder``; the last ``keep`` are kept, 2 or more.
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    Args:
+        world: the processes of the run, which see one file system. Each writes its share of the tensors, and
+            all call each method together.
+        background: whether :meth:`save` copies the tensors and returns, and a thread writes them.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int = 2, world: World | None = None, background: bool = False
+    ) -> None:
         if keep < 2:
             raise ValueError(f"keep is {keep}; it must be at least 2, for the last one may be damaged")
         self.folder, self.keep = folder, keep
+        world = world or World()
+        self.world = world.apart()  # the thread must not meet what the training sends
+        self.background = background
+        self.writing: Future[None] | None = None
+        self.mesh = init_device_mesh("cpu", (world.size,)) if background and world.size > 1 else None
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, rising."""
@@ -52,35 +70,80 @@ class Checkpoints:
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Writes the checkpoint of a step, then removes what is older than the last ``keep``.
 
+        In the background it returns when the tensors are copied, and waits first for the one before it.
+
         ``OSError`` where it cannot be written, a full disk among the reasons: the draft is removed, and
-        earlier checkpoints stay as they are.
+        earlier checkpoints stay as they are. In the background the next :meth:`wait` raises it.
         """
+        self.wait()
+        if not self.background:
+            self._write(step, tensors, state)
+            return
+        copies = self._copies(tensors)
+        pool = ThreadPoolExecutor(1)
+        self.writing = pool.submit(self._write, step, copies, state)
+        pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one; raises what stopped it."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def _copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on the CPU, as they are now."""
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        copies = {}
+        for name, tensor in tensors.items():
+            part = local(tensor.detach())
+            # From a GPU into pinned memory, so that the copies run at once; then they are waited for.
+            copy = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+            copies[name] = copy.copy_(part, non_blocking=part.is_cuda)
+        if on_gpu:
+            torch.cuda.synchronize()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                shape = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+                copies[name] = DTensor.from_local(copies[name], self.mesh, tensor.placements, **shape)
+        return copies
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        world = self.world
         target = self.folder / f"step-{step}"
         draft = self.folder / f"step-{step}.incomplete"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob("*.incomplete"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
         try:
-            draft.mkdir()
-            needed, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(draft).free
-            if free < 1.01 * needed:
-                text = f"{needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free"
-                raise OSError(errno.ENOSPC, text, str(draft))
+            world.on_first(lambda: self._begin(draft, sum(t.nbytes for t in tensors.values())))
             with _quiet():
                 writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
-                dcp.save(tensors, storage_writer=writer, no_dist=True)
-            (draft / _STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n")
-            sums = {path.name: checksum(path) for path in sorted(draft.iterdir())}
-            (draft / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
-            for path in draft.iterdir():
-                to_disk(path)
-            to_disk(draft)
+                alone = world.size == 1
+                dcp.save(tensors, storage_writer=writer, no_dist=alone, process_group=world.group)
+            world.on_first(lambda: self._complete(draft, target, {"step": step, **state}))
         except BaseException as error:
-            shutil.rmtree(draft, ignore_errors=True)
+            if world.first:
+                shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, CheckpointException):  # no Exception; it holds what failed on each rank
                 cause = next(iter(error.failures.values()))[0]
                 raise OSError(getattr(cause, "errno", None) or errno.EIO, str(cause), str(target)) from None
             raise
+
+    def _begin(self, draft: Path, needed: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob("*.incomplete"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        draft.mkdir()
+        free = shutil.disk_usage(draft).free
+        if free < 1.01 * needed:
+            text = f"{needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free"
+            raise OSError(errno.ENOSPC, text, str(draft))
+
+    def _complete(self, draft: Path, target: Path, state: dict[str, Any]) -> None:
+        """Gives a draft whose tensors are written its state, its checksums and its name."""
+        (draft / _STATE).write_text(json.dumps(state, indent=1) + "\n")
+        sums = {path.name: checksum(path) for path in sorted(draft.iterdir())}
+        (draft / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+        for path in draft.iterdir():
+            to_disk(path)
+        to_disk(draft)
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
         to_disk(self.folder)
@@ -92,6 +155,9 @@ class Checkpoints:
 
     def latest(self) -> dict[str, Any] | None:
         """The state of the newest checkpoint that is whole, or None; damaged ones are named on stderr."""
+        return self.world.on_first(self._latest)
+
+    def _latest(self) -> dict[str, Any] | None:
         for step in reversed(self.steps()):
             fault = self.fault(step)
             if fault is None:
@@ -114,7 +180,10 @@ class Checkpoints:
         return f"{wrong[0]} is not what was written" if wrong else None
 
     def load(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Fills ``tensors`` in place from the checkpoint of a step, which must hold them all."""
+        """Fills ``tensors`` in place from the checkpoint of a step, which must hold them all.
+
+        Each process reads its share, whatever number of processes wrote them.
+        """
         with _quiet():
             reader = HuggingFaceStorageReader(str(self.folder / f"step-{step}"))
             dcp.load(tensors, storage_reader=reader, no_dist=True)

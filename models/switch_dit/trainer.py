@@ -1,17 +1,17 @@
-"""The settings of a training run, its folder and its loop."""
+"""Training: the model, its moving average and its optimizer, one step, and the loop of a run."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,234 +19,22 @@ from tqdm import tqdm
 
 from switch_dit.averages import MovingAverage
 from switch_dit.checkpoint import save_checkpoint
-from switch_dit.data import Data, batches, loaded, name_of
+from switch_dit.data import Data, batches, loaded
 from switch_dit.data.memory import mirrored
 from switch_dit.devices import resolve_device, resolve_precision
-from switch_dit.diffusion import GaussianDiffusion
+from switch_dit.distributed import Spread, Vote, World, local, recompute_blocks, whole
 from switch_dit.graphs import GraphedStep
-from switch_dit.model import PRESETS, ROUTINGS, create_model
-from switch_dit.objectives import DiffusionObjective
-from switch_dit.optimisation import create_optimizer, learning_rate
+from switch_dit.model import PRESETS, create_model
+from switch_dit.optimisation import Optimisation, create_optimizer, learning_rate
 from switch_dit.randomness import Stream, normal
-from switch_dit.resume import Checkpoints, stop_on_signals
+from switch_dit.resume import Checkpoints, StopRequest, stop_on_signals
 from switch_dit.sampling import sample
-from switch_dit.timesteps import create_sampler
-from switch_moe.ops._checks import (
-    check_choice,
-    check_flags,
-    check_integers,
-    check_numbers,
-    check_positive,
-    check_top_k,
-)
+from switch_dit.settings import TrainConfig, objective_of, process_of, sampler_of, settings_of
+from switch_dit.timesteps import Curriculum, CurriculumState
+from switch_dit.tracking import Tracker, create_tracker
+from switch_dit.weightings import UncertaintyWeighting
 
-
-@dataclass
-class TrainConfig:
-    """Train Switch-DiT. Without arguments: the tiny model on handwritten digits."""
-
-    # -- model
-    model: str = "tiny/4"
-    """The size and patch size of the model: {tiny,S,B,L,XL}/{2,4,8}."""
-    routing: Literal["switch", "dtr", "none"] = "switch"
-    """switch trains Switch-DiT, dtr uses fixed channel masks, none is a plain DiT."""
-    num_experts: int = 3
-    """Each block has this many experts."""
-    top_k: int = 2
-    """The router chooses this many experts for a sample."""
-    learn_sigma: bool = True
-    """Whether the model predicts the variance too (hybrid loss)."""
-    label_dropout: float = 0.1
-    """This share of the labels is replaced by the null label, for guidance."""
-    # -- data
-    data: str = "digits"
-    """What to train on: digits, mnist-5k, fashion-mnist[:DIR], images:DIR (a folder of images per class),
-    latents:DIR (written by encode_latents.py), hf:NAME_OR_PATH (a set of the package datasets), or the path
-    of an .npz file with images (uint8 [n, H, W, C]) and labels."""
-    image_size: int = 0
-    """Images of images:DIR and hf:NAME are cropped to this many pixels, 0 is 32; other data has its size."""
-    flip: bool = False
-    """Whether half of the images are mirrored, chosen anew at each step."""
-    unreadable: Literal["fail", "skip"] = "fail"
-    """Whether an image that cannot be read ends the run, or the next one of its class takes its place."""
-    workers: int = 2
-    """This many processes read images or latents ahead; data in memory needs none."""
-    verify_data: bool = True
-    """Whether the checksums of latents are compared before the run."""
-    conditional: bool = True
-    """Whether the model sees class labels."""
-    # -- training
-    steps: int = 900
-    """The run takes this many training steps."""
-    batch_size: int = 128
-    """Each step takes this many images."""
-    lr: float = 4e-3
-    """The peak learning rate of AdamW. The default suits the tiny model; the published sizes used 1e-4."""
-    lr_decay: bool = True
-    """Whether the learning rate falls to zero along a cosine; otherwise it is constant, as in the paper."""
-    warmup: int = 50
-    """The learning rate warms up linearly over this many steps."""
-    weight_decay: float = 0.0
-    """AdamW decays the weights by this factor times the learning rate."""
-    ema_decay: float = 0.995
-    """The moving average keeps this share of itself at each step; the paper's 0.9999 suits long runs."""
-    prior_weight: float = 1.0
-    """The diffusion prior loss is multiplied by this factor."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """The noise grows with the timestep by this schedule."""
-    weighting: str = "constant"
-    """How the squared error is weighted over timesteps: constant, p2, p2_gamma<a>_k<b> or min_snr_<gamma>."""
-    timesteps: Literal["uniform", "logit-normal", "speed"] = "uniform"
-    """How timesteps are drawn; speed is SpeeD (arXiv 2405.17403), with its weights."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto takes bfloat16 autocast on a GPU and on CPUs with AMX, float32 elsewhere."""
-    compile: bool = False
-    """Whether torch.compile compiles the model, which pays off in long runs."""
-    cuda_graph: bool = False
-    """Whether one CUDA graph replays the whole step, optimizer and moving average included."""
-    prior_every: int = 1
-    """The diffusion prior is matched again every this many steps."""
-    device: str = "auto"
-    """auto takes cuda where there is one, else cpu."""
-    seed: int = 0
-    """The same seed on the same machine gives bitwise the same losses."""
-    # -- what a run writes
-    output: Path = Path("runs")
-    """The folder that holds all runs."""
-    name: str = ""
-    """The folder of this run inside output. By default it is named after the data."""
-    resume: bool = True
-    """Whether the run in that folder goes on where it was interrupted. Otherwise a new folder is made."""
-    checkpoint_every: int = 300
-    """A checkpoint to go on from is written every this many steps, and at the end."""
-    keep_checkpoints: int = 2
-    """The last this many of them are kept, 2 or more."""
-    log_every: int = 20
-    """stats.jsonl gets a line every this many steps."""
-    # -- sampling at the end
-    guidance: float = 1.5
-    """The samples are drawn with this classifier-free guidance; 1 is none."""
-    sample_steps: int = 50
-    """The samples take this many DDIM steps."""
-    generated: int = 1000
-    """This many samples are drawn and measured at the end; 0 skips that."""
-
-    def validate(self) -> None:
-        """Raises ``ValueError`` that names the setting, its value and what would be right."""
-        check_integers(
-            steps=self.steps, batch_size=self.batch_size, log_every=self.log_every,
-            num_experts=self.num_experts, sample_steps=self.sample_steps, prior_every=self.prior_every,
-            checkpoint_every=self.checkpoint_every,
-        )  # fmt: skip
-        check_integers(2, keep_checkpoints=self.keep_checkpoints)
-        check_integers(
-            0, warmup=self.warmup, generated=self.generated, image_size=self.image_size, workers=self.workers
-        )
-        check_integers(0, 2**32 - 1, seed=self.seed)
-        check_positive(lr=self.lr, guidance=self.guidance)
-        check_numbers(
-            0, wanted="0 or more", weight_decay=self.weight_decay, prior_weight=self.prior_weight,
-            label_dropout=self.label_dropout, ema_decay=self.ema_decay,
-        )  # fmt: skip
-        check_top_k(self.top_k, self.num_experts)
-        check_flags(
-            learn_sigma=self.learn_sigma, conditional=self.conditional, lr_decay=self.lr_decay,
-            compile=self.compile, cuda_graph=self.cuda_graph, resume=self.resume, flip=self.flip,
-            verify_data=self.verify_data,
-        )  # fmt: skip
-        check_choice("model", self.model, PRESETS)
-        check_choice("routing", self.routing, ROUTINGS)
-        check_choice("unreadable", self.unreadable, ("fail", "skip"))
-        check_choice("precision", self.precision, ("auto", "float32", "bfloat16"))
-        for name, kinds in (("data", (str, Path)), ("output", (str, Path)), ("name", str), ("device", str)):
-            value = getattr(self, name)
-            if not isinstance(value, kinds) or "\0" in str(value):
-                raise TypeError(f"{name} is {value!r}; it must be text without a null character")
-        self.data, self.output = str(self.data), Path(self.output)
-        bounds = {
-            "generated": (lambda value: value == 0 or value >= 10, "0, or at least 10 to measure anything"),
-            "label_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
-            "ema_decay": (lambda value: 0 <= value < 1, "in [0, 1)"),
-            "sample_steps": (lambda value: 1 <= value <= 1000, "in [1, 1000]"),
-            "name": (
-                lambda value: Path(value).name == value and value not in (".", ".."),
-                "a folder name without separators",
-            ),
-            "output": (_can_hold_runs, "a folder that can be written to"),
-        }
-        for name, (fits, wanted) in bounds.items():
-            value = getattr(self, name)
-            if not fits(value):
-                shown = str(value) if isinstance(value, Path) else repr(value)
-                raise ValueError(f"{name} is {shown}; it must be {wanted}")
-        if self.conditional and self.label_dropout == 0 and self.guidance != 1:
-            raise ValueError(
-                "label_dropout is 0, so there is no null label to guide with; guidance must be 1"
-            )
-        check_choice("timesteps", self.timesteps, ("uniform", "logit-normal", "speed"))
-        create_sampler(self.timesteps, objective_of(self))
-        device = resolve_device(self.device)
-        if self.cuda_graph and device.type != "cuda":
-            raise ValueError(f"cuda_graph is True; it needs a GPU, and the device is {device}")
-        if not self.resume and self.name and (self.output / self.name).exists():
-            raise ValueError(f"name is {self.name!r}; {self.output / self.name} exists, choose another")
-
-
-def _can_hold_runs(folder: Path) -> bool:
-    """Whether runs can be made in ``folder``, which need not exist."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return nearest.is_dir() and os.access(nearest, os.W_OK)
-
-
-# What may differ where a run goes on: where and how fast it runs, and what is done with the result.
-_FREE = (
-    "device", "compile", "cuda_graph", "output", "name", "resume", "checkpoint_every", "keep_checkpoints",
-    "guidance", "sample_steps", "generated", "workers", "verify_data",
-)  # fmt: skip
-
-
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """All settings as JSON holds them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-
-
-def run_folder(config: TrainConfig) -> Path:
-    """The folder of the run, made where it is missing; without ``resume`` always a new one.
-
-    ``ValueError`` that names a setting which the run there has otherwise.
-    """
-    base = config.name or name_of(config.data)
-    if config.resume and (config.output / base / "config.json").exists():
-        folder = config.output / base
-        try:
-            before = json.loads((folder / "config.json").read_text())
-        except ValueError:
-            raise ValueError(f"{folder / 'config.json'} is broken; choose another name") from None
-        for key, value in settings_of(config).items():
-            if key not in _FREE and before.get(key) != value:
-                raise ValueError(
-                    f"{key} is {value!r}, and the run in {folder} has {before.get(key)!r}; give it the same, "
-                    "or choose another name, or --no-resume"
-                )
-        return folder
-    for number in range(1, 10_000):
-        folder = config.output / (base if number == 1 else f"{base}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if config.name:
-                raise ValueError(
-                    f"name is {config.name!r}; {folder} exists and holds no run, choose another"
-                ) from None
-            continue
-        return folder
-    raise ValueError(f"output {config.output} is full of runs named {base}")
-
-
-def objective_of(config: TrainConfig) -> DiffusionObjective:
-    """The noise, with a learned variance where that is asked for."""
-    diffusion = GaussianDiffusion(config.schedule, weighting=config.weighting)
-    return DiffusionObjective(diffusion, "eps", config.learn_sigma)
+_TERMS = ("loss", "mse", "vb", "prior")
 
 
 class Draws(NamedTuple):
@@ -284,15 +72,23 @@ def _rows_until(path: Path, step: int) -> list[dict[str, float]]:
 class Trainer:
     """Owns the model, its moving average, the optimizer and the data of one run.
 
-    ``create`` makes the model, from what :func:`switch_dit.model.create_model` takes.
+    Args:
+        create: makes the model, from what :func:`switch_dit.model.create_model` takes.
+        world: the processes of the run; each trains on its part of every batch.
     """
 
     def __init__(
-        self, config: TrainConfig, images: Data, create: Callable[..., torch.nn.Module] = create_model
+        self,
+        config: TrainConfig,
+        images: Data,
+        create: Callable[..., torch.nn.Module] = create_model,
+        world: World | None = None,
     ) -> None:
-        self.config, self.images, self.steps_done = config, images, 0
+        self.config, self.images, self.steps_done, self.world = config, images, 0, world or World()
+        self.tracker = Tracker("")  # from the first step on, the one that track names
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
+        self._check_processes()
         torch.manual_seed(config.seed)
         channels, height = images.channels, images.size
         patch_size = PRESETS[config.model].patch_size
@@ -300,50 +96,98 @@ class Trainer:
             raise ValueError(
                 f"model is {config.model!r}; its patch size must divide the images' {height} pixels"
             )
-        model_settings = {
-            "input_size": height,
-            "in_channels": channels,
-            "num_classes": images.num_classes if config.conditional else 0,
-            "class_dropout_prob": config.label_dropout,
-            "learn_sigma": config.learn_sigma,
-            "routing": config.routing,
-            "num_experts": config.num_experts,
-            "top_k": config.top_k,
-        }
-        self.model = create(config.model, **model_settings).to(self.device)
         self.objective = objective_of(config)
-        self.sampler = create_sampler(config.timesteps, self.objective)
+        self.sampler = sampler_of(config, self.objective)
+        self.create = functools.partial(
+            create,
+            config.model,
+            input_size=height,
+            in_channels=channels,
+            num_classes=images.num_classes if config.conditional else 0,
+            class_dropout_prob=config.label_dropout,
+            learn_sigma=config.learn_sigma and config.objective == "eps",
+            routing=config.routing,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+        )
+        self.model = self.create().to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        if config.checkpoint_activations:
+            recompute_blocks(self.model)
+        if config.compile and self.world.size > 1:
+            for block in self.model.blocks:
+                block.compile()
+        self.spread = Spread(self.model, self.world, self.dtype, config.fsdp)
+        if config.fsdp:
+            Spread(self.ema, self.world, torch.float32, True)
+        self.forward = self.spread.forward
+        if config.compile and self.world.size == 1:
+            self.forward = torch.compile(self.forward)
+        self.uncertainty = None
+        if config.weighting == "uw":
+            self.uncertainty = UncertaintyWeighting(self.objective.num_timesteps).to(self.device)
         # Device scalars: a captured step reads what each replay finds in them.
         self.rate = torch.tensor(config.lr, device=self.device)
-        self.optimizer = create_optimizer(
-            self.model.parameters(), self.rate, weight_decay=config.weight_decay
+        optimizer = create_optimizer(
+            self.model.parameters(),
+            self.rate,
+            weight_decay=config.weight_decay,
+            uncertainty=self.uncertainty,
         )
-        self.averaged = dict(self.model.named_parameters())
-        of_copy = dict(self.ema.named_parameters())
+        self.optimisation = Optimisation(optimizer, self.dtype, config.max_grad_norm)
+        self.averaged = {name: local(p.detach()) for name, p in self.model.named_parameters()}
+        of_copy = {name: local(p.detach()) for name, p in self.ema.named_parameters()}
         self.average = MovingAverage(self.averaged, config.ema_decay, of_copy)
-        self.with_prior = self.model.forward_with_prior
-        if config.compile:
-            self.with_prior = torch.compile(self.with_prior)
+        self.curriculum = CurriculumState() if isinstance(self.sampler, Curriculum) else None
+        self.lowest = torch.zeros((), dtype=torch.int64, device=self.device)  # timestep of the curriculum
+        self._set_lowest()
         self.advance = GraphedStep(self._advance) if config.cuda_graph else self._advance
         # Bytes on the device, where a batch is scaled: the whole set, or the present batch of a set on disk.
+        self.own = config.batch_size // self.world.size
         held = images.in_memory
         if held is None:
             one, label = images.batch(torch.zeros(1, dtype=torch.int64), torch.full((1,), config.flip))
-            held = one.new_empty(config.batch_size, *one.shape[1:]), label.new_empty(config.batch_size)
+            held = one.new_empty(self.own, *one.shape[1:]), label.new_empty(self.own)
         self.train_images, self.train_labels = (tensor.to(self.device) for tensor in held)
         # Every random number is a function of the seed, the step and the sample's position in the batch.
         self.of_samples, self.of_ties = Stream(config.seed, 0), Stream(config.seed, 1)
         self.of_latents = Stream(config.seed, 2)
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step
-        self.positions = torch.arange(config.batch_size, device=self.device)
+        self.everyone = torch.arange(config.batch_size, device=self.device)  # in the batch of all processes
+        first = self.world.rank * self.own
+        self.positions = self.everyone[first : first + self.own]
+        self.of_each_tie = torch.arange(2, device=self.device)
 
-    def draw(self, number: Tensor | int, shape: tuple[int, ...]) -> Draws:
-        """What is random about the samples of a step, with noise [B, *shape]."""
+    def _check_processes(self) -> None:
+        config, size = self.config, self.world.size
+        if config.batch_size % (size * config.accumulate):
+            raise ValueError(
+                f"batch_size is {config.batch_size}; it must be a multiple of {size * config.accumulate}, "
+                f"for {size} processes of torchrun and accumulate {config.accumulate}"
+            )
+        if config.fsdp and size == 1:
+            raise ValueError("fsdp is True; it needs several processes, as torchrun starts them")
+        if config.fsdp and config.weighting == "uw" and self.dtype == torch.float16:
+            raise ValueError(
+                "weighting is 'uw'; with fsdp and float16 torch cannot scale its weights, take bfloat16"
+            )
+        if config.cuda_graph and size > 1:
+            raise ValueError(
+                f"cuda_graph is True; the messages of {size} processes are not captured, leave it out"
+            )
+
+    def draw(self, number: Tensor | int, shape: tuple[int, ...], positions: Tensor | None = None) -> Draws:
+        """What is random about samples of a step, by default this process's, with noise [B, *shape]."""
+        positions = self.positions if positions is None else positions
         count = math.prod(shape)
-        uniform = self.of_samples.uniform(number, self.positions, 4 + 2 * -(-count // 2))
-        t, weight = self.sampler.draw(uniform[:, 0])
+        uniform = self.of_samples.uniform(number, positions, 4 + 2 * -(-count // 2))
         noise = normal(uniform[:, 4:])[:, :count].view(-1, *shape)
+        # Timesteps are drawn for the batch of all processes: samplers may pair samples of it.
+        alone = len(positions) == len(self.everyone)
+        of_time = uniform if alone else self.of_samples.uniform(number, self.everyone, 1)
+        t, weight = self.sampler.draw(of_time[:, 0], self.lowest if self.curriculum else None)
+        if not alone:
+            t, weight = t[positions], None if weight is None else weight[positions]
         drop = uniform[:, 1] < self.config.label_dropout
         return Draws(noise, t, weight, drop, self._flips(uniform))
 
@@ -354,31 +198,40 @@ class Trainer:
         """The mirrored images of a step as :meth:`draw` has them, on the CPU, for a set on disk."""
         return self._flips(self.of_samples.uniform(number, self.positions.cpu(), 4))
 
-    def loss_terms(self, x_start: Tensor, y: Tensor | None, match: bool = True) -> dict[str, Tensor]:
-        """Batch means of mse, vb (zero without learned variance) and prior, at the step's timesteps."""
-        noise, t, weight, drop, _ = self.draw(self.number, x_start.shape[1:])
+    def loss_terms(
+        self, x_start: Tensor, y: Tensor | None, match: bool = True, positions: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Means of loss, mse, vb (zero without learned variance) and prior, at the step's timesteps."""
+        noise, t, weight, drop, _ = self.draw(self.number, x_start.shape[1:], positions)
         x_t = self.objective.q_sample(x_start, t, noise)
+        time = self.objective.model_time(t)
         told: dict[str, Tensor] = {}
         if y is not None and self.config.label_dropout > 0:
             told["drop"] = drop
         if self.config.routing == "switch" and match:
             slots = len(self.model.assignment)
-            told["ties"] = self.of_ties.uniform(self.number, self.positions[:2], slots)
+            told["ties"] = self.of_ties.uniform(self.number, self.of_each_tie, slots)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            out, prior = self.with_prior(x_t, t, y, match, **told)
+            out, prior = self.forward(x_t, time, y, with_prior=True, match=match, **told)
         losses = self.objective.losses(out, x_start, x_t, t, noise, weight)
         terms = {name: value.mean() for name, value in losses.items()}
-        return {"mse": terms["mse"], "vb": terms.get("vb", torch.zeros_like(prior)), "prior": prior}
+        mse, vb = terms["mse"], terms.get("vb", torch.zeros_like(prior))
+        of_noise = mse + vb
+        if self.uncertainty is not None:
+            of_noise = self.uncertainty(sum(losses.values()), time).mean()
+        return {"loss": of_noise + self.config.prior_weight * prior, "mse": mse, "vb": vb, "prior": prior}
 
     def rate_at(self, number: int) -> float:
         """The learning rate of a step."""
-        config, decay = self.config, "cosine" if self.config.lr_decay else "constant"
-        return learning_rate(number, lr=config.lr, steps=config.steps, warmup=config.warmup, decay=decay)
+        config = self.config
+        return learning_rate(
+            number, lr=config.lr, steps=config.steps, warmup=config.warmup, decay=config.lr_decay
+        )
 
     def step(
         self, number: int, chosen: Tensor, batch: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """One optimizer step on the training images ``chosen [B]``; the loss terms, detached.
+        """One optimizer step on this process's training images ``chosen``; its loss terms, detached.
 
         ``batch`` are these images and their labels, where they were read ahead from a set on disk.
 
@@ -402,51 +255,88 @@ class Trainer:
 
     def _advance(self, chosen: Tensor, match: bool) -> dict[str, Tensor]:
         """The part of a step that a CUDA graph can hold."""
-        y = self.train_labels[chosen] if self.config.conditional else None
+        parts = self.config.accumulate
+        found: list[dict[str, Tensor]] = []
+        for one, positions in zip(chosen.chunk(parts), self.positions.chunk(parts), strict=True):
+            first, last = not found, len(found) == parts - 1
+            with self.spread.adding(last):
+                terms = self.loss_terms(*self._images(one, positions), match and first, positions)
+                self.optimisation.backward(terms["loss"] if parts == 1 else terms["loss"] / parts)
+            found.append({name: value.detach() for name, value in terms.items()})
+        if self.uncertainty is not None:
+            self.spread.mean_gradient(self.uncertainty.loss_scale)
+        self.optimisation.step()
+        self.average.advance(self.averaged)
+        if parts == 1:
+            return found[0]
+        return {name: torch.stack([terms[name] for terms in found]).mean(0) for name in _TERMS}
+
+    def _images(self, chosen: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images at positions of the batch as the model learns them, and their labels."""
         x = self.train_images[chosen]
         if self.config.flip and self.images.in_memory is not None:
-            x = mirrored(x, self._flips(self.of_samples.uniform(self.number, self.positions, 4)))
+            x = mirrored(x, self._flips(self.of_samples.uniform(self.number, positions, 4)))
         noise = None
         if self.images.needs_noise:
             count = self.images.channels * x.shape[2] * x.shape[3]
-            uniform = self.of_latents.uniform(self.number, self.positions, 2 * -(-count // 2))
+            uniform = self.of_latents.uniform(self.number, positions, 2 * -(-count // 2))
             noise = normal(uniform)[:, :count].view(len(x), -1, *x.shape[2:])
-        terms = self.loss_terms(self.images.scale(x, noise), y, match)
-        loss = terms["mse"] + terms["vb"] + self.config.prior_weight * terms["prior"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.average.advance(self.averaged)
-        return {"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}}
+        y = self.train_labels[chosen] if self.config.conditional else None
+        return self.images.scale(x, noise), y
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a run carries from step to step, by name: weights, averages, optimizer, assignment."""
-        found = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        trained = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        if self.uncertainty is not None:
+            trained["loss_scale"] = self.uncertainty.loss_scale
+        found = {name: p.detach() for name, p in trained.items()}
         found |= {f"ema.{name}": p.detach() for name, p in self.ema.named_parameters()}
         found |= {f"buffer.{name}": b for name, b in self.model.named_buffers() if name == "assignment"}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained.items():
             if not parameter.requires_grad:
                 continue
-            state = self.optimizer.state[parameter]
+            state = self.optimisation.optimizer.state[parameter]
             if not state:  # as AdamW makes it at its first step
                 state["step"] = torch.zeros((), dtype=torch.float32, device=self.device)
-                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-            found |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(parameter, requires_grad=False) for _ in range(2)
+                )
+            of_parameter = name.removeprefix("model.")
+            found |= {f"optimizer.{key}.{of_parameter}": value for key, value in state.items()}
         return found
+
+    def numbers(self) -> dict[str, Any]:
+        """What a run carries beside its tensors, for JSON."""
+        curriculum = self.curriculum.to_json() if self.curriculum else None
+        return {"scaler": self.optimisation.state_dict(), "curriculum": curriculum}
 
     def restore(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
         """Goes back to the newest checkpoint that is whole; its state, or None where there is none."""
         state = checkpoints.latest()
         if state is not None:
             checkpoints.load(state["step"], self.tensors())
+            self.optimisation.load_state_dict(state["scaler"])
+            if self.curriculum:
+                self.curriculum = CurriculumState.from_json(state["curriculum"])
+                self._set_lowest()
         return state
+
+    def learned(self, mse: float) -> None:
+        """Tells the curriculum the mse of a logged line."""
+        if self.curriculum:
+            self.curriculum = self.sampler.after(self.curriculum, mse)
+            self._set_lowest()
+
+    def _set_lowest(self) -> None:
+        if self.curriculum:
+            self.lowest.fill_(self.sampler.lowest_timestep(self.curriculum))
 
     def batches(self, start: int = 0) -> Iterator[tuple[Any, ...]]:
         """What :meth:`step` takes, from a step on: indices, and the batch itself where it is read ahead from
         disk.
         """
         config = self.config
-        order = batches(len(self.images), config.batch_size, config.seed, start)
+        order = self.order(start)
         if self.images.in_memory is not None:
             yield from zip(order)
             return
@@ -455,78 +345,93 @@ class Trainer:
         pin = self.device.type == "cuda"
         yield from zip(order, loaded(self.images, plan, config.workers, pin), strict=True)
 
+    def order(self, start: int) -> Iterator[Tensor]:
+        """The images of this process at each step, from a step on."""
+        config, world = self.config, self.world
+        return batches(len(self.images), config.batch_size, config.seed, start, world.rank, world.size)
+
     def fit(self, folder: Path) -> list[dict[str, float]]:
         """The steps that are left, with a progress bar; writes stats.jsonl as it goes and returns its rows.
 
         It goes on from the newest checkpoint in the folder. SIGTERM and SIGINT save one more and raise
         :class:`Interrupted`.
         """
-        config = self.config
-        checkpoints = Checkpoints(folder / "checkpoint", config.keep_checkpoints)
+        config, world = self.config, self.world
+        on_gpu = self.device.type == "cuda"
+        checkpoints = Checkpoints(folder / "checkpoint", config.keep_checkpoints, world, on_gpu)
         state = self.restore(checkpoints)
         done = self.steps_done = 0 if state is None else state["step"]
-        rows = _rows_until(folder / "stats.jsonl", done)
-        pending = [torch.tensor(values, device=self.device) for values in state["pending"]] if state else []
-        names = ["loss", "mse", "vb", "prior"]
-        if done:
+        rows = world.on_first(lambda: _rows_until(folder / "stats.jsonl", done))
+        if world.first:
+            self.tracker = create_tracker(config.track, folder, settings_of(config), done)
+        losses = Losses(self, state["pending"] if state else [])
+        if done and world.first:
             print(f"going on from step {done} of {config.steps}, from {checkpoints.folder}", flush=True)
         self.model.train()
-        logged_at, timed = time.perf_counter(), len(pending)
+        logged_at, timed = time.perf_counter(), done
+        stats_file = folder / "stats.jsonl" if world.first else Path(os.devnull)
         with (
-            open(folder / "stats.jsonl", "a") as stats,
-            tqdm(total=config.steps, initial=done, desc="training", unit="step") as bar,
+            open(stats_file, "a") as stats,
+            tqdm(
+                total=config.steps, initial=done, desc="training", unit="step", disable=not world.first
+            ) as bar,
             stop_on_signals() as stop,
         ):
+            vote = Vote(world)
             for number, batch in zip(range(done, config.steps), self.batches(done), strict=False):
-                terms = self.step(number, *batch)
-                pending.append(torch.stack([terms[name].float() for name in names]))
+                losses.add(self.step(number, *batch))
                 bar.update()
                 done = self.steps_done = number + 1
-                last = done == config.steps
+                last, stopped = done == config.steps, vote.ask(stop.name is not None)
                 if done % config.log_every == 0 or last:
-                    values = self._checked(pending, done)
+                    means = losses.means(done)
                     now = time.perf_counter()
-                    rate = (len(pending) - timed) * config.batch_size / (now - logged_at)
-                    means = dict(zip(names, values.double().mean(0).tolist(), strict=True))
+                    rate = (done - timed) * config.batch_size / (now - logged_at)
                     rows.append({"step": done, **means, "lr": self.rate_at(number),
                                  "images_per_second": rate})  # fmt: skip
                     stats.write(json.dumps(rows[-1]) + "\n")
                     stats.flush()
+                    self.tracker.log(done, {key: value for key, value in rows[-1].items() if key != "step"})
                     bar.set_postfix(
                         loss=f"{means['loss']:.3f}", prior=f"{means['prior']:.3f}", images_s=f"{rate:.0f}"
                     )
-                    pending, timed, logged_at = [], 0, now
-                if done % config.checkpoint_every == 0 or last or stop.name:
-                    self._save_checkpoint(checkpoints, pending, done)
-                if stop.name and not last:
-                    kept = max(checkpoints.steps(), default=0)
-                    raise Interrupted(
-                        f"{stop.name} stopped the run after {done} of {config.steps} steps; the same command "
-                        f"goes on from step {kept}"
-                    )
+                    self.learned(means["mse"])
+                    timed, logged_at = done, now
+                if done % config.checkpoint_every == 0 or last or stopped:
+                    self._save_checkpoint(checkpoints, losses, done)
+                if stopped and not last:
+                    self._wait_for(checkpoints)
+                    self._interrupt(checkpoints, stop, done)
+        self._wait_for(checkpoints)
         return rows
 
-    def _checked(self, pending: list[Tensor], done: int) -> Tensor:
-        """The terms of the steps since the last line, [n, 4] on the CPU; raises where one is not finite."""
-        values = torch.stack(pending).cpu() if pending else torch.zeros(0, 4)
-        wrong = (~values.isfinite().all(1)).nonzero()
-        if len(wrong):
-            number = done - len(pending) + int(wrong[0])
-            t = self.draw(number, (1,)).t
-            chosen = next(batches(len(self.images), self.config.batch_size, self.config.seed, number))
-            raise FloatingPointError(
-                f"the loss is not finite at step {number + 1}, images {chosen.tolist()[:8]}..., timesteps "
-                f"{t.tolist()[:8]}...; a smaller lr may help. Nothing is saved after it"
-            )
-        return values
+    def _interrupt(self, checkpoints: Checkpoints, stop: StopRequest, done: int) -> None:
+        kept = max(checkpoints.steps(), default=0)
+        raise Interrupted(
+            f"{stop.name or 'a signal'} stopped the run after {done} of {self.config.steps} steps; the same "
+            f"command goes on from step {kept}"
+        )
 
-    def _save_checkpoint(self, checkpoints: Checkpoints, pending: list[Tensor], done: int) -> None:
+    def _save_checkpoint(self, checkpoints: Checkpoints, losses: Losses, done: int) -> None:
         """Writes a checkpoint; a disk that is full is said, and the run goes on."""
-        state = {"pending": self._checked(pending, done).tolist(), "settings": settings_of(self.config)}
+        state = {"pending": losses.settled(done), **self.numbers(), "settings": settings_of(self.config)}
+        self._wait_for(checkpoints)
         try:
             checkpoints.save(done, self.tensors(), state)
         except OSError as error:
-            tqdm.write(f"no checkpoint at step {done}: {error}. The last one stays, the run goes on.")
+            self._say_unsaved(error)
+
+    def _wait_for(self, checkpoints: Checkpoints) -> None:
+        try:
+            checkpoints.wait()
+        except OSError as error:
+            self._say_unsaved(error)
+
+    def _say_unsaved(self, error: OSError) -> None:
+        if self.world.first:
+            tqdm.write(
+                f"no checkpoint at step {self.steps_done}: {error}. The last one stays, the run goes on."
+            )
 
     def generate(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Samples of the moving average on the CPU, the classes in turn, and their labels."""
@@ -545,18 +450,55 @@ class Trainer:
         return images.cpu(), labels
 
     def save(self, folder: Path) -> None:
-        """The weights alone, to sample from; ``FloatingPointError`` where the weights are not finite."""
-        for name, parameter in self.model.named_parameters():
+        """The weights alone, to sample from; ``FloatingPointError`` where the weights are not finite.
+
+        All processes call it, and the first one writes. From then on they have the whole moving average.
+        """
+        model, self.ema = (whole(module, self.create) for module in (self.model, self.ema))
+        for name, parameter in model.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.steps_done}; nothing is saved"
                 )
-        objective = {
-            "name": self.objective.name,
-            "schedule": self.config.schedule,
-            "weighting": self.config.weighting,
-            "learn_sigma": self.objective.learn_sigma,
-            "num_timesteps": self.objective.num_timesteps,
-        }
-        settings = {"model": self.model.settings, "objective": objective}
-        save_checkpoint(folder / "weights", self.model, self.ema, settings)
+        settings = {"model": model.settings, "objective": process_of(self.config)}
+        self.world.on_first(lambda: save_checkpoint(folder / "weights", model, self.ema, settings))
+
+
+class Losses:
+    """The loss terms of the steps since the last line of stats.jsonl.
+
+    settled: means over all processes that an earlier process has computed, or an earlier checkpoint.
+    """
+
+    def __init__(self, trainer: Trainer, settled: list[list[float]]) -> None:
+        self.trainer, self._settled = trainer, settled
+        self.pending: list[Tensor] = []
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Takes in a step, without waiting for a GPU."""
+        self.pending.append(torch.stack([terms[name].float() for name in _TERMS]))
+
+    def settled(self, done: int) -> list[list[float]]:
+        """The terms of each step, means over all processes; raises where one is not finite."""
+        if self.pending:
+            values = self.trainer.world.mean(torch.stack(self.pending).cpu())
+            self._check(values, done)
+            self._settled, self.pending = self._settled + values.tolist(), []
+        return self._settled
+
+    def means(self, done: int) -> dict[str, float]:
+        """The mean of each term, which begins a new line."""
+        values = torch.tensor(self.settled(done), dtype=torch.float64, device="cpu")
+        self._settled = []
+        return dict(zip(_TERMS, values.mean(0).tolist(), strict=True))
+
+    def _check(self, values: Tensor, done: int) -> None:
+        wrong = (~values.isfinite().all(1)).nonzero()
+        if len(wrong):
+            number = done - len(values) + int(wrong[0])
+            t = self.trainer.draw(number, (1,)).t
+            chosen = next(self.trainer.order(number))
+            raise FloatingPointError(
+                f"the loss is not finite at step {number + 1}, images {chosen.tolist()[:8]}..., timesteps "
+                f"{t.tolist()[:8]}...; a smaller lr may help. Nothing is saved after it"
+            )
