@@ -2,6 +2,7 @@
 
 python models/sample_switch_dit.py --run runs/digits
 python models/sample_switch_dit.py --run runs/digits --labels 3 5 --scheduler dpm-solver++ --steps 20
+python models/sample_switch_dit.py --run runs/digits --weights-folder weights-sigma0.070
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tyro
 from switch_dit.checkpoint import load_checkpoint
 from switch_dit.devices import resolve_device
 from switch_dit.plots import check_picture, plot_samples
-from switch_dit.sampling import sample
+from switch_dit.sampling import SCHEDULERS, sample
 
 from switch_moe.ops._checks import check_integers, check_positive
 
@@ -34,14 +35,16 @@ class SampleConfig:
     steps: int = 50
     """The scheduler takes this many steps."""
     scheduler: Literal["auto", "ddim", "ddpm", "dpm-solver++", "euler"] = "auto"
-    """auto takes euler for a model of rectified flow, which takes no other, and ddim for the rest. ddpm uses
-    the learned variance and wants more steps."""
+    """auto takes euler for a flow, which takes dpm-solver++ besides, and ddim for the other objectives. ddpm
+    uses the learned variance and wants more steps."""
     guidance: float = 1.5
     """The samples are drawn with this classifier-free guidance; 1 is none."""
     seed: int = 0
     """The same seed on the same machine gives the same images."""
     weights: Literal["ema", "model"] = "ema"
     """Whether to sample with the moving average of the weights (ema) or with the last ones (model)."""
+    weights_folder: str = "weights"
+    """The folder of the run that holds the weights, such as one that average_weights.py has written."""
     device: str = "auto"
     """auto takes cuda where there is one, else cpu."""
     output: Path | None = None
@@ -55,7 +58,8 @@ def run(config: SampleConfig) -> Path:
     check_positive(guidance=config.guidance)
     device = resolve_device(config.device)
     path = _free_path(config)
-    model, objective = load_checkpoint(Path(config.run) / "weights", config.weights)
+    model, objective = load_checkpoint(Path(config.run) / config.weights_folder, config.weights)
+    scheduler = SCHEDULERS[objective.name][0] if config.scheduler == "auto" else config.scheduler
     model.to(device)
     if model.num_classes:
         classes = list(config.labels) or list(range(model.num_classes))
@@ -64,9 +68,6 @@ def run(config: SampleConfig) -> Path:
         raise ValueError(f"labels is {config.labels}; the model was trained without classes")
     else:
         labels = None
-    scheduler = config.scheduler
-    if scheduler == "auto":
-        scheduler = "euler" if objective.continuous else "ddim"
     images = sample(
         model,
         objective,
@@ -77,7 +78,10 @@ def run(config: SampleConfig) -> Path:
         guidance=config.guidance,
         generator=torch.Generator("cpu").manual_seed(config.seed),
     )
-    title = f"{Path(config.run).name}: {scheduler}, {config.steps} steps, guidance {config.guidance:g}"
+    name = Path(config.run).name
+    if config.weights_folder != "weights":
+        name += f"/{config.weights_folder}"
+    title = f"{name}: {scheduler}, {config.steps} steps, guidance {config.guidance:g}"
     plot_samples(path, images.cpu(), None if labels is None else labels.tolist(), config.count, title)
     print(f"{len(images)} samples in {path}")
     return path

@@ -24,6 +24,7 @@ from torch import Tensor
 from switch_moe import DiffusionPrior, Router, SwitchMoE, ops
 
 X, T, Y = torch.zeros(2, 3, 8, 8), torch.tensor([3, 500]), torch.tensor([1, 2])
+LEARNED = create_objective("eps", learn_sigma=True)  # what random_model() fits
 
 
 @pytest.mark.parametrize("routing", ["switch", "dtr", "none"])
@@ -69,7 +70,7 @@ def test_guidance_that_is_no_number(scale: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"cfg_scale is {scale}"):
         random_model().forward_with_cfg(X, T, Y, scale)
     with pytest.raises(error, match=f"guidance is {scale}"):
-        sample(random_model(), GaussianDiffusion(), Y, steps=2, guidance=scale)
+        sample(random_model(), LEARNED, Y, steps=2, guidance=scale)
 
 
 def test_guidance_of_an_odd_batch() -> None:
@@ -182,11 +183,11 @@ def test_of_the_process(call: Callable[[GaussianDiffusion], Any], message: str) 
 @pytest.mark.parametrize("count", [50, 100])
 def test_dpm_solver_takes_fewer_steps_than_timesteps(schedule: str, count: int) -> None:
     model = random_model(num_timesteps=count)
-    diffusion = GaussianDiffusion(schedule, num_timesteps=count)
+    objective = create_objective("eps", schedule=schedule, num_timesteps=count, learn_sigma=True)
     for steps in (1, 2, count // 2, count - 1):
-        assert sample(model, diffusion, Y, steps=steps, scheduler="dpm-solver++").isfinite().all()
+        assert sample(model, objective, Y, steps=steps, scheduler="dpm-solver++").isfinite().all()
     with pytest.raises(ValueError, match=f"steps is {count}; dpm-solver\\+\\+ takes fewer"):
-        sample(model, diffusion, Y, steps=count, scheduler="dpm-solver++")
+        sample(model, objective, Y, steps=count, scheduler="dpm-solver++")
 
 
 @pytest.mark.parametrize(
@@ -209,17 +210,27 @@ def test_dpm_solver_takes_fewer_steps_than_timesteps(schedule: str, count: int) 
         ({"clip": "yes"}, TypeError, "clip is 'yes'"),
         ({"count": "a"}, TypeError, "count is 'a'"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "model is a Linear"),
-        ({"process": None}, TypeError, "process is a NoneType"),
-        ({"process": GaussianDiffusion(num_timesteps=500)}, ValueError, "process has 500 timesteps; the"),
+        ({"objective": None}, TypeError, "objective is a NoneType; it must be an Objective"),
         (
-            {"process": create_objective("v")},
-            ValueError,
-            "process is an objective 'v' with another learn_sigma",
+            {"objective": GaussianDiffusion()},
+            TypeError,
+            r"objective is a GaussianDiffusion; .* DiffusionObjective\(diffusion, 'eps', learn_sigma=True\)",
         ),
+        (
+            {"objective": create_objective("eps", num_timesteps=500, learn_sigma=True)},
+            ValueError,
+            "objective has num_timesteps 500; it must be 1000, the model's",
+        ),
+        (
+            {"objective": create_objective("eps")},
+            ValueError,
+            "objective has learn_sigma False; it must be True",
+        ),
+        ({"objective": create_objective("flow")}, ValueError, "objective has learn_sigma False"),
     ],
 )
 def test_of_sampling(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"model": random_model(), "process": GaussianDiffusion(), "labels": Y, "steps": 2}
+    arguments = {"model": random_model(), "objective": LEARNED, "labels": Y, "steps": 2}
     with pytest.raises(error, match=message):
         sample(**{**arguments, **options})
 
@@ -230,41 +241,16 @@ def test_sampling_is_evaluation_and_modes_come_back() -> None:
     modes = [module.training for module in model.modules()]
     generator = torch.Generator()
     images = [
-        sample(model, GaussianDiffusion(), Y, steps=2, guidance=1, generator=generator.manual_seed(0))
-        for _ in range(4)
+        sample(model, LEARNED, Y, steps=2, guidance=1, generator=generator.manual_seed(0)) for _ in range(4)
     ]
     assert [module.training for module in model.modules()] == modes
     model.eval()
-    right = sample(model, GaussianDiffusion(), Y, steps=2, guidance=1, generator=generator.manual_seed(0))
+    right = sample(model, LEARNED, Y, steps=2, guidance=1, generator=generator.manual_seed(0))
     assert all(torch.equal(image, right) for image in images)
     model.train()
     with pytest.raises(ValueError, match="labels holds"):
-        sample(model, GaussianDiffusion(), torch.tensor([9]), steps=2)
+        sample(model, LEARNED, torch.tensor([9]), steps=2)
     assert model.training
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "dpm-solver++"])
-def test_pixels_are_clipped_and_latents_are_not(scheduler: str, schedule: str) -> None:
-    """One and three channels are pixels; ``clip`` decides otherwise."""
-    largest = {}
-    for channels, clip in ((1, None), (3, None), (4, None), (3, False), (4, True)):
-        model = random_model(in_channels=channels)
-        generator = torch.Generator().manual_seed(0)
-        images = sample(
-            model,
-            GaussianDiffusion(schedule),
-            Y,
-            steps=5,
-            scheduler=scheduler,
-            generator=generator,
-            clip=clip,
-        )
-        largest[channels, clip] = float(images.abs().max())
-    for case in ((1, None), (3, None), (4, True)):
-        assert largest[case] <= 1 + 1e-5, case
-    for case in ((4, None), (3, False)):
-        assert largest[case] > 1.5, case
 
 
 def test_weights_that_are_not_finite_are_not_sampled() -> None:
@@ -272,7 +258,7 @@ def test_weights_that_are_not_finite_are_not_sampled() -> None:
     with torch.no_grad():
         model.final_layer.linear.bias.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="samples are not finite"):
-        sample(model, GaussianDiffusion(), Y, steps=2)
+        sample(model, LEARNED, Y, steps=2)
     with pytest.raises(ValueError, match="generated holds numbers that are not finite"):
         evaluate(load_data("digits"), torch.full((20, 1, 8, 8), math.nan), torch.arange(20) % 10)
 
@@ -289,7 +275,7 @@ class TestCheckpoints:
     @pytest.fixture
     def saved(self, tmp_path: Path) -> Path:
         model = random_model()
-        settings = {"model": model.settings, "diffusion": {"schedule": "linear"}}
+        settings = {"model": model.settings, "objective": {"name": "eps", "learn_sigma": True}}
         save_checkpoint(str(tmp_path / "checkpoint"), model, model, settings)
         return tmp_path / "checkpoint"
 
@@ -305,11 +291,69 @@ class TestCheckpoints:
             load_checkpoint(saved)
         assert "\n" not in str(caught.value)
 
-    @pytest.mark.parametrize("text", ["{}", "[]", '{"model": {"width": 3}, "diffusion": {}}', "null"])
+    @pytest.mark.parametrize(
+        "text",
+        ['{"objective": {}}', "[]", '{"model": {"width": 3}, "objective": {}}', "null", '{"objective": 3}'],
+    )
     def test_another_config(self, saved: Path, text: str) -> None:
         (saved / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config.json is broken"):
             load_checkpoint(saved)
+
+    def test_of_an_older_version(self, saved: Path) -> None:
+        settings = json.loads((saved / "config.json").read_text())
+        settings["diffusion"] = {"schedule": settings.pop("objective")["name"]}
+        (saved / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(
+            ValueError, match=r"config.json lacks the key 'objective', the arguments of create"
+        ):
+            load_checkpoint(saved)
+
+    @pytest.mark.parametrize(
+        ("objective", "message"),
+        [
+            ({"learn_sigma": False}, "the model has learn_sigma True and its objective False"),
+            ({"name": "flow"}, "learn_sigma is True; it must be False for flow"),
+            ({"name": "x0"}, "name is 'x0'; it must be one of eps, v, flow"),
+            ({"num_timesteps": 50}, "the model has num_timesteps 1000 and its objective 50"),
+            ({"steps": 3}, "unexpected keyword argument 'steps'"),
+        ],
+    )
+    def test_an_objective_that_does_not_fit(
+        self, saved: Path, objective: dict[str, Any], message: str
+    ) -> None:
+        settings = json.loads((saved / "config.json").read_text())
+        settings["objective"] |= objective
+        (saved / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=rf"config.json is broken \(.*{message}"):
+            load_checkpoint(saved)
+
+    def test_a_model_that_does_not_fit_its_objective(self, saved: Path) -> None:
+        settings = json.loads((saved / "config.json").read_text())
+        settings["model"]["learn_sigma"] = False
+        (saved / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match="the model has learn_sigma False and its objective True"):
+            load_checkpoint(saved)
+
+    @pytest.mark.parametrize("name", ["eps", "v", "flow"])
+    def test_the_objective_comes_back(self, tmp_path: Path, name: str) -> None:
+        model = random_model(learn_sigma=name == "eps", num_timesteps=500)
+        given = {
+            "name": name,
+            "schedule": "linear" if name == "flow" else "cosine",
+            "weighting": "constant" if name == "flow" else "min_snr_5",
+            "learn_sigma": name == "eps",
+            "num_timesteps": 500,
+        }
+        save_checkpoint(tmp_path / "weights", model, model, {"model": model.settings, "objective": given})
+        loaded, objective = load_checkpoint(tmp_path / "weights")
+        expected = create_objective(**given)
+        assert (objective.name, objective.num_timesteps) == (name, 500)
+        assert objective.learn_sigma == loaded.learn_sigma == (name == "eps")
+        t = torch.tensor([0.1, 0.9]) if name == "flow" else torch.tensor([3, 400])
+        out, x = torch.ones(2, loaded.out_channels, 8, 8), torch.randn(2, 3, 8, 8)
+        losses = [each.losses(out, x, each.q_sample(x, t, x), t, x)["mse"] for each in (objective, expected)]
+        assert torch.equal(*losses)  # schedule and weighting
 
     def test_of_another_model(self, saved: Path) -> None:
         for other in (random_model(hidden_size=48), random_model(routing="none"), random_model(depth=3)):
@@ -329,7 +373,7 @@ class TestCheckpoints:
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
         with pytest.raises(OSError, match="MiB are needed and 0 MiB are free"):
-            save_checkpoint(saved, random_model(1), random_model(1), {"model": {}, "diffusion": {}})
+            save_checkpoint(saved, random_model(1), random_model(1), {"model": {}, "objective": {}})
         assert sorted(path.name for path in saved.parent.iterdir()) == ["checkpoint"]
         assert torch.equal(load_file(saved / "ema.safetensors")["pos_embed"], before["pos_embed"])
 
@@ -358,7 +402,9 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"config.json is broken"):
             load_checkpoint(saved)
 
-    @pytest.mark.parametrize("settings", [None, [1], {}, {"model": {}, "diffusion": object()}])
+    @pytest.mark.parametrize(
+        "settings", [None, [1], {}, {"model": {}, "objective": object()}, {"model": {}, "diffusion": {}}]
+    )
     def test_settings_that_fit_no_checkpoint_replace_none(self, saved: Path, settings: Any) -> None:
         with pytest.raises(TypeError, match="settings"):
             save_checkpoint(saved, random_model(), random_model(), settings)

@@ -13,6 +13,7 @@ from switch_dit import (
     sample,
 )
 from switch_dit.model import dtr_mask
+from switch_dit.objectives import create_objective
 
 from switch_moe import DiffusionPrior, SwitchMoE
 
@@ -145,9 +146,8 @@ def test_ddim_sample(name: str) -> None:
     model, tensors = load_model(name)
     z = tensors["ddim_z"]
     labels = tensors["cfg_y"][: len(z)]
-    out = sample(
-        model, GaussianDiffusion("linear"), labels, steps=10, scheduler="ddim", guidance=1.5, start=z
-    )
+    objective = create_objective("eps", learn_sigma=model.learn_sigma)
+    out = sample(model, objective, labels, steps=10, scheduler="ddim", guidance=1.5, start=z)
     assert_close("DDIM sample", out, tensors["ddim_sample"], 1e-4)
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_close, random_model
-from switch_dit import GaussianDiffusion, SwitchDiT, sample
+from switch_dit import SwitchDiT, sample
 from switch_dit.data import batches
+from switch_dit.objectives import create_objective
+from switch_dit.sampling import SCHEDULERS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -61,7 +63,7 @@ def test_other_floating_types(dtype: torch.dtype, routing: str) -> None:
     out, prior = model.forward_with_prior(x.to(dtype), t, y)
     (out.float().square().mean() + prior).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    images = sample(model, GaussianDiffusion(), y[:2], steps=2)
+    images = sample(model, create_objective("eps", learn_sigma=True), y[:2], steps=2)
     assert images.dtype == torch.float32
 
 
@@ -234,7 +236,8 @@ def test_fsdp2_in_bfloat16(routing: str) -> None:
 
 def test_another_default_device() -> None:
     """Everything that is made inside is made where its inputs are."""
-    model, diffusion = random_model().eval(), GaussianDiffusion()
+    model, objective = random_model().eval(), create_objective("eps", learn_sigma=True)
+    plain, flow = random_model(learn_sigma=False).eval(), create_objective("flow")
     x, t, y = inputs()
     layer, router = SwitchMoE(16), Router(2, 16)
     tokens, e = torch.randn(5, 20, 16), torch.randn(5, 16)
@@ -243,9 +246,11 @@ def test_another_default_device() -> None:
     try:
         out, prior = model.forward_with_prior(x, t, y)
         (out.sum() + prior).backward()
-        for scheduler in ("ddim", "ddpm", "dpm-solver++"):
-            assert sample(model, diffusion, y[:2], steps=2, scheduler=scheduler).device.type == "cpu"
-        diffusion.training_losses(out, x, x, t, x)
+        for scheduler in SCHEDULERS["eps"]:
+            assert sample(model, objective, y[:2], steps=2, scheduler=scheduler).device.type == "cpu"
+        for scheduler in SCHEDULERS["flow"]:
+            assert sample(plain, flow, y[:2], steps=2, scheduler=scheduler).device.type == "cpu"
+        objective.losses(out, x, x, t, x)
         for embedding in (e, same):
             layer(tokens, embedding).sum().backward()
         router(e).probs.sum().backward()

@@ -300,7 +300,7 @@ def interrupt_file_system(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path: Path, interrupted_before: bool) -> None:
     """Also where an earlier call was killed between its two renames, so that only ``.old`` is there."""
     model = random_model(depth=1)
-    settings = {"model": model.settings, "diffusion": {"schedule": "cosine"}}
+    settings = {"model": model.settings, "objective": {"schedule": "cosine", "learn_sigma": True}}
     found = []
     for after in range(20):
         place = tmp_path / str(after) / "checkpoint"
@@ -317,10 +317,10 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint(tmp_path: Path, interrupt
             except Interrupted:
                 complete = False
         for weights in ("ema", "model"):
-            loaded, diffusion = load_checkpoint(place, weights)
+            loaded, objective = load_checkpoint(place, weights)
             weight = loaded.blocks[0].moe.weight
             assert torch.equal(weight, weight.flatten()[0].expand_as(weight))
-            assert diffusion.num_timesteps == 1000
+            assert objective.num_timesteps == 1000
             assert not loaded.training
         found.append(weight.flatten()[0].item())
         save_checkpoint(place, model, model, settings)

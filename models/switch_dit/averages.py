@@ -1,7 +1,7 @@
 """Moving averages of the weights: with a decay, and by a power function, from which any width can be had
 later.
 
-EDM2: Karras et al., arXiv 2312.02696, sections 3.1 and 3.2 and appendix C. An average after t steps is
+EDM2: Karras et al., arXiv 2312.02696, section 3; equations have its numbers. An average after t steps is
 ``sum_s w_s theta(s)``; a power-function average has weights that follow ``s^gamma``, so its width grows with
 the run, and is named by sigma_rel, the standard deviation of its profile in units of t.
 """
@@ -34,7 +34,7 @@ def decayed_weight(step: int, decay: float) -> float:
 def power_weight(step: int, gamma: float) -> float:
     """What the newest weights count in a power-function average: 1 - beta, beta = (1 - 1/t)^(gamma + 1).
 
-    That is EDM2's beta_gamma(t) of section 3.1, with t = step + 1 for steps from 0. Then theta(s) counts
+    That is EDM2's beta of eq. 127, with t = step + 1 for steps from 0. Then theta(s) counts
     (s/t)^(gamma + 1) - ((s - 1)/t)^(gamma + 1), the integral of the profile over that step.
     """
     return 1.0 if step == 0 else -math.expm1((gamma + 1) * math.log1p(-1 / (step + 1)))
@@ -49,7 +49,7 @@ def sigma_rel_of(gamma: float) -> float:
 def gamma_of(sigma_rel: float) -> float:
     """The exponent of a width in [1e-4, 12^-0.5], the inverse of :func:`sigma_rel_of`.
 
-    The largest root of ``g^3 + 7 g^2 + (16 - c) g + 12 - c`` with c = sigma_rel^-2 (EDM2, appendix C).
+    The largest root of ``g^3 + 7 g^2 + (16 - c) g + 12 - c`` with c = sigma_rel^-2 (eq. 126).
     """
     check_numbers(1e-4, WIDEST, f"between 1e-4 and 12^-0.5 = {WIDEST:.4f}", sigma_rel=sigma_rel)
     inverse = float(sigma_rel) ** -2
@@ -145,7 +145,7 @@ class Snapshot:
 
 
 class PowerAverage(MovingAverage):
-    """A power-function average of named parameters (EDM2, section 3.1).
+    """A power-function average of named parameters (EDM2, section 3).
 
     Args:
         parameters, averaged: as in :class:`MovingAverage`.
@@ -174,7 +174,7 @@ class PowerAverage(MovingAverage):
     def reconstruct(
         snapshots: Sequence[Snapshot], sigma_rel: float, steps: int | None = None
     ) -> dict[str, Tensor]:
-        """The average of another width, from snapshots of tracked ones: EDM2, section 3.2.
+        """The average of another width, from snapshots of tracked ones.
 
         Args:
             snapshots: of one or more widths, at several times of one run. More of them come nearer.
@@ -208,7 +208,7 @@ def reconstruction(
 
     With the profile p_i(s) = (g_i + 1) s^g_i / t_i^(g_i + 1) on [0, t_i] of each snapshot, and p that of the
     wanted average, the coefficients x minimise the integral of (p - sum_i x_i p_i)^2. So A x = b, where A_ij
-    = <p_i, p_j> and b_i = <p_i, p> (EDM2, section 3.2 and appendix C).
+    = <p_i, p_j> and b_i = <p_i, p> (eq. 151).
 
     Args:
         tracked: (t, sigma_rel) of each snapshot. sigma_rel, steps: of the wanted average.

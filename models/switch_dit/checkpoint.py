@@ -2,7 +2,7 @@
 
 model.safetensors  the trained weights
 ema.safetensors    their moving average
-config.json        the settings of the model and of its objective: what create_objective takes
+config.json        the settings of the model and of its objective, as create_objective takes them
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from switch_dit.convert import without_wrappers
+from switch_dit.files import give_usual_permissions
 from switch_dit.model import SwitchDiT
 from switch_dit.objectives import Objective, create_objective
 from switch_moe.ops._checks import FLOATS, check_choice
@@ -28,26 +29,32 @@ from switch_moe.ops._checks import FLOATS, check_choice
 def save_checkpoint(folder: Path | str, model: nn.Module, ema: nn.Module, settings: dict[str, Any]) -> None:
     """Replaces the checkpoint in ``folder`` as a whole.
 
+    ``settings`` holds ``model``, the arguments of SwitchDiT, and ``objective``, those of
+    :func:`switch_dit.objectives.create_objective`.
+
     Wherever this is interrupted, :func:`load_checkpoint` finds a complete checkpoint, the one before or the
     new one: the draft is complete before it takes the place, and what it replaces stays in ``<name>.old``
     until then. ``OSError`` where it cannot be written, a full disk among the reasons; the draft is removed.
     """
-    folder = _as_folder(folder)
     for name, module in (("model", model), ("ema", ema)):
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name} is a {type(module).__name__}; it must be a torch.nn.Module")
-    if not isinstance(settings, dict) or not {"model", "diffusion"} <= settings.keys():
-        raise TypeError("settings must be a dict with the keys 'model' and 'diffusion'")
+    save_weights(folder, {"model": model.state_dict(), "ema": ema.state_dict()}, settings)
+
+
+def save_weights(
+    folder: Path | str, states: Mapping[str, Mapping[str, Tensor]], settings: dict[str, Any]
+) -> None:
+    """Replaces a checkpoint as :func:`save_checkpoint` does, by states named ``model``, ``ema`` or both."""
+    folder = _as_folder(folder)
+    if not isinstance(settings, dict) or not {"model", "objective"} <= settings.keys():
+        raise TypeError("settings must be a dict with the keys 'model' and 'objective'")
     try:
         config = json.dumps(settings, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise TypeError(f"settings cannot be written as JSON: {error}") from None
     draft, previous = _beside(folder, "new"), _beside(folder, "old")
     shutil.rmtree(draft, ignore_errors=True)
-    states = {
-        name: {key: value.contiguous() for key, value in module.state_dict().items()}
-        for name, module in (("model", model), ("ema", ema))
-    }
     size = sum(value.nbytes for state in states.values() for value in state.values())
     try:
         draft.mkdir(parents=True)
@@ -56,8 +63,9 @@ def save_checkpoint(folder: Path | str, model: nn.Module, ema: nn.Module, settin
             text = f"{size / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free"
             raise OSError(errno.ENOSPC, f"the checkpoint was not written: {text}", str(folder))
         for name, state in states.items():
-            save_file(state, draft / f"{name}.safetensors")
-            _give_usual_permissions(draft / f"{name}.safetensors")
+            contiguous = {key: value.contiguous() for key, value in state.items()}
+            save_file(contiguous, draft / f"{name}.safetensors")
+            give_usual_permissions(draft / f"{name}.safetensors")
         (draft / "config.json").write_text(config)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
@@ -71,13 +79,6 @@ def save_checkpoint(folder: Path | str, model: nn.Module, ema: nn.Module, settin
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _give_usual_permissions(path: Path) -> None:
-    """Those that the user's umask gives; safetensors may leave a file that only its owner can read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
 def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT, Objective]:
     """The model in evaluation mode and its objective.
 
@@ -88,22 +89,12 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
             another model; the message names it.
     """
     check_choice("weights", weights, ("ema", "model"))
-    folder = _as_folder(folder)
-    previous = _beside(folder, "old")
-    found = previous if previous.is_dir() and not folder.exists() else folder
+    found = _whole(_as_folder(folder))
     config, tensors = found / "config.json", found / f"{weights}.safetensors"
-    for path in (config, tensors):
-        if not path.is_file():
-            raise FileNotFoundError(f"{found} is no checkpoint: {path.name} is missing")
-    try:
-        settings = json.loads(config.read_text())
-        model = SwitchDiT(**settings["model"])
-        objective = create_objective(**settings["diffusion"], learn_sigma=model.learn_sigma)
-    except (ValueError, TypeError, KeyError, RuntimeError, MemoryError, ArithmeticError) as error:
-        raise ValueError(f"{config} is broken ({_first_line(error)}); take it from another copy") from None
-    if model.num_timesteps != objective.num_timesteps:
-        counts = f"{model.num_timesteps} timesteps and its diffusion process {objective.num_timesteps}"
-        raise ValueError(f"{config} is broken (the model has {counts}); take it from another copy")
+    settings = load_settings(folder)
+    if not tensors.is_file():
+        raise FileNotFoundError(f"{found} is no checkpoint: {tensors.name} is missing")
+    model, objective = _from_settings(settings, config)
     try:
         state = load_file(tensors)
     except (SafetensorError, OSError) as error:
@@ -112,6 +103,50 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
         ) from None
     load_weights(model, state, str(tensors))
     return model.eval(), objective
+
+
+def load_settings(folder: Path | str) -> dict[str, Any]:
+    """The settings that :func:`save_checkpoint` was given."""
+    found = _whole(_as_folder(folder))
+    config = found / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{found} is no checkpoint: config.json is missing")
+    try:
+        settings = json.loads(config.read_text())
+    except ValueError as error:
+        raise _broken(config, _first_line(error)) from None
+    if not isinstance(settings, dict):
+        raise _broken(config, f"it holds a {type(settings).__name__}")
+    if "objective" not in settings:
+        raise ValueError(
+            f"{config} lacks the key 'objective', the arguments of create_objective; older versions did not "
+            "write it, so train again or add it by hand"
+        )
+    return settings
+
+
+def _whole(folder: Path) -> Path:
+    """Where the whole checkpoint is: an interrupted call may have left it beside its place."""
+    previous = _beside(folder, "old")
+    return previous if previous.is_dir() and not folder.exists() else folder
+
+
+def _from_settings(settings: dict[str, Any], config: Path) -> tuple[SwitchDiT, Objective]:
+    """A fresh model and its objective; ``ValueError`` that names the file where they do not fit."""
+    try:
+        model = SwitchDiT(**settings["model"])
+        objective = create_objective(**settings["objective"])
+    except (ValueError, TypeError, KeyError, RuntimeError, MemoryError, ArithmeticError) as error:
+        raise _broken(config, _first_line(error)) from None
+    for name in ("num_timesteps", "learn_sigma"):
+        own, given = getattr(model, name), getattr(objective, name)
+        if own != given:
+            raise _broken(config, f"the model has {name} {own} and its objective {given}")
+    return model, objective
+
+
+def _broken(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} is broken ({what}); take it from another copy")
 
 
 def load_weights(model: SwitchDiT, state: Mapping[str, Tensor], source: str) -> None:

@@ -154,7 +154,7 @@ class GaussianDiffusion:
         return (x_t - self._at("noise", t, x_t) * noise) / self._at("signal", t, x_t)
 
     def velocity(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """``v = sqrt(abar) noise - sqrt(1 - abar) x_start``, [B, C, H, W] (arXiv 2202.00512, section 4)."""
+        """``v = sqrt(abar) noise - sqrt(1 - abar) x_start``, [B, C, H, W] (arXiv 2202.00512)."""
         self._check(t, x_start=x_start, noise=noise)
         return self._at("signal", t, noise) * noise - self._at("noise", t, noise) * x_start
 
@@ -198,8 +198,8 @@ class GaussianDiffusion:
         """Losses per sample, float32 [B]: ``mse``, weighted, and ``vb`` where the variance is learned.
 
         The model predicts the noise (``eps``) or the velocity (``v``). The variance is learned beside the
-        noise only. ``vb`` is in bits per dimension and trains the variance only: the mean is detached (eq. 16
-        of arXiv 2102.09672).
+        noise only. ``vb`` is in bits per dimension and trains the variance only: the mean is detached (arXiv
+        2102.09672).
         """
         check_choice("prediction", prediction, PREDICTIONS)
         self._check(t, x_start=x_start, x_t=x_t, noise=noise)

@@ -1,4 +1,4 @@
-"""What files that must be whole need: checksums, and waiting for the disk."""
+"""What files that must be whole need: checksums, permissions, and waiting for the disk."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Those that the user's umask gives; safetensors may leave a file that only its owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)

@@ -49,6 +49,7 @@ class Objective(ABC):
         name: one of ``OBJECTIVES``.
         num_timesteps: N of the model, whose timesteps are in [0, N).
         continuous: whether t is float32 in [0, 1], from data to noise; otherwise it is an integer in [0, N).
+        learn_sigma: whether outputs have a second half of channels, for the variance.
 
     Every method raises ``ValueError`` or ``TypeError`` that names the argument that does not fit.
     """
@@ -56,6 +57,7 @@ class Objective(ABC):
     name: str
     num_timesteps: int
     continuous: bool
+    learn_sigma: bool
 
     @abstractmethod
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -89,9 +91,9 @@ class Objective(ABC):
 class DiffusionObjective(Objective):
     """The noise (``eps``) or the velocity (``v``) of a :class:`GaussianDiffusion`, at integer timesteps.
 
-    Noise: DDPM, arXiv 2006.11239, eq. 14; with ``learn_sigma`` the hybrid loss of arXiv 2102.09672, eq. 16.
-    Velocity: Salimans and Ho, arXiv 2202.00512, section 4 and appendix D: ``v = sqrt(abar) noise - sqrt(1 -
-    abar) x_start``, so that ``x_start = sqrt(abar) x_t - sqrt(1 - abar) v``.
+    Noise: DDPM, arXiv 2006.11239, eq. 14; with ``learn_sigma`` the hybrid loss of arXiv 2102.09672.
+    Velocity: Salimans and Ho, arXiv 2202.00512: ``v = sqrt(abar) noise - sqrt(1 - abar) x_start``, so that
+    ``x_start = sqrt(abar) x_t - sqrt(1 - abar) v``.
     """
 
     continuous = False
@@ -148,7 +150,7 @@ class DiffusionObjective(Objective):
 class FlowObjective(Objective):
     """Rectified flow: ``x_t = (1 - t) x_start + t noise``, target ``noise - x_start``.
 
-    Liu et al., arXiv 2209.03003, eq. 1, with time from data to noise as in SD3 (arXiv 2403.03206, eq. 13).
+    Liu et al., arXiv 2209.03003, with time from data to noise as in SD3 (arXiv 2403.03206, section 3).
     There, ``x_start = x_t - t v`` and ``noise = x_t + (1 - t) v``.
 
     The model takes the time ``N t``, and for t = 1 the largest float32 below N: its timestep embedder, and so
@@ -162,6 +164,7 @@ class FlowObjective(Objective):
 
     name = "flow"
     continuous = True
+    learn_sigma = False
 
     def __init__(self, num_timesteps: int = 1000) -> None:
         check_integers(high=2**24, num_timesteps=num_timesteps)

@@ -28,7 +28,7 @@ def learning_rate(
     Linear warm-up, ``lr min(1, (step + 1) / warmup)``, times
 
     - ``constant``: 1.
-    - ``cosine``: (1 + cos(pi step / steps)) / 2, to zero (arXiv 1608.03983, eq. 5, without restarts).
+    - ``cosine``: (1 + cos(pi step / steps)) / 2, to zero (arXiv 1608.03983, without restarts).
     - ``inverse-sqrt``: 1 / sqrt(max((step + 1) / plateau, 1)) (EDM2, arXiv 2312.02696, appendix B).
 
     Args:

@@ -264,15 +264,20 @@ def run_folder(config: TrainConfig) -> Path:
 
 
 def process_of(config: TrainConfig) -> dict[str, Any]:
-    """What create_objective takes, but for the learned variance, which the model knows of."""
+    """What create_objective takes."""
     weighting = "constant" if config.weighting == "uw" else config.weighting  # UW is learned beside it
-    return {"name": config.objective, "schedule": config.schedule, "weighting": weighting}
+    return {
+        "name": config.objective,
+        "schedule": config.schedule,
+        "weighting": weighting,
+        "learn_sigma": config.learn_sigma and config.objective == "eps",
+        "num_timesteps": 1000,
+    }
 
 
 def objective_of(config: TrainConfig) -> Objective:
     """What the model is trained to predict."""
-    learn_sigma = config.learn_sigma and config.objective == "eps"
-    return create_objective(**process_of(config), learn_sigma=learn_sigma)
+    return create_objective(**process_of(config))
 
 
 def sampler_of(config: TrainConfig, objective: Objective) -> Sampler:

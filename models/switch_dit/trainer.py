@@ -491,7 +491,7 @@ class Trainer:
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.steps_done}; nothing is saved"
                 )
-        settings = {"model": model.settings, "diffusion": process_of(self.config)}
+        settings = {"model": model.settings, "objective": process_of(self.config)}
         self.world.on_first(lambda: save_checkpoint(folder / "weights", model, self.ema, settings))
 
 

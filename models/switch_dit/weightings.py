@@ -44,8 +44,8 @@ def snr_weight(weighting: str, snr: np.ndarray, prediction: str = "eps") -> np.n
     ===================  =============================  ==================================
 
     ``constant`` is the plain mean squared error of either; these two are not the same function of time.
-    min-SNR: arXiv 2303.09556, section 3.4. P2: arXiv 2204.00227, eq. 8. Numbers are written like 5 or 0.5; g
-    and b are positive.
+    min-SNR: arXiv 2303.09556. P2: arXiv 2204.00227. Numbers are written like 5 or 0.5; g and b are
+    positive.
 
     Raises ``ValueError`` for another weighting or prediction.
     """
