@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from switch_dit.averages import WIDEST
 from switch_dit.data import name_of
 from switch_dit.devices import resolve_device
 from switch_dit.model import PRESETS, ROUTINGS
@@ -82,6 +83,11 @@ class TrainConfig:
     """Gradients are clipped to this joint norm; 0 clips nothing."""
     ema_decay: float = 0.995
     """The moving average keeps this share of itself at each step; the paper's 0.9999 suits long runs."""
+    power_averages: tuple[float, ...] = ()
+    """Power-function averages of these widths are tracked too, like 0.05 0.10 (EDM2). From their snapshots
+    average_weights.py makes an average of any width after the run."""
+    snapshot_every: int = 0
+    """Their snapshots are written every this many steps, and at the end; 0 is a 16th of the run."""
     prior_weight: float = 1.0
     """The diffusion prior loss is multiplied by this factor."""
     schedule: Literal["linear", "cosine"] = "linear"
@@ -153,7 +159,7 @@ class TrainConfig:
         check_integers(2, keep_checkpoints=self.keep_checkpoints)
         check_integers(
             0, warmup=self.warmup, generated=self.generated, image_size=self.image_size, workers=self.workers,
-            pictures_every=self.pictures_every,
+            pictures_every=self.pictures_every, snapshot_every=self.snapshot_every,
         )  # fmt: skip
         check_integers(0, 2**32 - 1, seed=self.seed)
         check_positive(lr=self.lr, guidance=self.guidance)
@@ -199,6 +205,11 @@ class TrainConfig:
             raise ValueError(
                 "label_dropout is 0, so there is no null label to guide with; guidance must be 1"
             )
+        self.power_averages = tuple(self.power_averages)
+        for width in self.power_averages:
+            check_numbers(1e-4, WIDEST, f"between 1e-4 and {WIDEST:.4f}", power_averages=width)
+        if len(set(self.power_averages)) < len(self.power_averages):
+            raise ValueError(f"power_averages is {self.power_averages}; each width must stand there once")
         check_tracker(self.track)
         if self.recipe:
             check_choice("recipe", self.recipe, RECIPES)
@@ -221,7 +232,7 @@ _FREE = (
     "device", "compile", "cuda_graph", "output", "name", "resume", "checkpoint_every", "keep_checkpoints",
     "guidance", "sample_steps", "generated", "workers", "verify_data", "accumulate", "fsdp",
     "checkpoint_activations", "dry_run", "track", "recipe",
-    "pictures_every",
+    "pictures_every", "snapshot_every",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from switch_dit.averages import MovingAverage
+from switch_dit.averages import MovingAverage, PowerAverage
 from switch_dit.checkpoint import save_checkpoint
 from switch_dit.data import Data, batches, loaded
 from switch_dit.data.memory import mirrored
@@ -31,6 +31,7 @@ from switch_dit.randomness import Stream, normal
 from switch_dit.resume import Checkpoints, StopRequest, stop_on_signals
 from switch_dit.sampling import sample
 from switch_dit.settings import TrainConfig, objective_of, process_of, sampler_of, settings_of
+from switch_dit.snapshots import save_snapshot
 from switch_dit.timesteps import Curriculum, CurriculumState
 from switch_dit.tracking import Tracker, create_tracker
 from switch_dit.weightings import UncertaintyWeighting
@@ -139,6 +140,7 @@ class Trainer:
         self.averaged = {name: local(p.detach()) for name, p in self.model.named_parameters()}
         of_copy = {name: local(p.detach()) for name, p in self.ema.named_parameters()}
         self.average = MovingAverage(self.averaged, config.ema_decay, of_copy)
+        self.powers = [PowerAverage(self.averaged, width) for width in config.power_averages]
         self.curriculum = CurriculumState() if isinstance(self.sampler, Curriculum) else None
         self.lowest = torch.zeros((), dtype=torch.int64, device=self.device)  # timestep of the curriculum
         self._set_lowest()
@@ -169,6 +171,10 @@ class Trainer:
             )
         if config.fsdp and size == 1:
             raise ValueError("fsdp is True; it needs several processes, as torchrun starts them")
+        if config.fsdp and config.power_averages:
+            raise ValueError(
+                f"power_averages is {config.power_averages}; they need whole weights, leave fsdp out"
+            )
         if config.fsdp and config.weighting == "uw" and self.dtype == torch.float16:
             raise ValueError(
                 "weighting is 'uw'; with fsdp and float16 torch cannot scale its weights, take bfloat16"
@@ -242,7 +248,8 @@ class Trainer:
         """
         self.number.fill_(number)
         self.rate.fill_(self.rate_at(number))
-        self.average.prepare(number)
+        for average in (self.average, *self.powers):
+            average.prepare(number)
         if self.images.in_memory is None:
             for held, read in zip(
                 (self.train_images, self.train_labels),
@@ -268,7 +275,8 @@ class Trainer:
         if self.uncertainty is not None:
             self.spread.mean_gradient(self.uncertainty.loss_scale)
         self.optimisation.step()
-        self.average.advance(self.averaged)
+        for average in (self.average, *self.powers):
+            average.advance(self.averaged)
         if parts == 1:
             return found[0]
         return {name: torch.stack([terms[name] for terms in found]).mean(0) for name in _TERMS}
@@ -293,6 +301,8 @@ class Trainer:
             trained["loss_scale"] = self.uncertainty.loss_scale
         found = {name: p.detach() for name, p in trained.items()}
         found |= {f"ema.{name}": p.detach() for name, p in self.ema.named_parameters()}
+        for power in self.powers:
+            found |= {f"power{power.sigma_rel}.{name}": p for name, p in power.parameters.items()}
         found |= {f"buffer.{name}": b for name, b in self.model.named_buffers() if name == "assignment"}
         for name, parameter in trained.items():
             if not parameter.requires_grad:
@@ -422,6 +432,8 @@ class Trainer:
                     )
                     self.learned(means["mse"])
                     timed, logged_at = done, now
+                if done % (config.snapshot_every or -(-config.steps // 16)) == 0 or last:
+                    self._save_snapshots(folder / "averages")
                 if done % config.checkpoint_every == 0 or last or stopped:
                     self._save_checkpoint(checkpoints, losses, done)
                 if draw and config.pictures_every and done % config.pictures_every == 0 and not last:
@@ -449,6 +461,14 @@ class Trainer:
             checkpoints.save(done, self.tensors(), state)
         except OSError as error:
             self._say_unsaved(error)
+
+    def _save_snapshots(self, folder: Path) -> None:
+        """Writes the power averages as they are; a disk that is full is said, and the run goes on."""
+        try:
+            for power in self.powers if self.world.first else ():
+                save_snapshot(folder, power.snapshot(self.steps_done))
+        except OSError as error:
+            tqdm.write(f"no snapshot at step {self.steps_done}: {error}. The run goes on.")
 
     def _wait_for(self, checkpoints: Checkpoints) -> None:
         try:

@@ -1,0 +1,151 @@
+"""Objectives, samplers, weightings, averages and pictures in whole runs, which go on to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import train_switch_dit
+from safetensors.torch import load_file
+from switch_dit.checkpoint import load_checkpoint
+from switch_dit.data import load_data
+from switch_dit.model import PRESETS, Preset
+from switch_dit.recipes import RECIPES
+from switch_dit.settings import TrainConfig, settings_of
+from switch_dit.snapshots import load_snapshots
+from switch_dit.timesteps import CurriculumState
+from switch_dit.trainer import Trainer
+
+SMALL = {"steps": 8, "batch_size": 8, "log_every": 2, "generated": 0, "checkpoint_every": 3}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "tiny/4", Preset(24, 2, 3, 4))
+
+
+def config(output: Path, **settings) -> TrainConfig:
+    return TrainConfig(**{**SMALL, "output": output, "name": "run", **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "v", "weighting": "min_snr_5", "generated": 10, "sample_steps": 2},
+        {"objective": "flow", "timesteps": "logit-normal", "generated": 10, "sample_steps": 2},
+        {"timesteps": "curriculum", "curriculum_clusters": 4, "curriculum_patience": 1},
+        {"objective": "flow", "timesteps": "curriculum", "weighting": "uw", "curriculum_patience": 1},
+        {"weighting": "uw", "max_grad_norm": 0.1, "power_averages": (0.05, 0.1)},
+        {"precision": "float16", "max_grad_norm": 1.0, "accumulate": 2},
+        {"pictures_every": 4, "checkpoint_activations": True, "lr_decay": "inverse-sqrt"},
+    ],
+    ids=lambda settings: " ".join(str(value) for value in settings.values()),
+)
+def test_a_run_goes_on_to_the_bit(settings: dict, tmp_path: Path) -> None:
+    """Stopped by force after a step that no checkpoint holds, a run ends as one that was not stopped."""
+    original = Trainer.step
+
+    def stopping(self, number, *batch):
+        if number == 5:
+            raise KeyboardInterrupt  # the process is gone
+        return original(self, number, *batch)
+
+    train_switch_dit.run(config(tmp_path / "calm", **settings))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Trainer, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_switch_dit.run(config(tmp_path / "stopped", **settings))
+    train_switch_dit.run(config(tmp_path / "stopped", **settings))
+    calm, stopped = (tmp_path / name / "run" for name in ("calm", "stopped"))
+    files = [path.relative_to(calm) for path in calm.rglob("*.safetensors") if "step-3" not in str(path)]
+    assert len(files) >= 4
+    for file in files:
+        one, other = load_file(calm / file), load_file(stopped / file)
+        for name, value in one.items():
+            assert torch.equal(other[name], value), f"{file}: {name}"
+    lines = [[json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+             for run in (calm, stopped)]  # fmt: skip
+    for one, other in zip(*lines, strict=True):
+        assert {**one, "images_per_second": 0} == {**other, "images_per_second": 0}
+    assert load_checkpoint(calm / "weights")[1].name == settings.get("objective", "eps")
+
+
+def test_the_curriculum_follows_the_logged_losses(tmp_path: Path) -> None:
+    settings = {"timesteps": "curriculum", "curriculum_clusters": 4, "curriculum_patience": 1, "steps": 12}
+    train_switch_dit.run(config(tmp_path, **settings))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
+    state = json.loads((tmp_path / "run" / "checkpoint" / "step-12" / "state.json").read_text())
+    trainer = Trainer(config(tmp_path, **settings), load_data("digits"))
+    expected = trainer.sampler.replay(row["mse"] for row in rows)
+    assert CurriculumState.from_json(state["curriculum"]) == expected
+    trainer.curriculum = CurriculumState(2)
+    trainer._set_lowest()
+    drawn = torch.cat([trainer.draw(number, (1,)).t for number in range(50)])
+    assert drawn.min() >= 500
+    assert drawn.min() < 600  # below the first stage's
+
+
+def test_snapshots_and_pictures(tmp_path: Path) -> None:
+    train_switch_dit.run(config(tmp_path, power_averages=(0.1,), snapshot_every=3, pictures_every=4, steps=9))
+    run = tmp_path / "run"
+    assert [each.steps for each in load_snapshots(run / "averages")] == [3, 6, 9]
+    names = {path.name for path in (run / "pictures").iterdir()}
+    assert names == {f"step-{n}-{kind}.png" for n in (4, 8) for kind in ("samples", "routing", "loss")}
+    assert (
+        "step-8-samples" in (run / "report.html").read_text()
+        or "step 8" in (run / "report.html").read_text().lower()
+    )
+
+
+def test_accumulation_is_the_whole_batch(tmp_path: Path) -> None:
+    """The gradients of the first step, from Adam's first moment, up to rounding."""
+    found = []
+    for parts in (1, 4):
+        trainer = Trainer(config(tmp_path, accumulate=parts, batch_size=16), load_data("digits"))
+        trainer.step(0, torch.arange(16))
+        moments = {name: value for name, value in trainer.tensors().items() if "exp_avg." in name}
+        found.append(torch.cat([value.flatten() for value in moments.values()]))
+    assert found[0].norm() > 0
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
+def test_dry_run_says_what_would_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_switch_dit.run(config(tmp_path, dry_run=True))
+    said = capsys.readouterr().out
+    assert "active" in said
+    assert "GFLOP to train on an image" in said
+    assert "1437 training images of digits" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name: str) -> None:
+    """What is given beside the recipe counts, and its settings fit together."""
+    found = train_switch_dit.defaults_for(["--steps", "7", "--recipe", name])
+    found.validate()
+    settings = settings_of(found)
+    for key, value in RECIPES[name].settings.items():
+        assert settings[key] == value
+    assert train_switch_dit.defaults_for([f"--recipe={name}"]) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp": True}, "fsdp is True; it needs several processes"),
+        ({"accumulate": 3}, "batch_size is 8; it must be a multiple of 3"),
+        ({"objective": "x"}, "objective is 'x'"),
+        ({"objective": "flow", "timesteps": "speed"}, "name is 'speed'; flow has no noise schedule"),
+        ({"objective": "flow", "weighting": "p2"}, "weighting is 'p2'; flow takes 'constant'"),
+        ({"power_averages": (0.5,)}, "power_averages is 0.5"),
+        ({"power_averages": (0.1, 0.1)}, "each width must stand there once"),
+        ({"recipe": "none"}, "recipe is 'none'"),
+        ({"track": "paper"}, "track is 'paper'"),
+    ],
+)
+def test_what_does_not_fit_is_named(settings: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        train_switch_dit.run(config(tmp_path, **settings))
+    assert not (tmp_path / "run").exists()
