@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import platform
 import sys
@@ -55,13 +54,14 @@ import tyro
 from safetensors.torch import save_file
 from switch_dit.data import load_data
 from switch_dit.distributed import World, joined
+from switch_dit.loop import Interrupted, Loop, Rows
 from switch_dit.metrics import evaluate
 from switch_dit.plots import plot_loss, plot_routing, plot_samples
 from switch_dit.recipes import RECIPES
 from switch_dit.report import write_report
 from switch_dit.resume import locked
 from switch_dit.settings import TrainConfig, run_folder, settings_of
-from switch_dit.trainer import Interrupted, Trainer
+from switch_dit.trainer import Trainer
 from torch import Tensor
 
 
@@ -93,8 +93,9 @@ def run_in_world(config: TrainConfig, world: World) -> dict[str, Any]:
     folder = world.on_first(lambda: run_folder(config))
     with contextlib.ExitStack() as held:
         world.on_first(lambda: held.enter_context(locked(folder)) or None)
-        held.callback(lambda: trainer.tracker.close())
-        return run_in(folder, config, trainer)
+        loop = Loop(trainer, folder, lambda *what: draw_on_the_way(loop, *what))
+        held.callback(lambda: loop.tracker.close())
+        return run_in(folder, config, loop)
 
 
 def describe(trainer: Trainer) -> str:
@@ -112,8 +113,9 @@ def describe(trainer: Trainer) -> str:
     )
 
 
-def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
+def run_in(folder: Path, config: TrainConfig, loop: Loop) -> dict[str, Any]:
     """The run in its folder, which this process holds the lock of."""
+    trainer = loop.trainer
     images, world = trainer.images, trainer.world
     environment = {
         "torch": torch.__version__,
@@ -123,7 +125,7 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
     world.on_first(lambda: write_settings(folder, config, images.identity(), environment))
     started = time.perf_counter()
     try:
-        rows = trainer.fit(folder, functools.partial(draw_on_the_way, trainer, folder))
+        rows = loop.run()
     except Interrupted as interrupted:
         trainer.save(folder)
         if world.first:
@@ -164,9 +166,9 @@ def run_in(folder: Path, config: TrainConfig, trainer: Trainer) -> dict[str, Any
     if config.routing == "switch":
         draw(lambda: plot_routing(folder / "routing.png", trainer.ema))
     numbers = {f"end/{key}": value for key, value in summary.items() if isinstance(value, (int, float))}
-    trainer.tracker.log(config.steps, numbers)
+    loop.tracker.log(config.steps, numbers)
     pictures = {name: folder / f"{name}.png" for name in ("samples", "routing")}
-    trainer.tracker.images(config.steps, {name: path for name, path in pictures.items() if path.exists()})
+    loop.tracker.images(config.steps, {name: path for name, path in pictures.items() if path.exists()})
     draw(lambda: write_report(folder, settings_of(TrainConfig())))
     print(f"\nwritten to {folder}/:")
     for path in sorted(folder.iterdir()):
@@ -200,10 +202,9 @@ def draw(picture: Callable[[], None]) -> None:
         print(f"a picture could not be drawn ({type(error).__name__}: {error})", file=sys.stderr)
 
 
-def draw_on_the_way(
-    trainer: Trainer, folder: Path, average: torch.nn.Module, step: int, rows: list[dict[str, float]]
-) -> None:
+def draw_on_the_way(loop: Loop, average: torch.nn.Module, step: int, rows: Rows) -> None:
     """Pictures of a run that goes on, in its folder pictures, and the report with them."""
+    trainer, folder = loop.trainer, loop.folder
     place, classes = folder / "pictures", trainer.images.num_classes
     place.mkdir(exist_ok=True)
     paths = {name: place / f"step-{step}-{name}.png" for name in ("samples", "routing", "loss")}
@@ -214,7 +215,7 @@ def draw_on_the_way(
     if trainer.config.routing == "switch":
         draw(lambda: plot_routing(paths["routing"], average))
     draw(lambda: plot_loss(paths["loss"], rows))
-    trainer.tracker.images(step, {name: path for name, path in paths.items() if path.exists()})
+    loop.tracker.images(step, {name: path for name, path in paths.items() if path.exists()})
     draw(lambda: write_report(folder, settings_of(TrainConfig())))
 
 

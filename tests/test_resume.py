@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from switch_dit.data import load_data
+from switch_dit.loop import Interrupted
 from switch_dit.resume import Checkpoints, locked
 from switch_dit.settings import TrainConfig, run_folder
-from switch_dit.trainer import Interrupted, Trainer
+from switch_dit.trainer import Trainer
 from train_switch_dit import run as run_training
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3.5), "c": torch.tensor([7])}

@@ -1,14 +1,11 @@
-"""Training: the model, its moving average and its optimizer, one step, and the loop of a run."""
+"""Training: the model, its moving averages, its optimizer and its data, and one step of them."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import itertools
-import json
 import math
-import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,27 +13,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from switch_dit.averages import MovingAverage, PowerAverage
 from switch_dit.checkpoint import save_checkpoint
 from switch_dit.data import Data, batches, loaded
 from switch_dit.data.memory import mirrored
 from switch_dit.devices import peak_flops, resolve_device, resolve_precision
-from switch_dit.distributed import Spread, Vote, World, local, recompute_blocks, whole
+from switch_dit.distributed import Spread, World, local, recompute_blocks, whole
 from switch_dit.graphs import GraphedStep
 from switch_dit.model import PRESETS, create_model
 from switch_dit.optimisation import Optimisation, create_optimizer, learning_rate
 from switch_dit.randomness import Stream, normal
-from switch_dit.resume import Checkpoints, StopRequest, stop_on_signals
+from switch_dit.resume import Checkpoints
 from switch_dit.sampling import sample
-from switch_dit.settings import TrainConfig, objective_of, process_of, sampler_of, settings_of
-from switch_dit.snapshots import save_snapshot
+from switch_dit.settings import TrainConfig, objective_of, process_of, sampler_of
 from switch_dit.timesteps import Curriculum, CurriculumState
-from switch_dit.tracking import Tracker, create_tracker
 from switch_dit.weightings import UncertaintyWeighting
 
-_TERMS = ("loss", "mse", "vb", "prior")
+TERMS = ("loss", "mse", "vb", "prior")
 
 
 class Draws(NamedTuple):
@@ -47,28 +41,6 @@ class Draws(NamedTuple):
     weight: Tensor | None  # of the losses [B], None for ones
     drop: Tensor  # whose labels are left out, bool [B]
     flip: Tensor  # which images are mirrored, bool [B]
-
-
-class Interrupted(Exception):
-    """A signal has stopped the run, after a checkpoint."""
-
-
-def _rows_until(path: Path, step: int) -> list[dict[str, float]]:
-    """The lines of stats.jsonl up to a step; the file is cut off there, as what follows is computed again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the process was killed while it wrote
-            break
-        if row["step"] > step:
-            break
-        rows.append(row)
-    draft = path.with_suffix(".incomplete")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draft.replace(path)
-    return rows
 
 
 class Trainer:
@@ -86,8 +58,7 @@ class Trainer:
         create: Callable[..., torch.nn.Module] = create_model,
         world: World | None = None,
     ) -> None:
-        self.config, self.images, self.steps_done, self.world = config, images, 0, world or World()
-        self.tracker = Tracker("")  # from the first step on, the one that track names
+        self.config, self.images, self.world = config, images, world or World()
         self.device = resolve_device(config.device)
         self.dtype = resolve_precision(config.precision, self.device)
         self._check_processes()
@@ -279,7 +250,7 @@ class Trainer:
             average.advance(self.averaged)
         if parts == 1:
             return found[0]
-        return {name: torch.stack([terms[name] for terms in found]).mean(0) for name in _TERMS}
+        return {name: torch.stack([terms[name] for terms in found]).mean(0) for name in TERMS}
 
     def _images(self, chosen: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images at positions of the batch as the model learns them, and their labels."""
@@ -382,106 +353,6 @@ class Trainer:
             found["mfu"] = images_per_second * self.flops / (peak * self.world.size)
         return found
 
-    def fit(
-        self, folder: Path, draw: Callable[[torch.nn.Module, int, list[dict[str, float]]], None] | None = None
-    ) -> list[dict[str, float]]:
-        """The steps that are left, with a progress bar; writes stats.jsonl as it goes and returns its rows.
-
-        It goes on from the newest checkpoint in the folder. SIGTERM and SIGINT save one more and raise
-        :class:`Interrupted`. Every ``pictures_every`` steps the first process calls ``draw`` with the moving
-        average, the number of steps and the rows so far.
-        """
-        config, world = self.config, self.world
-        on_gpu = self.device.type == "cuda"
-        checkpoints = Checkpoints(folder / "checkpoint", config.keep_checkpoints, world, on_gpu)
-        state = self.restore(checkpoints)
-        done = self.steps_done = 0 if state is None else state["step"]
-        rows = world.on_first(lambda: _rows_until(folder / "stats.jsonl", done))
-        if world.first:
-            self.tracker = create_tracker(config.track, folder, settings_of(config), done)
-        losses = Losses(self, state["pending"] if state else [])
-        if done and world.first:
-            print(f"going on from step {done} of {config.steps}, from {checkpoints.folder}", flush=True)
-        self.model.train()
-        logged_at, timed = time.perf_counter(), done
-        stats_file = folder / "stats.jsonl" if world.first else Path(os.devnull)
-        with (
-            open(stats_file, "a") as stats,
-            tqdm(
-                total=config.steps, initial=done, desc="training", unit="step", disable=not world.first
-            ) as bar,
-            stop_on_signals() as stop,
-        ):
-            vote = Vote(world)
-            for number, batch in zip(range(done, config.steps), self.batches(done), strict=False):
-                losses.add(self.step(number, *batch))
-                bar.update()
-                done = self.steps_done = number + 1
-                last, stopped = done == config.steps, vote.ask(stop.name is not None)
-                if done % config.log_every == 0 or last:
-                    means = losses.means(done)
-                    now = time.perf_counter()
-                    rate = (done - timed) * config.batch_size / (now - logged_at)
-                    rows.append({"step": done, **means, "lr": self.rate_at(number),
-                                 "images_per_second": rate, **self.of_gpu(rate)})  # fmt: skip
-                    stats.write(json.dumps(rows[-1]) + "\n")
-                    stats.flush()
-                    self.tracker.log(done, {key: value for key, value in rows[-1].items() if key != "step"})
-                    bar.set_postfix(
-                        loss=f"{means['loss']:.3f}", prior=f"{means['prior']:.3f}", images_s=f"{rate:.0f}"
-                    )
-                    self.learned(means["mse"])
-                    timed, logged_at = done, now
-                if done % (config.snapshot_every or -(-config.steps // 16)) == 0 or last:
-                    self._save_snapshots(folder / "averages")
-                if done % config.checkpoint_every == 0 or last or stopped:
-                    self._save_checkpoint(checkpoints, losses, done)
-                if draw and config.pictures_every and done % config.pictures_every == 0 and not last:
-                    average = whole(self.ema, self.create)
-                    if world.first:
-                        draw(average, done, rows)
-                if stopped and not last:
-                    self._wait_for(checkpoints)
-                    self._interrupt(checkpoints, stop, done)
-        self._wait_for(checkpoints)
-        return rows
-
-    def _interrupt(self, checkpoints: Checkpoints, stop: StopRequest, done: int) -> None:
-        kept = max(checkpoints.steps(), default=0)
-        raise Interrupted(
-            f"{stop.name or 'a signal'} stopped the run after {done} of {self.config.steps} steps; the same "
-            f"command goes on from step {kept}"
-        )
-
-    def _save_checkpoint(self, checkpoints: Checkpoints, losses: Losses, done: int) -> None:
-        """Writes a checkpoint; a disk that is full is said, and the run goes on."""
-        state = {"pending": losses.settled(done), **self.numbers(), "settings": settings_of(self.config)}
-        self._wait_for(checkpoints)
-        try:
-            checkpoints.save(done, self.tensors(), state)
-        except OSError as error:
-            self._say_unsaved(error)
-
-    def _save_snapshots(self, folder: Path) -> None:
-        """Writes the power averages as they are; a disk that is full is said, and the run goes on."""
-        try:
-            for power in self.powers if self.world.first else ():
-                save_snapshot(folder, power.snapshot(self.steps_done))
-        except OSError as error:
-            tqdm.write(f"no snapshot at step {self.steps_done}: {error}. The run goes on.")
-
-    def _wait_for(self, checkpoints: Checkpoints) -> None:
-        try:
-            checkpoints.wait()
-        except OSError as error:
-            self._say_unsaved(error)
-
-    def _say_unsaved(self, error: OSError) -> None:
-        if self.world.first:
-            tqdm.write(
-                f"no checkpoint at step {self.steps_done}: {error}. The last one stays, the run goes on."
-            )
-
     def generate(self, count: int, model: torch.nn.Module | None = None) -> tuple[Tensor, Tensor | None]:
         """Samples of a model, by default of the moving average, on the CPU, the classes in turn, and their
         labels.
@@ -508,48 +379,6 @@ class Trainer:
         model, self.ema = (whole(module, self.create) for module in (self.model, self.ema))
         for name, parameter in model.named_parameters():
             if not bool(parameter.isfinite().all()):
-                raise FloatingPointError(
-                    f"{name} is not finite after step {self.steps_done}; nothing is saved"
-                )
+                raise FloatingPointError(f"{name} is not finite after training; nothing is saved")
         settings = {"model": model.settings, "objective": process_of(self.config)}
         self.world.on_first(lambda: save_checkpoint(folder / "weights", model, self.ema, settings))
-
-
-class Losses:
-    """The loss terms of the steps since the last line of stats.jsonl.
-
-    settled: means over all processes that an earlier process has computed, or an earlier checkpoint.
-    """
-
-    def __init__(self, trainer: Trainer, settled: list[list[float]]) -> None:
-        self.trainer, self._settled = trainer, settled
-        self.pending: list[Tensor] = []
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """Takes in a step, without waiting for a GPU."""
-        self.pending.append(torch.stack([terms[name].float() for name in _TERMS]))
-
-    def settled(self, done: int) -> list[list[float]]:
-        """The terms of each step, means over all processes; raises where one is not finite."""
-        if self.pending:
-            values = self.trainer.world.mean(torch.stack(self.pending).cpu())
-            self._check(values, done)
-            self._settled, self.pending = self._settled + values.tolist(), []
-        return self._settled
-
-    def means(self, done: int) -> dict[str, float]:
-        """The mean of each term, which begins a new line."""
-        values = torch.tensor(self.settled(done), dtype=torch.float64, device="cpu")
-        self._settled = []
-        return dict(zip(_TERMS, values.mean(0).tolist(), strict=True))
-
-    def _check(self, values: Tensor, done: int) -> None:
-        wrong = (~values.isfinite().all(1)).nonzero()
-        if len(wrong):
-            number = done - len(values) + int(wrong[0])
-            t = self.trainer.draw(number, (1,)).t
-            chosen = next(self.trainer.order(number))
-            raise FloatingPointError(
-                f"the loss is not finite at step {number + 1}, images {chosen.tolist()[:8]}..., timesteps "
-                f"{t.tolist()[:8]}...; a smaller lr may help. Nothing is saved after it"
-            )
