@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import training_worker as worker
-from helpers import relative_rms
+from helpers import random_model, relative_rms
 from safetensors.torch import load_file
+from switch_dit.distributed import World, shard
 from switch_dit.resume import Checkpoints
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 # Of float32 sums in another order, amplified by two steps of Adam; products in half types round far more.
 ALLOWED = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 1e-2}
@@ -50,3 +54,22 @@ def test_one_process_goes_on_from_two(case: str, into: str, two: Path) -> None:
     expected = load_file(two / f"{case}.safetensors")
     for name, value in worker.state_of(trainer).items():
         assert value.equal(expected[name]), name
+
+
+@pytest.mark.parametrize(("processes", "dimension"), [(2, 0), (8, 1), (5, 0)])
+def test_where_experts_are_cut(processes: int, dimension: int) -> None:
+    """Three experts: on the first dimension, or on the second where some of more processes would have none.
+
+    Five processes cannot share 24 rows evenly, which torch asks for on the second dimension.
+    """
+    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    try:
+        model = random_model(num_experts=3)
+        shard(model, World(0, processes), torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            (placement,) = parameter.placements
+            expected = dimension if ".moe." in name else 0
+            assert placement.dim == expected, name
+            assert parameter.dtype == torch.float32
+    finally:
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,12 @@ def test_what_does_not_fit_is_named(settings: dict, message: str, tmp_path: Path
     with pytest.raises((ValueError, TypeError), match=message):
         train_switch_dit.run(config(tmp_path, **settings))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_table_of_recipes() -> None:
+    """models/README.md has the command of every recipe, and no other."""
+    table = (Path(train_switch_dit.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^\| `([^`]*--recipe [^`]*)` \| .* \| (.*) \|$", table, re.MULTILINE)
+    assert [re.search(r"--recipe (\S+)", command)[1] for command, _ in commands] == list(RECIPES)
+    for (_, result), recipe in zip(commands, RECIPES.values(), strict=True):
+        assert result in recipe.result
