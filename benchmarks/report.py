@@ -303,9 +303,9 @@ def step_sentence(report: Report, operation: str, word: str) -> str:
     for line in lines(report, operation):
         dense, official = line.ratio(SWITCH_MOE, DENSE), line.ratio(STRUCTURE, DENSE)
         if dense is not None:
-            part = (
-                f"{line.case} {clock(line.contenders[SWITCH_MOE])}, {dense:.2f} times a DiT without experts"
-            )
+            dtype = "" if line.first["dtype"] == "float32" else f" {line.first['dtype']}"
+            time = clock(line.contenders[SWITCH_MOE])
+            part = f"{line.case}{dtype} {time}, {dense:.2f} times a DiT without experts"
             parts.append(
                 part if official is None else f"{part} (the official structure: {official:.2f} times)"
             )

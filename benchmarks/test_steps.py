@@ -35,7 +35,7 @@ EAGER = "eager"
 MODES = {EAGER: {}, "compiled": {"compile": True}, "graphed": {"cuda_graph": True}}  # settings of training
 PRODUCT = "matrix product"  # timed in the same rounds: what MFU is a share of
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
-DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 GUIDANCE = 1.5
 WARM_UP = 6  # steps; Trainer captures its graph in the fourth
 ALLOWED = 3e-5  # relative RMS of float32 against float64, through all blocks and back
@@ -56,7 +56,7 @@ class Size(NamedTuple):
 LATENTS = (32, 4, 1000)
 SIZES = {
     "tiny/4": Size(8, 1, 10, {("cpu", TRAIN): 128, ("cpu", SAMPLE): 64}),  # as the README trains it
-    "S/2": Size(*LATENTS, {("cpu", TRAIN): 2, ("cpu", SAMPLE): 2, ("cuda", TRAIN): 64, ("cuda", SAMPLE): 64}),
+    "S/2": Size(*LATENTS, {("cpu", TRAIN): 8, ("cpu", SAMPLE): 2, ("cuda", TRAIN): 64, ("cuda", SAMPLE): 64}),
     "B/2": Size(*LATENTS, {("cuda", TRAIN): 64, ("cuda", SAMPLE): 64}),
     "XL/2": Size(*LATENTS, {("cuda", TRAIN): 32, ("cuda", SAMPLE): 32}),
 }
@@ -70,6 +70,7 @@ class Setting(NamedTuple):
     device: str
     batch: int
     mode: str = EAGER
+    dtype: str = "float32"
 
     @property
     def group(self) -> str:
@@ -83,12 +84,12 @@ class Setting(NamedTuple):
 
     @property
     def autocast(self) -> torch.autocast:
-        dtype = getattr(torch, DTYPES[self.device])
+        dtype = getattr(torch, self.dtype)
         return torch.autocast(self.device, dtype=dtype, enabled=dtype != torch.float32)
 
     def __str__(self) -> str:
         mode = "" if self.mode == EAGER else f" {self.mode}"
-        return f"{self.model} B={self.batch}{mode}"
+        return f"{self.model} B={self.batch} {self.dtype}{mode}"
 
 
 def settings_of(which: str, device: str, quick: bool = False) -> list[Setting]:
@@ -96,8 +97,9 @@ def settings_of(which: str, device: str, quick: bool = False) -> list[Setting]:
     models = [name for name, size in SIZES.items() if (device, which) in size.batch]
     modes = MODES if device == "cuda" and not quick else [EAGER]
     return [
-        Setting(which, model, device, SIZES[model].batch[device, which], mode)
+        Setting(which, model, device, SIZES[model].batch[device, which], mode, dtype)
         for model in models[: 1 if quick else None]
+        for dtype in DTYPES[device][: 1 if quick else None]
         for mode in modes
     ]
 
@@ -145,7 +147,7 @@ def train_step(setting: Setting, contender: Contender) -> tuple[nn.Module, Step]
     labels = torch.arange(count) % size.classes
     config = TrainConfig(
         model=setting.model, batch_size=setting.batch, routing=contender.routing, lr=1e-4,
-        device=setting.device, precision=DTYPES[setting.device], **MODES[setting.mode],
+        device=setting.device, precision=setting.dtype, **MODES[setting.mode],
     )  # fmt: skip
     trainer = Trainer(config, Images(images, labels, images[:1], labels[:1], size.classes), contender.create)
     numbers = itertools.count()
@@ -247,7 +249,7 @@ class Prepared:
                     self.models[name], self.steps[name] = model, step
             except Exception as error:  # one contender that fails must not end the others
                 self.checks[name] = {"error": None, "allowed": ALLOWED, "failure": describe(error)}
-        n, dtype = PRODUCT_SIZE[setting.device], getattr(torch, DTYPES[setting.device])
+        n, dtype = PRODUCT_SIZE[setting.device], getattr(torch, setting.dtype)
         a, b = (torch.randn(n, n, device=setting.device).to(dtype) for _ in range(2))
         self.steps[PRODUCT] = lambda: a @ b
 
@@ -262,7 +264,7 @@ class Prepared:
         row: Row = {
             "operation": setting.group, "note": "" if setting.mode == EAGER else setting.mode,
             "shape": {"B": setting.batch, "T": tokens, "D": hidden_size, "L": depth},
-            "dtype": DTYPES[setting.device], "device": setting.device, "pass": setting.which,
+            "dtype": setting.dtype, "device": setting.device, "pass": setting.which,
             "contender": name, "model": setting.model, "batch": setting.batch, **self.checks[name],
         }  # fmt: skip
         time = timed.get(name)
