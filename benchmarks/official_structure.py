@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from switch_dit.model import Block, SwitchDiT, modulate
+from switch_dit.layers import Block, modulate
+from switch_dit.model import SwitchDiT
 from torch import Tensor
 from torch.nn import functional as F
 

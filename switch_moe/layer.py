@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .merged import MergedExperts, merge_linear, merge_mlp
 from .ops._backend import BACKENDS
-from .ops._checks import check_choice, check_flags, check_integers, check_shape, check_tensors, check_top_k
+from .ops._checks import (
+    check_choice,
+    check_flags,
+    check_integers,
+    check_range,
+    check_shape,
+    check_tensors,
+    check_top_k,
+)
 from .ops.expert_linear import expert_linear
 from .ops.expert_mlp import expert_mlp
 from .router import Router, Routing, backend_beside
@@ -107,6 +116,28 @@ class SwitchMoE(nn.Module):
             raise ValueError("the layer has no router (router=False); pass routing, see switch_moe.Router")
         routing: Routing = self.router(time_embedding)
         return routing.block(0)
+
+    def merge(self, routing: Routing) -> MergedExperts:
+        """The experts that ``routing`` chooses as dense layers, for many calls with samples of one timestep.
+
+        ``layer.merge(routing)(x)`` is ``layer(x, routing=routing)`` up to rounding; differentiable as that.
+
+        Args:
+            routing: of one row, for example ``layer.route(embedding)`` with ``embedding [1, D]``.
+
+        Raises ``ValueError`` or ``TypeError`` for a routing that does not fit.
+        """
+        if not isinstance(routing, Routing):
+            raise TypeError(f"routing is a {type(routing).__name__}; it must be a switch_moe.Routing")
+        index, gate = routing.expert_index, routing.expert_gate
+        check_tensors(expert_index=index, expert_gate=gate)
+        check_shape("routing.expert_index", index, (1, "k"))
+        check_shape("routing.expert_gate", gate, tuple(index.shape))
+        if self.expert == "linear":
+            return merge_linear(self.weight, self.bias, index, gate, self.backend)
+        check_range("routing.expert_index", index, self.num_experts, "the experts")
+        gated = self.expert == "swiglu"
+        return merge_mlp(self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated)
 
     def forward(
         self,

@@ -10,13 +10,16 @@ M experts, k experts per sample, N diffusion timesteps.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from switch_dit.layers import Block, ChannelMask, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE
 from switch_moe.ops._backend import BACKENDS
 from switch_moe.ops._checks import (
@@ -32,7 +35,6 @@ from switch_moe.ops._checks import (
     check_shape,
     check_tensors,
 )
-from switch_moe.ops._operator import without_autocast
 from switch_moe.prior import prior_table
 from switch_moe.router import backend_beside
 from switch_moe.streams import SideStream
@@ -62,166 +64,7 @@ _SIZES = {
 PRESETS = {f"{size}/{patch}": Preset(*shape, patch) for size, shape in _SIZES.items() for patch in (2, 4, 8)}
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x [B, T, D], shift and scale [B, D]."""
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoids of the timestep through a two-layer MLP: t [B] to [B, D].
-
-    Computed in float32, or in float64 with weights of that type: in a half type the angles of large timesteps
-    would be wrong by a radian.
-    """
-
-    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        rates = torch.empty(frequencies // 2, dtype=torch.float32)
-        self.register_buffer("rates", rates, persistent=False)
-        self.reset_rates()
-
-    def reset_rates(self, device: torch.device | None = None) -> None:
-        """Fills the table of frequencies, on ``device`` or where it is."""
-        half = self.rates.shape[0]
-        steps = torch.arange(half, dtype=torch.float32, device=device or self.rates.device)
-        self.rates = torch.exp(-math.log(10000) * steps / half)
-
-    def _apply(self, *arguments: Any, **options: Any) -> TimestepEmbedder:
-        """``to``, ``half``, ``to_empty`` and their like end here. The frequencies stay float32 and whole."""
-        super()._apply(*arguments, **options)
-        self.reset_rates()
-        return self
-
-    def forward(self, t: Tensor) -> Tensor:
-        with without_autocast(t.device):
-            angle = t[:, None].float() * self.rates
-            hidden = torch.cat([angle.cos(), angle.sin()], dim=-1)
-            first, activation, last = self.mlp
-            return _linear_in_float32(last, activation(_linear_in_float32(first, hidden)))
-
-
-def _linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)`` in float32 at least, whatever the type of the weights."""
-    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """Class labels [B] to [B, D]; index num_classes is the null label, for guidance without a class."""
-
-    def __init__(self, num_classes: int, hidden_size: int, dropout: float) -> None:
-        super().__init__()
-        self.num_classes, self.dropout = num_classes, dropout
-        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), hidden_size)
-
-    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Where ``drop``, bool [B], the label is left out; without it training leaves out a random share."""
-        if drop is None and self.training and self.dropout > 0:
-            drop = torch.rand(y.shape, device=y.device) < self.dropout
-        if drop is not None:
-            y = torch.where(drop, self.num_classes, y)
-        return self.embedding_table(y)
-
-
-class PatchEmbed(nn.Module):
-    """Images [B, C, H, W] to tokens [B, T, D]."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x.to(self.proj.weight.dtype)), "b d h w -> b (h w) d")
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention on [B, T, D]."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
-
-
-class Mlp(nn.Module):
-    """Two layers with GELU (tanh)."""
-
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, inner_size)
-        self.fc2 = nn.Linear(inner_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class ChannelMask(nn.Module):
-    """DTR's part of a block, in the place of SwitchMoE: masks [B, D] of the channels of x [B, T, D]."""
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return x * mask[:, None].to(x.dtype)
-
-
-class Block(nn.Module):
-    """A DiT block with adaLN-Zero whose branches read a routed copy ``r`` of the tokens.
-
-    The papers write ``r`` (``x (1 + m(x))`` for Switch-DiT, ``x * mask`` for DTR), the block on ``r``, and a
-    skip ``x - r`` past it. The skip cancels: ``out = x + gate_msa Attention(..) + gate_mlp MLP(..)``.
-    """
-
-    def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, moe: SwitchMoE | ChannelMask | None
-    ) -> None:
-        super().__init__()
-        self.moe = moe
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor, *routing: Tensor | None) -> Tensor:
-        """x [B, T, D], condition c [B, D], and what ``moe`` routes by: the tensors of a Routing, or a mask.
-
-        A condition or a routing of one row is for all samples alike. The tensors come one by one because
-        checkpointing with ``use_reentrant=True`` sees no tensors in a tuple.
-        """
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, 1)
-        r = x
-        if isinstance(self.moe, ChannelMask):
-            r = self.moe(x, *routing)
-        elif self.moe is not None:
-            schedule = routing[3] if len(routing) > 3 else None
-            order = None if schedule is None else (schedule, routing[1])
-            r = self.moe(x, routing=Routing(*routing[:3], order=order), modulate=True)
-        attention = gate_msa[:, None] * self.attn(modulate(self.norm1(r), shift_msa, scale_msa))  # [B, T, D]
-        inner = gate_mlp[:, None] * self.mlp(modulate(self.norm2(r + attention), shift_mlp, scale_mlp))
-        return x + attention + inner
-
-
-class FinalLayer(nn.Module):
-    """Tokens [B, T, D] to patches [B, T, p*p*C]."""
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-class SwitchDiT(nn.Module):
+class SwitchDiT(ModelMixin, ConfigMixin):
     """Switch-DiT (``routing="switch"``), and its baselines DTR (``"dtr"``) and DiT (``"none"``).
 
     Args:
@@ -244,9 +87,20 @@ class SwitchDiT(nn.Module):
 
     The type of the weights may be any floating one; timesteps and routers are computed in float32 at least.
 
+    As a model of diffusers it has ``save_pretrained`` and ``from_pretrained``, ``config``,
+    ``enable_gradient_checkpointing``, ``enable_layerwise_casting`` and ``compile_repeated_blocks``.
+
     Raises ``ValueError`` or ``TypeError`` for a setting that does not fit.
     """
 
+    ignore_for_config = ("backend",)  # it belongs to the machine
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ("Block",)
+    _no_split_modules = ("Block",)
+    # Timesteps and routers are computed in float32; 8 bits would change the choice of experts.
+    _skip_layerwise_casting_patterns = ("pos_embed", "t_embedder", "router", "moe", "norm")
+
+    @register_to_config
     def __init__(
         self,
         input_size: int = 32,
@@ -265,10 +119,7 @@ class SwitchDiT(nn.Module):
         num_timesteps: int = 1000,
         backend: str = "auto",
     ) -> None:
-        # Before any other name is bound, these are the arguments.
-        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__", "backend")}
         super().__init__()
-        self.settings = settings  # what a checkpoint keeps; the backend belongs to the machine
         check_integers(
             input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
             depth=depth, num_heads=num_heads, num_timesteps=num_timesteps,
@@ -288,7 +139,7 @@ class SwitchDiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.num_classes, self.learn_sigma, self.routing = num_classes, learn_sigma, routing
-        self.num_timesteps = num_timesteps
+        self.num_timesteps, self.gradient_checkpointing = num_timesteps, False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -315,6 +166,11 @@ class SwitchDiT(nn.Module):
             self.register_buffer("dtr_mask", mask, persistent=False)
         self.register_load_state_dict_post_hook(_after_loading)
         self.initialize_weights()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of this class that make such a model, as a checkpoint keeps them."""
+        return {name: value for name, value in self.config.items() if not name.startswith("_")}
 
     def _real_device(self) -> torch.device:
         """The device of the parameters that are not on the meta device any more, if there are any."""
@@ -443,14 +299,33 @@ class SwitchDiT(nn.Module):
             # routing lives until join below, and embedder and router run outside autocast.
             with SideStream(x.device) as side:
                 prior_loss = self.diffusion_prior_loss(routing, t, match, ties)
-        h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
-        for block, of_block in zip(self.blocks, self.block_routings(routing, t), strict=True):
-            h = block(h, c, *of_block)
-        out = self.unpatchify(self.final_layer(h, c))  # [B, C or 2C, H, W]
+        out = self.denoise(x, c, self.block_routings(routing, t))
         if not with_prior:
             return out
         side.join()
         return out, prior_loss
+
+    def denoise(self, x: Tensor, c: Tensor, routings: Iterable[tuple[Any, ...]]) -> Tensor:
+        """Images [B, C, H, W] through the blocks, to [B, C or 2C, H, W].
+
+        c is the condition [B, D], or [1, D] for all samples; ``routings`` has what each block takes after it.
+        """
+        h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
+        for block, of_block in zip(self.blocks, routings, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = self._gradient_checkpointing_func(block, h, c, *of_block)
+            else:
+                h = block(h, c, *of_block)
+        return self.unpatchify(self.final_layer(h, c))
+
+    def export_merged(self, timestep: int | float) -> nn.Module:
+        """The model at one timestep as torch's own layers, with one dense layer for the experts of a block.
+
+        See :class:`switch_dit.merged.DenseStep`. ``ValueError`` for a timestep outside [0, N).
+        """
+        from switch_dit.merged import DenseStep
+
+        return DenseStep(self, timestep)
 
     def _check_switch(self) -> None:
         if self.routing != "switch":

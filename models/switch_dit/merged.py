@@ -1,0 +1,150 @@
+"""SwitchDiT at the timesteps of a schedule, with merged experts: what sampling evaluates.
+
+While sampling, all images share the timestep, so the routing of every step is known before the first one, and
+the experts of a block are one matrix. A step then costs what a DiT with one more linear layer in each block
+costs.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from switch_dit.layers import ChannelMask
+from switch_dit.model import SwitchDiT, table_row
+from switch_moe import Routing
+from switch_moe.ops._checks import (
+    FLOATS,
+    check_dtype,
+    check_integers,
+    check_range,
+    check_shape,
+    check_tensors,
+)
+
+MEMORY = 512 * 2**20
+"""Bytes of merged experts that are kept from batch to batch: 1,300 steps of tiny/4, 75 of S/2, 3 of XL/2."""
+
+
+class MergedSwitchDiT:
+    """A model at timesteps that are known beforehand. It holds no gradients and sees no later training.
+
+    Args:
+        model: any SwitchDiT; without experts, it is evaluated as it is.
+        times: the timestep of each step, ``[S]``, integers or, in continuous time, floating, in [0, N).
+        memory: bytes of merged experts to keep for later calls of the same step; the rest is merged again.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: SwitchDiT, times: Tensor, memory: int = MEMORY) -> None:
+        if not isinstance(model, SwitchDiT):
+            raise TypeError(f"model is a {type(model).__name__}; it must be a SwitchDiT")
+        check_integers(0, 2**62, memory=memory)
+        check_tensors(times=times)
+        check_shape("times", times, ("S",))
+        check_dtype("times", times, *FLOATS, torch.int64, torch.int32)
+        check_range("times", times, model.num_timesteps, "the timesteps")
+        self.model, self.left = model, memory
+        times = times.to(model.pos_embed.device)
+        self.embedding = model.t_embedder(times)  # [S, D]
+        self.routing = model.route(self.embedding) if model.routing == "switch" else None
+        self.masks = model.dtr_mask[table_row(times)] if model.routing == "dtr" else None  # [S, D]
+        self._kept: dict[int, list[tuple[Any, ...]]] = {}
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, step: int | Tensor, y: Tensor | None = None) -> Tensor:
+        """The model's output for images x ``[B, C, H, W]`` and labels y ``[B]``: ``[B, C or 2C, H, W]``.
+
+        Args:
+            step: the number of the timestep in ``times``. An int64 tensor ``[1]`` works too: nothing then
+                depends on the host, so that a captured CUDA graph takes another step at each replay; the
+                experts are merged in every call.
+        """
+        model = self.model
+        embedding = self._row(self.embedding, step)  # [1, D]
+        c = embedding if y is None else embedding + model.y_embedder(y)
+        c = c.to(model.final_layer.linear.weight.dtype)
+        return model.denoise(x, c, self._routings(step))
+
+    def _row(self, table: Tensor, step: int | Tensor, dim: int = 0) -> Tensor:
+        return table.narrow(dim, step, 1) if isinstance(step, int) else table.index_select(dim, step)
+
+    def _routings(self, step: int | Tensor) -> list[tuple[Any, ...]]:
+        """What each block takes beside tokens and condition."""
+        if self.masks is not None:
+            return [(self._row(self.masks, step),)] * len(self.model.blocks)
+        if self.routing is None:
+            return [()] * len(self.model.blocks)
+        if isinstance(step, int) and step in self._kept:
+            return self._kept[step]
+        routing = Routing(*(self._row(part, step, dim=1) for part in self.routing[:3]))
+        blocks = zip(self.model.blocks, routing.blocks(), strict=True)
+        merged = [(block.moe.merge(of_block),) for block, of_block in blocks]
+        size = sum(experts.nbytes for (experts,) in merged)
+        if isinstance(step, int) and size <= self.left:
+            self._kept[step] = merged
+            self.left -= size
+        return merged
+
+
+class DenseStep(nn.Module):
+    """A SwitchDiT at one timestep, of torch's own layers: for torch.export, ONNX and other programs.
+
+    ``forward(x [B, C, H, W], y [B])`` returns what the model returns at that timestep. The experts of block i
+    are ``blocks.i.moe.linear``, one dense layer each, and ``time_embedding [1, D]`` stands for the timestep;
+    all other weights are those of the model, not copies.
+    """
+
+    def __init__(self, model: SwitchDiT, timestep: int | float) -> None:
+        super().__init__()
+        is_number = isinstance(timestep, (int, float)) and not isinstance(timestep, bool)
+        if not is_number or not 0 <= timestep < model.num_timesteps:
+            raise ValueError(f"timestep is {timestep!r}; it must be a number in [0, {model.num_timesteps})")
+        merged = MergedSwitchDiT(model, torch.tensor([timestep], device=model.pos_embed.device))
+        self.register_buffer("time_embedding", merged.embedding)
+        self.model = copy.copy(model)
+        self.model._modules = dict(model._modules)
+        for unused in ("t_embedder", "router", "prior"):
+            self.model._modules.pop(unused, None)
+        blocks = zip(model.blocks, merged._routings(0), strict=True)
+        self.model.blocks = nn.ModuleList(_dense_block(block, *routing) for block, routing in blocks)
+        self.eval()
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        embedding = self.time_embedding
+        c = embedding if y is None else embedding + self.model.y_embedder(y)
+        c = c.to(self.model.final_layer.linear.weight.dtype)
+        return self.model.denoise(x, c, [()] * len(self.model.blocks))
+
+
+class _DenseExperts(nn.Module):
+    """``x (1 + linear(x))``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(*weight.shape, device="meta")
+        self.linear.weight, self.linear.bias = nn.Parameter(weight.t().contiguous()), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x, x, self.linear(x))
+
+
+class _FixedMask(ChannelMask):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, self.mask)
+
+
+def _dense_block(block: nn.Module, routing: Any = None) -> nn.Module:
+    if routing is None:
+        return block
+    dense = copy.copy(block)
+    dense._modules = dict(block._modules)
+    dense.moe = _FixedMask(routing) if isinstance(routing, Tensor) else _DenseExperts(*routing[:2])
+    return dense
