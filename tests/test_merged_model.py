@@ -45,6 +45,8 @@ def test_memory_is_bounded() -> None:
 
 
 def test_nothing_of_the_router_runs_in_the_loop(model, monkeypatch) -> None:
+    if model.routing == "none":
+        return  # a model without experts is evaluated as it is
     x, y = inputs(model)
     merged = MergedSwitchDiT(model, torch.arange(4))
     for name in ("t_embedder", "router"):

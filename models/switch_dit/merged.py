@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from switch_dit.layers import ChannelMask
-from switch_dit.model import SwitchDiT, table_row
+from switch_dit.model import Prepared, SwitchDiT, table_row
 from switch_moe import Routing
 from switch_moe.ops._checks import (
     FLOATS,
@@ -49,7 +49,7 @@ class MergedSwitchDiT:
         check_range("times", times, model.num_timesteps, "the timesteps")
         self.model, self.left = model, memory
         times = times.to(model.pos_embed.device)
-        self.embedding = model.t_embedder(times)  # [S, D]
+        self.times, self.embedding = times, model.t_embedder(times)  # [S], [S, D]
         self.routing = model.route(self.embedding) if model.routing == "switch" else None
         self.masks = model.dtr_mask[table_row(times)] if model.routing == "dtr" else None  # [S, D]
         self._kept: dict[int, list[tuple[Any, ...]]] = {}
@@ -63,11 +63,10 @@ class MergedSwitchDiT:
                 depends on the host, so that a captured CUDA graph takes another step at each replay; the
                 experts are merged in every call.
         """
-        model = self.model
-        embedding = self._row(self.embedding, step)  # [1, D]
-        c = embedding if y is None else embedding + model.y_embedder(y)
-        c = c.to(model.final_layer.linear.weight.dtype)
-        return model.denoise(x, c, self._routings(step))
+        t = self._row(self.times, step)  # [1]
+        if self.model.routing == "none":
+            return self.model(x, t, y)
+        return self.model(x, t, y, prepared=Prepared(self._row(self.embedding, step), self._routings(step)))
 
     def _row(self, table: Tensor, step: int | Tensor, dim: int = 0) -> Tensor:
         return table.narrow(dim, step, 1) if isinstance(step, int) else table.index_select(dim, step)

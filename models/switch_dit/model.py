@@ -44,6 +44,13 @@ DTR_CHANNELS_ON = 0.8  # share of channels that a timestep uses
 DTR_ALPHA = 4.0
 
 
+class Prepared(NamedTuple):
+    """What a forward needs of a timestep that all samples share."""
+
+    embedding: Tensor  # [1, D]
+    routings: list[tuple[Any, ...]]  # what each block takes beside tokens and condition
+
+
 class Preset(NamedTuple):
     """The shape of a model with a name."""
 
@@ -265,6 +272,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         match: bool = True,
         drop: Tensor | None = None,
         ties: Tensor | None = None,
+        prepared: Prepared | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
 
@@ -279,6 +287,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         Training is random in two places, unless it is told the outcome: ``drop``, bool [B], says whose labels
         are left out, and ``ties``, [2, L*M], how the matching breaks ties (see DiffusionPrior.match).
 
+        ``prepared`` is what :class:`switch_dit.merged.MergedSwitchDiT` has computed of t beforehand.
+
         Raises ``ValueError`` or ``TypeError`` for an argument that does not fit; timesteps and labels are
         looked at on a CPU only.
         """
@@ -290,8 +300,14 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             check_shape("drop", drop, (x.shape[0],))
             if y is None or self.y_embedder.dropout == 0:
                 raise ValueError("drop is given; the model has no null label to put in the place of a label")
-        e = self.t_embedder(t)  # [B, D]
-        routing = self.route(e) if self.routing == "switch" else None  # by the timestep, never by the label
+        if prepared is not None:
+            e, routing = prepared.embedding, None
+            if with_prior:
+                raise ValueError("prepared is given; the prior loss needs the routing, which is not in it")
+        else:
+            e = self.t_embedder(t)  # [B, D]
+            # By the timestep, never by the label.
+            routing = self.route(e) if self.routing == "switch" else None
         c = e if y is None else e + self.y_embedder(y, drop)  # [B, D]
         c = c.to(self.final_layer.linear.weight.dtype)
         if with_prior:
@@ -299,7 +315,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             # routing lives until join below, and embedder and router run outside autocast.
             with SideStream(x.device) as side:
                 prior_loss = self.diffusion_prior_loss(routing, t, match, ties)
-        out = self.denoise(x, c, self.block_routings(routing, t))
+        out = self.denoise(x, c, prepared.routings if prepared else self.block_routings(routing, t))
         if not with_prior:
             return out
         side.join()

@@ -1,22 +1,24 @@
-"""Sampling with diffusers' schedulers.
+"""Sampling: images from noise, by a model whose experts are merged ahead for every step.
 
-DDIM and DDPM walk the respaced process (every kept timestep follows the one before it), so their coefficients
-are those of the official code for any number of steps; DPM-Solver++ chooses its own timesteps. A flow goes
-from t = 1, noise, to t = 0 in even steps.
+On a CPU an image is the same to the bit whatever the batch size and the number of processes. The model sees
+groups of a fixed number of images, each at a fixed place: torch's products of another number of rows round in
+other ways.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from switch_dit.diffusion import GaussianDiffusion
+from switch_dit.merged import MergedSwitchDiT
 from switch_dit.model import SwitchDiT
-from switch_dit.objectives import DiffusionObjective, FlowObjective, Objective
+from switch_dit.objectives import Objective
+from switch_dit.schedulers import SCHEDULERS, Walk, create_scheduler, walk
 from switch_moe.ops._checks import (
     FLOATS,
     check_dtype,
@@ -27,84 +29,103 @@ from switch_moe.ops._checks import (
     check_tensors,
 )
 
-SCHEDULERS = {
-    "eps": ("ddim", "ddpm", "dpm-solver++"),
-    "v": ("ddim", "ddpm", "dpm-solver++"),
-    "flow": ("euler", "dpm-solver++"),
-}
-"""The schedulers that fit each objective; the first is the default."""
+__all__ = ["SCHEDULERS", "Guidance", "create_scheduler", "group_size", "sample", "sample_walk"]
+
+GROUP_TOKENS = 256
 
 
-def make_scheduler(name: str, objective: Objective, steps: int, clip: bool = False) -> tuple[Any, Tensor]:
-    """A diffusers scheduler, and the time ``[steps]`` that the model takes at each of its steps.
+class Guidance(NamedTuple):
+    """How a second prediction sharpens the first: ``second + scale (first - second)``.
 
-    With ``clip`` the predicted image is confined to [-1, 1] in each step, as pixels are and latents are not;
-    Euler's scheduler cannot do that by itself.
+    The second is the model's without a label (classifier-free guidance, arXiv 2207.12598), or that of
+    ``guide`` (autoguidance, arXiv 2406.02507).
     """
-    fitting = SCHEDULERS[objective.name]
-    if name not in fitting:
-        raise ValueError(f"scheduler is {name!r}; {objective.name} takes {', '.join(fitting)}")
-    if isinstance(objective, FlowObjective):
-        return _flow_scheduler(name, objective, steps, clip)
-    assert isinstance(objective, DiffusionObjective)
-    return _diffusion_scheduler(name, objective, steps, clip)
+
+    scale: float = 1.5
+    """1 is none."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """The times within which it is applied, from 0, data, to 1, noise (arXiv 2404.07724)."""
+    channels: int | None = None
+    """How many channels of the prediction are guided, the first ones. None is all; DiT's code takes 3."""
+    guide: SwitchDiT | None = None
+    """A smaller or less trained model for the same data, which sees the same labels."""
+
+    def check(self, model: SwitchDiT) -> None:
+        """``ValueError`` or ``TypeError`` where it does not fit ``model``."""
+        check_numbers(guidance=self.scale)
+        interval = self.interval
+        if not isinstance(interval, Sequence) or len(interval) != 2:
+            raise ValueError(f"guidance_interval is {interval!r}; it must be two numbers, low and high")
+        check_numbers(0, 1, "between 0 (data) and 1 (noise)", guidance_interval=interval[0])
+        check_numbers(0, 1, "between 0 (data) and 1 (noise)", guidance_interval=interval[1])
+        if interval[0] > interval[1]:
+            raise ValueError(f"guidance_interval is {interval}; the first number must not be the larger")
+        if self.channels is not None:
+            check_integers(1, model.in_channels, guidance_channels=self.channels)
+        if self.guide is None:
+            if model.num_classes and self.scale != 1 and model.y_embedder.dropout == 0:
+                raise ValueError(
+                    f"guidance is {self.scale}; a model trained with class_dropout_prob 0 has no null label, "
+                    "use 1"
+                )
+            return
+        if not isinstance(self.guide, SwitchDiT):
+            raise TypeError(f"guide is a {type(self.guide).__name__}; it must be a SwitchDiT")
+        for name in ("in_channels", "input_size", "num_classes", "num_timesteps"):
+            given, wanted = getattr(self.guide, name), getattr(model, name)
+            if given != wanted:
+                raise ValueError(f"guide has {name} {given}; it must be {wanted}, the model's")
 
 
-def _diffusion_scheduler(
-    name: str, objective: DiffusionObjective, steps: int, clip: bool
-) -> tuple[Any, Tensor]:
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-
-    diffusion = objective.diffusion
-    respaced, kept = diffusion.respaced(steps)
-    if name == "dpm-solver++" and steps >= diffusion.num_timesteps:
-        raise ValueError(
-            f"steps is {steps}; dpm-solver++ takes fewer than the {diffusion.num_timesteps} trained timesteps"
-        )
-    # diffusers' velocity has the sign of ours: sqrt(abar) noise - sqrt(1 - abar) x_start.
-    prediction = {"eps": "epsilon", "v": "v_prediction"}[objective.name]
-    if name == "dpm-solver++":
-        # variance_type stays None and the model's variance is dropped: learned_range would slice 3 channels.
-        # Thresholding is dynamic; a largest value of 1 makes it a clip to [-1, 1].
-        scheduler = DPMSolverMultistepScheduler(
-            num_train_timesteps=diffusion.num_timesteps, trained_betas=diffusion.betas,
-            prediction_type=prediction, algorithm_type="dpmsolver++", timestep_spacing="linspace",
-            thresholding=clip, sample_max_value=1.0,
-        )  # fmt: skip
-        scheduler.set_timesteps(steps)
-        return scheduler, scheduler.timesteps
-    settings = {
-        "num_train_timesteps": steps, "trained_betas": respaced.betas, "prediction_type": prediction,
-        "clip_sample": clip,
-    }  # fmt: skip
-    if name == "ddim":
-        scheduler = DDIMScheduler(**settings)
-    else:
-        variance = "learned_range" if objective.learn_sigma else "fixed_small"
-        scheduler = DDPMScheduler(variance_type=variance, **settings)
-    # The cosine schedule ends at abar = 2e-9; diffusers' float32 product of 1 - beta would round it to 0.
-    scheduler.alphas_cumprod = torch.from_numpy(respaced.alphas_cumprod).float()
-    scheduler.set_timesteps(steps)
-    return scheduler, kept[scheduler.timesteps]
+def group_size(model: SwitchDiT) -> int:
+    """Images that a CPU evaluates together: about 256 tokens, and as many without a label."""
+    tokens = (model.input_size // model.patch_size) ** 2
+    return max(1, GROUP_TOKENS // tokens)
 
 
-def _flow_scheduler(name: str, objective: FlowObjective, steps: int, clip: bool) -> tuple[Any, Tensor]:
-    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+class _Predictor:
+    """What a scheduler takes at each step: the guided output of the model."""
 
-    check_integers(steps=steps)
-    t = torch.from_numpy(np.linspace(1, 0, steps, endpoint=False)).float()
-    if name == "euler":
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=objective.num_timesteps)
-    else:
-        scheduler = DPMSolverMultistepScheduler(
-            num_train_timesteps=objective.num_timesteps, prediction_type="flow_prediction",
-            use_flow_sigmas=True, algorithm_type="dpmsolver++", thresholding=clip, sample_max_value=1.0,
-        )  # fmt: skip
-    scheduler.set_timesteps(steps)
-    # By default Euler's last step would be 1 / N, and DPM-Solver++ would begin at t = 1 - 1 / N. Its error on
-    # a Gaussian in 320 steps is 6e-5 with these times, 4e-4 with its own.
-    scheduler.sigmas = torch.cat([t, torch.zeros(1)])
-    return scheduler, objective.model_time(t)
+    def __init__(self, model: SwitchDiT, times: Tensor, guidance: Guidance) -> None:
+        self.model, self.guidance = MergedSwitchDiT(model, times), guidance
+        guided = guidance.scale != 1 and (guidance.guide is not None or model.num_classes > 0)
+        low, high = guidance.interval
+        shares = (times.double() / model.num_timesteps).tolist()
+        self.guided = [guided and low <= share <= high for share in shares]
+        self.guide = None
+        if guidance.guide is not None and any(self.guided):
+            self.guide = MergedSwitchDiT(guidance.guide, times)
+        self.channels = model.in_channels if guidance.channels is None else guidance.channels
+        self.null, self.learned = model.num_classes, model.out_channels > model.in_channels
+        self.group = group_size(model) if model.pos_embed.device.type == "cpu" else None
+
+    def __call__(self, x: Tensor, step: int, labels: Tensor | None) -> Tensor:
+        """float32 ``[B, C or 2C, H, W]``."""
+        if self.group is None:
+            return self._predict(x, step, labels)
+        parts = []
+        for begin in range(0, len(x), self.group):
+            part = slice(begin, begin + self.group)
+            here, classes = x[part], None if labels is None else labels[part]
+            count, missing = len(here), self.group - len(here)
+            if missing:  # another number of rows would be rounded in other ways
+                here = torch.cat([here, here.new_zeros(missing, *x.shape[1:])])
+                classes = None if classes is None else torch.cat([classes, classes.new_zeros(missing)])
+            parts.append(self._predict(here, step, classes)[:count])
+        return torch.cat(parts) if parts else x
+
+    def _predict(self, x: Tensor, step: int, labels: Tensor | None) -> Tensor:
+        if not self.guided[step]:
+            return self.model(x, step, labels).float()
+        if self.guide is not None:
+            out, other = self.model(x, step, labels).float(), self.guide(x, step, labels).float()
+        else:
+            assert labels is not None
+            both = torch.cat([labels, torch.full_like(labels, self.null)])
+            out, other = self.model(torch.cat([x, x]), step, both).float().chunk(2)
+        here, there = out[:, : self.channels], other[:, : self.channels]
+        guided = there + self.guidance.scale * (here - there)
+        return torch.cat([guided, out[:, self.channels :]], dim=1)
 
 
 @torch.no_grad()
@@ -116,8 +137,8 @@ def sample(
     count: int | None = None,
     steps: int = 250,
     scheduler: str | None = None,
-    guidance: float = 1.5,
-    generator: torch.Generator | None = None,
+    guidance: float | Guidance = 1.5,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     start: Tensor | None = None,
     batch_size: int = 250,
     clip: bool | None = None,
@@ -128,11 +149,12 @@ def sample(
         objective: what the model was trained for, see :func:`switch_dit.objectives.create_objective`.
         labels: int64 [n]; an unconditional model takes None, and ``count`` instead.
         steps: model evaluations (twice as many samples each where there is guidance); fewer than the trained
-            timesteps for ``dpm-solver++``, but any number for a flow.
-        scheduler: ``ddim`` (eta 0), ``ddpm`` (with the learned variance, if there is one) or
-            ``dpm-solver++``; for a flow ``euler`` or ``dpm-solver++``. None takes the first of them.
-        guidance: classifier-free scale; 1 is none.
-        generator: the source of noise, on the CPU, for any device.
+            timesteps for ``dpm-solver++`` and ``unipc``, but any number for a flow.
+        scheduler: ``ddim`` (eta 0), ``ddpm`` (with the learned variance, if there is one), ``dpm-solver++``
+            or ``unipc``; for a flow ``euler``, ``dpm-solver++`` or ``unipc``. None takes the first of them.
+        guidance: a scale (1 is none), or a :class:`Guidance`.
+        generator: the source of noise, on the CPU, for any device; or one for each sample, which then does
+            not depend on the others.
         start: the noise to begin with, [n, C, H, W], instead of drawing it.
         batch_size: samples at a time.
         clip: whether each step confines the predicted image to [-1, 1], as it must for pixels: the first
@@ -142,8 +164,7 @@ def sample(
     Raises:
         ValueError, TypeError: an argument does not fit. FloatingPointError: a sample is not finite.
     """
-    if not isinstance(model, SwitchDiT):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a SwitchDiT")
+    _check_model(model)
     if isinstance(objective, GaussianDiffusion):
         raise TypeError(
             "objective is a GaussianDiffusion; it must be an Objective, for the noise "
@@ -151,99 +172,153 @@ def sample(
         )
     if not isinstance(objective, Objective):
         raise TypeError(f"objective is a {type(objective).__name__}; it must be an Objective")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
-    if (labels is None) != (model.num_classes == 0):
-        raise ValueError(f"labels is {labels}; the model has {model.num_classes} classes")
     for name in ("num_timesteps", "learn_sigma"):
         given, wanted = getattr(objective, name), getattr(model, name)
         if given != wanted:
             raise ValueError(f"objective has {name} {given}; it must be {wanted}, the model's")
-    check_integers(batch_size=batch_size)
-    check_numbers(guidance=guidance)
-    device = model.pos_embed.device
-    if labels is not None:
-        check_tensors(labels=labels)
-        check_shape("labels", labels, ("n",))
-        check_dtype("labels", labels, torch.int64, torch.int32)
-        labels = labels.to(device)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes:
-            raise ValueError(f"labels holds {labels.tolist()}; each must be in [0, {model.num_classes})")
-    if labels is not None and guidance != 1 and model.y_embedder.dropout == 0:
-        raise ValueError(
-            f"guidance is {guidance}; a model trained with class_dropout_prob 0 has no null label, use 1"
-        )
-    if labels is None and count is None:
-        raise ValueError("count is None; it must say how many samples, as there are no labels")
-    if count is not None:
-        check_integers(0, count=count)
-    n = labels.shape[0] if labels is not None else int(count or 0)
-    shape = (n, model.in_channels, model.input_size, model.input_size)
-    if start is None:
-        start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    check_tensors(start=start)
-    check_shape("start", start, shape)
-    check_dtype("start", start, *FLOATS)
-    if not bool(start.isfinite().all()):
-        raise ValueError("start holds numbers that are not finite; it must be noise")
-    x = start.to(device, torch.float32)
-    if clip is None:
-        clip = model.in_channels in (1, 3)
+    clip = model.in_channels in (1, 3) if clip is None else clip
     check_flags(clip=clip)
-    if scheduler is None:
-        scheduler = SCHEDULERS[objective.name][0]
-    new_scheduler = functools.partial(make_scheduler, scheduler, objective, steps, clip)
+    name = SCHEDULERS[objective.name][0] if scheduler is None else scheduler
     with torch.device("cpu"):  # diffusers makes its tables on the default device
-        new_scheduler()  # settings that do not fit are refused before any work, and without samples too
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+        schedule = create_scheduler(name, objective, clip)
+    return sample_walk(
+        model, schedule, labels, count=count, steps=steps, guidance=guidance, generator=generator,
+        start=start, batch_size=batch_size, clip=clip,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sample_walk(
+    model: SwitchDiT,
+    scheduler: Any,
+    labels: Tensor | None,
+    *,
+    count: int | None = None,
+    steps: int = 250,
+    guidance: float | Guidance = 1.5,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    start: Tensor | None = None,
+    batch_size: int = 250,
+    clip: bool = False,
+    progress: Any = None,
+) -> Tensor:
+    """:func:`sample` with a scheduler of diffusers, whose settings say what the model predicts.
+
+    ``clip`` is for Euler's scheduler, which has no such setting. ``progress``, if given, wraps the numbers of
+    the steps of all batches, as tqdm does.
+    """
+    _check_model(model)
+    if not isinstance(guidance, Guidance):
+        guidance = Guidance(guidance)
+    check_integers(batch_size=batch_size)
+    labels, n = _labels(model, labels, count)
+    guidance.check(model)
+    generators, x = _noise(model, n, generator, start)
+    with torch.device("cpu"):
+        schedule = walk(scheduler, steps)  # settings that do not fit are refused without samples too
+    if model.pos_embed.device.type == "cpu":  # whole groups, so that an image keeps its place in one
+        batch_size = -(-batch_size // group_size(model)) * group_size(model)
+    models = [model] if guidance.guide is None else [model, guidance.guide]
+    modes = [(module, module.training) for each in models for module in each.modules()]
+    for each in models:
+        each.eval()
     try:
+        predictor = _Predictor(model, schedule.times, guidance)
         parts = []
-        for begin in range(0, n, batch_size):
-            part = slice(begin, begin + batch_size)
+        batches = [slice(begin, begin + batch_size) for begin in range(0, n, batch_size)]
+        numbers: Iterable[int] = range(len(batches) * len(schedule.timesteps))
+        ticks = iter(numbers if progress is None else progress(numbers))
+        for part in batches:
             classes = None if labels is None else labels[part]
             with torch.device("cpu"):
-                stepper = new_scheduler()
-            parts.append(
-                _sample_batch(model, x[part], classes, *stepper, scheduler, guidance, generator, clip)
-            )
+                fresh = walk(scheduler, steps)
+            parts.append(_sample_batch(predictor, x[part], classes, fresh, generators[part], clip, ticks))
+        next(ticks, None)
     finally:
         for module, training in modes:
             module.training = training
     return torch.cat(parts) if parts else x
 
 
+def _check_model(model: Any) -> None:
+    if not isinstance(model, SwitchDiT):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a SwitchDiT")
+
+
+def _labels(model: SwitchDiT, labels: Tensor | None, count: int | None) -> tuple[Tensor | None, int]:
+    """The labels on the model's device, and their number."""
+    if (labels is None) != (model.num_classes == 0):
+        raise ValueError(f"labels is {labels}; the model has {model.num_classes} classes")
+    if count is not None:
+        check_integers(0, count=count)
+    if labels is None:
+        if count is None:
+            raise ValueError("count is None; it must say how many samples, as there are no labels")
+        return None, count
+    check_tensors(labels=labels)
+    check_shape("labels", labels, ("n",))
+    check_dtype("labels", labels, torch.int64, torch.int32)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes:
+        raise ValueError(f"labels holds {labels.tolist()}; each must be in [0, {model.num_classes})")
+    return labels.to(model.pos_embed.device), labels.shape[0]
+
+
+def _noise(
+    model: SwitchDiT, n: int, generator: Any, start: Tensor | None
+) -> tuple[list[torch.Generator], Tensor]:
+    """A generator for each sample, for the noise of the steps, and the noise to begin with, on the device."""
+    shape = (n, model.in_channels, model.input_size, model.input_size)
+    if isinstance(generator, (list, tuple)):
+        generators = list(generator)
+        if len(generators) != n:
+            raise ValueError(f"generator has {len(generators)} generators; it must be one, or {n}")
+    for each in generators if isinstance(generator, (list, tuple)) else [generator]:
+        if each is not None and not isinstance(each, torch.Generator):
+            raise TypeError(f"generator is a {type(each).__name__}; it must be a torch.Generator")
+        if each is not None and each.device.type != "cpu":
+            raise ValueError(f"generator is on {each.device}; it must be on the CPU, for any device")
+    if start is None and isinstance(generator, (list, tuple)):
+        drawn = [torch.randn(1, *shape[1:], generator=each, device="cpu") for each in generators]
+        start = torch.cat(drawn) if drawn else torch.empty(shape, device="cpu")
+    elif start is None:
+        start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    check_tensors(start=start)
+    check_shape("start", start, shape)
+    check_dtype("start", start, *FLOATS)
+    if not bool(start.isfinite().all()):
+        raise ValueError("start holds numbers that are not finite; it must be noise")
+    if not isinstance(generator, (list, tuple)):
+        seeds = torch.randint(2**62, (n,), generator=generator, device="cpu").tolist()
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return generators, start.to(model.pos_embed.device, torch.float32)
+
+
 def _sample_batch(
-    model: SwitchDiT,
+    predictor: _Predictor,
     x: Tensor,
     labels: Tensor | None,
-    stepper: Any,
-    times: Tensor,
-    scheduler: str,
-    guidance: float,
-    generator: torch.Generator | None,
+    schedule: Walk,
+    generators: list[torch.Generator],
     clip: bool,
+    ticks: Any,
 ) -> Tensor:
-    n = len(x)
-    guided = labels is not None and guidance != 1
-    both = torch.cat([labels, torch.full_like(labels, model.num_classes)]) if guided else labels
-    # DDIM with a clipped image takes the noise that this image implies, as the official code does.
-    extra: dict[str, Any] = {"generator": generator}
-    if scheduler == "ddim":
-        extra = {"use_clipped_model_output": True}
-    steps = zip(stepper.timesteps.tolist(), times.to(x.device).split(1), strict=True)
-    for number, (step, t) in enumerate(steps):  # t [1], of all samples
-        if guided:
-            out = model.forward_with_cfg(torch.cat([x, x]), t, both, guidance)[:n]
-        else:
-            out = model(x, t, labels)
-        out = out.float()
-        if scheduler != "ddpm":
-            out = out[:, : model.in_channels]
-        if scheduler == "euler" and clip:
-            out = _clipped_velocity(out, x, float(stepper.sigmas[number]))
+    scheduler, timesteps, _ = schedule
+    options = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {"generator": generators} if "generator" in options else {}
+    if "use_clipped_model_output" in options:
+        # DDIM with a clipped image takes the noise that this image implies, as the official code does.
+        extra["use_clipped_model_output"] = True
+    velocity_is_clipped = clip and type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    for number, timestep in enumerate(timesteps):
+        next(ticks)
+        out = predictor(x, number, labels)
+        if not learned:
+            out = out[:, : x.shape[1]]
+        if velocity_is_clipped:
+            out = _clipped_velocity(out, x, float(scheduler.sigmas[number]))
         with torch.device("cpu"):
-            x = stepper.step(out, step, x, **extra).prev_sample
+            x = scheduler.step(out, timestep, x, **extra).prev_sample
     if not bool(x.isfinite().all()):
         raise FloatingPointError("samples are not finite; the weights may be broken, or the schedule unfit")
     return x
