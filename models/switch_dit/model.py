@@ -104,8 +104,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _repeated_blocks = ("Block",)
     _no_split_modules = ("Block",)
-    # Timesteps and routers are computed in float32; 8 bits would change the choice of experts.
-    _skip_layerwise_casting_patterns = ("pos_embed", "t_embedder", "router", "moe", "norm")
+    # In 8 bits timesteps would choose other experts; the first and the last layer are small.
+    _skip_layerwise_casting_patterns = ("_embed", "router", "moe", "norm", "final_layer")
 
     @register_to_config
     def __init__(
