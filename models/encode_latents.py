@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from safetensors.torch import save
+from switch_dit.autoencoder import load_autoencoder
 from switch_dit.data import Data, load_data, loaded
 from switch_dit.data.latents import FORMAT
 from switch_dit.devices import resolve_device
@@ -93,31 +94,6 @@ def run(config: EncodeConfig, rank: int = 0, world_size: int = 1) -> None:
         for number, moments in encoded(config, data, vae, shards, todo, bar):
             shards.write(number, moments)
     shards.finish()
-
-
-def load_autoencoder(name: str, channels: int) -> Any:
-    """The AutoencoderKL ``name``, for evaluation; ``ValueError`` where it is none or takes other images."""
-    from diffusers import AutoencoderKL
-
-    inner = (Path(name) / "vae" / "config.json").is_file()
-    try:
-        try:
-            vae = AutoencoderKL.from_pretrained(name, **({"subfolder": "vae"} if inner else {}))
-        except OSError:
-            if inner or Path(name).exists():
-                raise
-            vae = AutoencoderKL.from_pretrained(name, subfolder="vae")  # a pipeline on the hub
-    except Exception as error:  # the hub, the network and broken files make diffusers raise almost anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"vae is {name!r}; diffusers cannot load it ({reason}); it must be an AutoencoderKL on the "
-            "Hugging Face hub, or the folder that save_pretrained wrote"
-        ) from None
-    if vae.config.in_channels != channels:
-        raise ValueError(
-            f"vae is {name!r}; it takes {vae.config.in_channels} channels and the images have {channels}"
-        )
-    return vae.eval().requires_grad_(False)
 
 
 def encoded(

@@ -127,11 +127,11 @@ def test_samples_of_an_average(
     average, last = drawn.values()
     assert not torch.equal(average, last)
     model, objective = load_checkpoint(written)
-    generator = torch.Generator().manual_seed(0)
-    expected = sample(model, objective, torch.tensor([1, 1]), steps=2, generator=generator)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    expected = sample(model, objective, torch.tensor([1, 1]), steps=2, generator=generators)
     assert torch.equal(average, expected)
     assert list(drawn) == [
-        f"small{where}: euler, 2 steps, guidance 1.5" for where in (f"/{written.name}", "")
+        f"small{where}: FlowMatchEulerDiscrete, 2 steps, guidance 1.5" for where in (f"/{written.name}", "")
     ]
     with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing"):
         sample_switch_dit.run(SampleConfig(folder, weights_folder=written.name, weights="model", **settings))

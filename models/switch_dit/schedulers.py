@@ -75,6 +75,21 @@ def create_scheduler(name: str, objective: Objective, clip: bool = False) -> Any
     return DPMSolverMultistepScheduler(**settings, algorithm_type="dpmsolver++")
 
 
+def objective_of(scheduler: Any, learn_sigma: bool) -> Objective:
+    """What a model predicts by the settings of its scheduler; ``ValueError`` where that is unknown."""
+    config = scheduler.config
+    if type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        return FlowObjective(config.num_train_timesteps)
+    name = {"epsilon": "eps", "v_prediction": "v"}.get(config.get("prediction_type"))
+    if name is None:
+        raise ValueError(
+            f"scheduler has prediction_type {config.get('prediction_type')!r}; it must be 'epsilon', "
+            "'v_prediction' or that of a flow"
+        )
+    betas = scheduler.betas.double().numpy() if config.trained_betas is None else config.trained_betas
+    return DiffusionObjective(GaussianDiffusion(betas=betas), name, learn_sigma)
+
+
 def walk(scheduler: Any, steps: int) -> Walk:
     """The schedule of ``steps`` model evaluations of any diffusers scheduler, which stays as it is.
 
