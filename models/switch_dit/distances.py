@@ -108,7 +108,7 @@ def kernel_distance(
     Args:
         a, b: features ``[n, d]`` and ``[m, d]``; at least 4 rows each.
         subsets: how many; at least 2.
-        subset_size: rows of each set in a subset, at least 2. Where that is more than half of the smaller set,
+        subset_size: rows of each set in a subset, at least 2. Where that is over half of the smaller set,
             subsets have half of it: the estimate stays unbiased, and the error needs subsets that differ.
         seed: of the choice of rows. Another order of rows is another choice.
 
