@@ -1,7 +1,7 @@
 """Are the generated images what was asked for, and do they look like the real ones?
 
 Both measures use a small classifier fitted on the real training images. Small images are what it is meant
-for; FID on natural images needs an Inception network.
+for; models/evaluate.py has FID and other measures for natural images.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from switch_dit.data.memory import Images
+from switch_dit.distances import frechet_distance
 from switch_moe.ops._checks import FLOATS, check_dtype, check_range, check_shape, check_tensors
 
 _MEANING = {
@@ -63,17 +64,6 @@ class Classifier:
 def _pixels(images: Tensor) -> np.ndarray:
     """What a picture of 8 bits shows of the images."""
     return ((images.flatten(1).double().clamp(-1, 1) + 1) * 127.5).round().div(127.5).sub(1).numpy()
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """FID's distance (arXiv 1706.08500) of Gaussians fitted to features [n, d] and [m, d]."""
-    mean_difference = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    # trace((cov_a cov_b)^1/2) is that of the symmetric (root_a cov_b root_a)^1/2
-    trace_root = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(min=0)).sum()
-    return float(mean_difference @ mean_difference + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root)
 
 
 def evaluate(images: Images, generated: Tensor, labels: Tensor) -> Metrics:
