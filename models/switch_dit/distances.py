@@ -1,6 +1,6 @@
 """How far two sets of images are apart, measured on their features. Pure numpy in float64, and deterministic.
 
-Features are what a network makes of images, one row an image: ``[n, d]``. switch_dit.features makes them.
+Features are what a network makes of images, one row an image: ``[n, d]``.
 
 | function | measures | needs |
 |---|---|---|
