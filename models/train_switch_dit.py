@@ -54,8 +54,8 @@ import tyro
 from safetensors.torch import save_file
 from switch_dit.data import load_data
 from switch_dit.distributed import World, joined
-from switch_dit.loop import Interrupted, Loop, Rows
-from switch_dit.metrics import evaluate
+from switch_dit.loop import Interrupted, Loop, Rows, rows_until
+from switch_dit.metrics import Evaluator
 from switch_dit.plots import plot_loss, plot_routing, plot_samples
 from switch_dit.recipes import RECIPES
 from switch_dit.report import write_report
@@ -63,6 +63,7 @@ from switch_dit.resume import locked
 from switch_dit.settings import TrainConfig, run_folder, settings_of
 from switch_dit.trainer import Trainer
 from torch import Tensor
+from tqdm import tqdm
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -85,6 +86,10 @@ def run_in_world(config: TrainConfig, world: World) -> dict[str, Any]:
         raise ValueError(
             f"batch_size is {config.batch_size}; {config.data} has {len(images)} training images"
         )
+    if config.evaluate_every and images.held_out is None:
+        raise ValueError(
+            f"evaluate_every is {config.evaluate_every}; {config.data} has no held-out images to compare with"
+        )
     trainer = Trainer(config, images, world=world)
     if world.first:
         print(describe(trainer), flush=True)
@@ -93,9 +98,14 @@ def run_in_world(config: TrainConfig, world: World) -> dict[str, Any]:
     folder = world.on_first(lambda: run_folder(config))
     with contextlib.ExitStack() as held:
         world.on_first(lambda: held.enter_context(locked(folder)) or None)
-        loop = Loop(trainer, folder, lambda *what: draw_on_the_way(loop, *what))
+        evaluator = Evaluator(images)
+        loop = Loop(
+            trainer, folder,
+            draw=lambda *what: draw_on_the_way(loop, *what),
+            measure=lambda *what: measure_on_the_way(loop, evaluator, *what),
+        )  # fmt: skip
         held.callback(lambda: loop.tracker.close())
-        return run_in(folder, config, loop)
+        return run_in(folder, config, loop, evaluator)
 
 
 def describe(trainer: Trainer) -> str:
@@ -113,7 +123,7 @@ def describe(trainer: Trainer) -> str:
     )
 
 
-def run_in(folder: Path, config: TrainConfig, loop: Loop) -> dict[str, Any]:
+def run_in(folder: Path, config: TrainConfig, loop: Loop, evaluator: Evaluator) -> dict[str, Any]:
     """The run in its folder, which this process holds the lock of."""
     trainer = loop.trainer
     images, world = trainer.images, trainer.world
@@ -156,8 +166,11 @@ def run_in(folder: Path, config: TrainConfig, loop: Loop) -> dict[str, Any]:
     if config.generated:
         generated, labels = trainer.generate(config.generated)
         if labels is not None and images.held_out is not None:
-            summary |= measure(trainer, generated, labels)
+            measured = measure(trainer, evaluator, generated, labels)
+            summary |= measured
             write_summary(folder, summary)
+            if config.evaluate_every:
+                write_evaluation(folder, config.steps, measured)
         if images.channels in (1, 3):
             draw(lambda: draw_samples(trainer, folder / "samples.png", generated, labels, config.steps))
         else:
@@ -219,6 +232,25 @@ def draw_on_the_way(loop: Loop, average: torch.nn.Module, step: int, rows: Rows)
     draw(lambda: write_report(folder, settings_of(TrainConfig())))
 
 
+def measure_on_the_way(loop: Loop, evaluator: Evaluator, average: torch.nn.Module, step: int) -> None:
+    """Measures samples of a run that goes on: a line of evaluations.jsonl, and one on the screen."""
+    generated, labels = loop.trainer.generate(loop.config.generated, average)
+    measured = asdict(evaluator(generated, labels))
+    write_evaluation(loop.folder, step, measured)
+    loop.tracker.log(step, {f"evaluation/{key}": value for key, value in measured.items()})
+    names = ("conditional_accuracy", "frechet_distance", "mind")
+    told = ", ".join(f"{name.replace('_', ' ')} {measured[name]:.3f}" for name in names)
+    tqdm.write(f"step {step}: {told}")
+
+
+def write_evaluation(folder: Path, step: int, measured: dict[str, float]) -> None:
+    """Adds a line to evaluations.jsonl, in the place of those of this step and later ones."""
+    path = folder / "evaluations.jsonl"
+    rows_until(path, step - 1)
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": step, **measured}) + "\n")
+
+
 def draw_samples(trainer: Trainer, path: Path, generated: Tensor, labels: Tensor | None, steps: int) -> None:
     """A grid of ten samples of each of the first ten classes, or of a hundred samples."""
     config, classes = trainer.config, trainer.images.num_classes
@@ -231,10 +263,10 @@ def draw_samples(trainer: Trainer, path: Path, generated: Tensor, labels: Tensor
     plot_samples(path, shown, names, columns=10, title=title)
 
 
-def measure(trainer: Trainer, generated: Tensor, labels: Tensor) -> dict[str, Any]:
+def measure(trainer: Trainer, evaluator: Evaluator, generated: Tensor, labels: Tensor) -> dict[str, Any]:
     """Measures the samples and prints what was found."""
     config = trainer.config
-    metrics = evaluate(trainer.images, generated, labels)
+    metrics = evaluator(generated, labels)
     print(f"\n{metrics.generated} images, guidance {config.guidance:g}, {config.sample_steps} DDIM steps:")
     print(metrics.describe())
     return asdict(metrics)

@@ -184,6 +184,7 @@ def test_a_graphed_step_is_the_eager_step(tmp_path: Path) -> None:
         ({"name": "a/b"}, "name is 'a/b'; it must be a folder name"),
         ({"name": "taken", "resume": False}, "name is 'taken'; .*exists, choose another"),
         ({"generated": 1}, "generated is 1; it must be 0, or at least 10"),
+        ({"evaluate_every": 5, "generated": 0}, "evaluate_every is 5; it measures samples of classes"),
         ({"seed": 2**40}, "seed is 1099511627776; it must be at most 4294967295"),
         ({"lr": float("inf")}, "lr is inf; it must be a positive finite number"),
         ({"output": Path(__file__)}, "output is .*test_training.py; it must be a folder"),

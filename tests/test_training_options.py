@@ -40,7 +40,8 @@ def config(output: Path, **settings) -> TrainConfig:
         {"objective": "flow", "timesteps": "curriculum", "weighting": "uw", "curriculum_patience": 1},
         {"weighting": "uw", "max_grad_norm": 0.1, "power_averages": (0.05, 0.1)},
         {"precision": "float16", "max_grad_norm": 1.0, "accumulate": 2},
-        {"pictures_every": 4, "checkpoint_activations": True, "lr_decay": "inverse-sqrt"},
+        {"pictures_every": 4, "evaluate_every": 2, "generated": 10, "sample_steps": 2},
+        {"checkpoint_activations": True, "lr_decay": "inverse-sqrt"},
     ],
     ids=lambda settings: " ".join(str(value) for value in settings.values()),
 )
@@ -68,6 +69,15 @@ def test_a_run_goes_on_to_the_bit(settings: dict, tmp_path: Path) -> None:
             assert torch.equal(other[name], value), f"{file}: {name}"
     lines = [[json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
              for run in (calm, stopped)]  # fmt: skip
+    measured = [run / "evaluations.jsonl" for run in (calm, stopped)]
+    assert all(file.exists() == ("evaluate_every" in settings) for file in measured)
+    if "evaluate_every" in settings:
+        rows = [json.loads(line) for line in measured[0].read_text().splitlines()]
+        assert [row["step"] for row in rows] == [2, 4, 6, 8]
+        assert measured[0].read_bytes() == measured[1].read_bytes()
+        summary = json.loads((calm / "summary.json").read_text())
+        assert all(summary[key] == value for key, value in rows[-1].items() if key != "step")
+        assert "Samples during training" in (calm / "report.html").read_text()
     for one, other in zip(*lines, strict=True):
         assert {**one, "images_per_second": 0} == {**other, "images_per_second": 0}
     assert load_checkpoint(calm / "weights")[1].name == settings.get("objective", "eps")

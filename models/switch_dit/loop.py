@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,10 @@ class Interrupted(Exception):
     """A signal has stopped the run, after a checkpoint."""
 
 
-def _rows_until(path: Path, step: int) -> list[dict[str, float]]:
-    """The lines of stats.jsonl up to a step; the file is cut off there, as what follows is computed again."""
+def rows_until(path: Path, step: int) -> list[dict[str, float]]:
+    """The lines of a file such as stats.jsonl up to a step. The file is cut off there, as what follows is
+    computed again.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
     for line in lines:
@@ -51,6 +54,8 @@ class Loop:
         trainer: with fresh weights; the newest checkpoint in the folder replaces them.
         draw: called by the first process every ``pictures_every`` steps, with the moving average, the number
             of steps and the rows so far.
+        measure: called by the first process every ``evaluate_every`` steps, with the moving average and the
+            number of steps.
 
     Attributes:
         rows: the lines of stats.jsonl, after :meth:`run` all of them.
@@ -62,8 +67,9 @@ class Loop:
         trainer: Trainer,
         folder: Path,
         draw: Callable[[torch.nn.Module, int, Rows], None] | None = None,
+        measure: Callable[[torch.nn.Module, int], None] | None = None,
     ) -> None:
-        self.trainer, self.folder, self.draw = trainer, folder, draw
+        self.trainer, self.folder, self.draw, self.measure = trainer, folder, draw, measure
         self.config, self.world = trainer.config, trainer.world
         on_gpu = trainer.device.type == "cuda"
         self.checkpoints = Checkpoints(
@@ -107,10 +113,12 @@ class Loop:
                     )  # fmt: skip
                 if done % (config.snapshot_every or -(-config.steps // 16)) == 0 or last:
                     self._save_snapshots(done)
+                if config.evaluate_every and done % config.evaluate_every == 0 and not last:
+                    self._show(self.measure, done)
                 if done % config.checkpoint_every == 0 or last or stopped:
                     self._save_checkpoint(done)
                 if config.pictures_every and done % config.pictures_every == 0 and not last:
-                    self._draw(done)
+                    self._show(self.draw, done, self.rows)
                 if stopped and not last:
                     self._wait()
                     kept = max(self.checkpoints.steps(), default=0)
@@ -125,7 +133,7 @@ class Loop:
         """Goes back to the newest checkpoint that is whole; the steps that it has done."""
         state = self.trainer.restore(self.checkpoints)
         done = 0 if state is None else state["step"]
-        self.rows = self.world.on_first(lambda: _rows_until(self.folder / "stats.jsonl", done))
+        self.rows = self.world.on_first(lambda: rows_until(self.folder / "stats.jsonl", done))
         self.losses = Losses(self.trainer, state["pending"] if state else [])
         if self.world.first:
             settings = settings_of(self.config)
@@ -179,11 +187,16 @@ class Loop:
             at = "" if step is None else f" at step {step}"
             tqdm.write(f"{what}{at}: {error}. What was written before stays, the run goes on.")
 
-    def _draw(self, done: int) -> None:
-        """All processes call it, for they may share the weights; the first one draws."""
+    def _show(self, to: Callable[..., None] | None, *what: Any) -> None:
+        """Shows the moving average to a function of the first process. The time does not count as training.
+
+        All processes call it, for they may share the weights.
+        """
+        begin = time.perf_counter()
         average = whole(self.trainer.ema, self.trainer.create)
-        if self.world.first and self.draw is not None:
-            self.draw(average, done, self.rows)
+        if self.world.first and to is not None:
+            to(average, *what)
+        self.logged_at += time.perf_counter() - begin
 
 
 class Losses:

@@ -49,6 +49,7 @@ def write_report(folder: Path | str, defaults: dict[str, Any] | None = None) -> 
 def _page(folder: Path, defaults: dict[str, Any]) -> Markup:
     config, summary = _read_json(folder / "config.json"), _read_json(folder / "summary.json")
     rows = _read_rows(folder / "stats.jsonl")
+    evaluations = _read_rows(folder / "evaluations.jsonl")
     settings = {key: value for key, value in config.items() if key not in _NOT_SETTINGS}
     name = folder.resolve().name
     title, lead = _headline(settings, summary, rows)
@@ -61,6 +62,7 @@ def _page(folder: Path, defaults: dict[str, Any]) -> Markup:
         _section("Samples", _picture(folder / "samples.png", "Samples", _caption_of_samples(settings))),
         *(_section(f"{kind.capitalize()} over time", strip) for kind, strip in _strips(folder)),
         _section("Training", _charts(rows), _picture_in_details(folder / "loss.png")),
+        _section("Samples during training", _evaluation_charts(evaluations)),
         _section("Routing", _picture(folder / "routing.png", "Routing", _ROUTING)),
         _section("Go on from here", _commands(folder, settings, defaults)),
         _section("Settings", _settings(settings, defaults)),
@@ -90,7 +92,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of stats.jsonl that are whole and have a step."""
+    """The lines of a file such as stats.jsonl that are whole and have a step."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -191,6 +193,7 @@ def _key_numbers(summary: dict[str, Any], rows: list[dict[str, Any]]) -> Markup 
     card("frechet_distance", "Fréchet distance", _number,
          "of generated to real images in the classifier's features; 0 is best",
          ("frechet_floor", ", two halves of the real ones give {}", _number))  # fmt: skip
+    card("mind", "MIND", _number, "the sliced Wasserstein distance in the same features; 0 is best")
     card("out_of_range", "Cut-off pixels", _share, "of the pixel values lie beyond what a picture can show",
          bar=True)  # fmt: skip
     card("loss", "Loss", _number, "mean over the last tenth of training", ("mse", "; noise {}", _number),
@@ -286,6 +289,20 @@ def _charts(rows: list[dict[str, Any]]) -> Markup | str:
         element("div", *drawn, cls="charts"),
         element("details", element("summary", "The numbers as a table"), element("div", table, cls="scroll")),
     )
+
+
+def _evaluation_charts(rows: list[dict[str, Any]]) -> Markup | str:
+    """What --evaluate-every has measured, over steps."""
+    drawn = [
+        chart("Right class", "share of the generated images, and of real ones", rows, series=(
+            Series("conditional_accuracy", "generated"), Series("classifier_accuracy", "real"))),
+        chart("Fréchet distance", "0 is best", rows, series=(
+            Series("frechet_distance", "to real images"), Series("frechet_floor", "among real images"))),
+        chart("Sliced Wasserstein distance (MIND)", "0 is best", rows, series=(Series("mind", "mind"),)),
+    ]  # fmt: skip
+    drawn = [figure for figure in drawn if figure]
+    text = "Samples of the moving average, measured every --evaluate-every steps."
+    return element("p", text, cls="note") + element("div", *drawn, cls="charts") if drawn else ""
 
 
 def _settings(settings: dict[str, Any], defaults: dict[str, Any]) -> Markup | str:

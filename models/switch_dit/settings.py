@@ -136,6 +136,9 @@ class TrainConfig:
     """stats.jsonl gets a line every this many steps."""
     pictures_every: int = 0
     """Samples, routing and losses are drawn every this many steps; 0 draws them at the end only."""
+    evaluate_every: int = 0
+    """--generated samples are drawn and measured every this many steps too, into evaluations.jsonl; 0 does so
+    at the end only."""
     track: str = ""
     """Where the numbers and pictures go besides: tensorboard, wandb or trackio. None needs an account."""
     dry_run: bool = False
@@ -160,6 +163,7 @@ class TrainConfig:
         check_integers(
             0, warmup=self.warmup, generated=self.generated, image_size=self.image_size, workers=self.workers,
             pictures_every=self.pictures_every, snapshot_every=self.snapshot_every,
+            evaluate_every=self.evaluate_every,
         )  # fmt: skip
         check_integers(0, 2**32 - 1, seed=self.seed)
         check_positive(lr=self.lr, guidance=self.guidance)
@@ -213,6 +217,11 @@ class TrainConfig:
         check_tracker(self.track)
         if self.recipe:
             check_choice("recipe", self.recipe, RECIPES)
+        if self.evaluate_every and not (self.generated and self.conditional):
+            raise ValueError(
+                f"evaluate_every is {self.evaluate_every}; it measures samples of classes, so generated must "
+                "be 10 or more, and conditional True"
+            )
         sampler_of(self, objective_of(self))
         device = resolve_device(self.device)
         if self.cuda_graph and device.type != "cuda":
@@ -232,7 +241,7 @@ _FREE = (
     "device", "compile", "cuda_graph", "output", "name", "resume", "checkpoint_every", "keep_checkpoints",
     "guidance", "sample_steps", "generated", "workers", "verify_data", "accumulate", "fsdp",
     "checkpoint_activations", "dry_run", "track", "recipe",
-    "pictures_every", "snapshot_every",
+    "pictures_every", "snapshot_every", "evaluate_every",
 )  # fmt: skip
 
 
