@@ -2,9 +2,11 @@
 
 For all of them a training step is switch_dit's Trainer.step: forward, losses, backward, AdamW, moving
 average. A sampling step is the model's evaluation in a denoising step with guidance: two rows an image, one
-timestep for all. The scheduler's update, a few elementwise operations, is left out. Images per second are
-images moved on by one denoising step. Data are noise. Switch-DiT and the official structure have the same
-random weights. The contenders take turns, and one whose results are not those of float64 is not timed.
+timestep for all. Switch-DiT merges its experts anew in every step, as sampling does for its first batch;
+later batches find them merged. The scheduler's update, a few elementwise operations, is left out. Images per
+second are images moved on by one denoising step. Data are noise. Switch-DiT and the official structure have
+the same random weights. The contenders take turns, and one whose results are not those of float64 is not
+timed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import pytest
 import torch
 from switch_dit import PRESETS, SwitchDiT, create_model
 from switch_dit.data import Images
+from switch_dit.merged import MergedSwitchDiT
 from switch_dit.settings import TrainConfig
 from switch_dit.trainer import Trainer
 from torch import Tensor, nn
@@ -37,6 +40,7 @@ PRODUCT = "matrix product"  # timed in the same rounds: what MFU is a share of
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 GUIDANCE = 1.5
+TIMESTEP = 500  # of a sampling step
 WARM_UP = 6  # steps; Trainer captures its graph in the fourth
 ALLOWED = 3e-5  # relative RMS of float32 against float64, through all blocks and back
 ALLOWED_PRIOR = 1e-2  # of the prior loss: the matching breaks ties at random
@@ -165,14 +169,14 @@ def sample_step(setting: Setting, contender: Contender) -> tuple[nn.Module, Step
     size = SIZES[setting.model]
     x = torch.randn(setting.batch, size.channels, size.latent, size.latent, device=setting.device)
     labels = torch.arange(setting.batch, device=setting.device) % size.classes
-    t = torch.full((2 * setting.batch,), 500, device=setting.device)
-    guided = torch.compile(model.forward_with_cfg) if setting.mode == "compiled" else model.forward_with_cfg
+    guided = guided_evaluation(model)
+    guided = torch.compile(guided) if setting.mode == "compiled" else guided
 
     @torch.no_grad()
     def step() -> Tensor:
         both = torch.cat([labels, torch.full_like(labels, size.classes)])
         with setting.autocast:
-            return guided(torch.cat([x, x]), t, both, GUIDANCE)[: setting.batch]
+            return guided(torch.cat([x, x]), both)[: setting.batch]
 
     if setting.mode != "graphed":
         return model, step
@@ -181,6 +185,21 @@ def sample_step(setting: Setting, contender: Contender) -> tuple[nn.Module, Step
     with torch.cuda.graph(graph):
         step()
     return model, graph.replay
+
+
+def guided_evaluation(model: SwitchDiT) -> Callable[[Tensor, Tensor], Tensor]:
+    """The guided output [2B, 2C, H, W] at timestep TIMESTEP for images x [2B, C, H, W] and labels y [2B]."""
+    if isinstance(model, OfficialStructure):
+        return lambda x, y: model.forward_with_cfg(x, torch.full_like(y, TIMESTEP), y, GUIDANCE)
+    merged = MergedSwitchDiT(model, torch.tensor([TIMESTEP]), memory=0)
+
+    def evaluate(x: Tensor, y: Tensor) -> Tensor:
+        out = merged(x, 0, y)
+        with_label, without = out[:, : model.in_channels].chunk(2)
+        guided = without + GUIDANCE * (with_label - without)
+        return torch.cat([torch.cat([guided, guided]), out[:, model.in_channels :]], dim=1)
+
+    return evaluate
 
 
 def results(model: nn.Module, setting: Setting) -> dict[str, Tensor]:
@@ -193,9 +212,8 @@ def results(model: nn.Module, setting: Setting) -> dict[str, Tensor]:
     y = torch.tensor([0, size.classes], device=setting.device)
     model.eval()
     if setting.which == SAMPLE:
-        t = torch.full((2,), 500, device=setting.device)
         with torch.no_grad():
-            return {"output": model.forward_with_cfg(x, t, y, GUIDANCE)}
+            return {"output": guided_evaluation(model)(torch.cat([x[:1], x[:1]]), y)}
     t = torch.tensor([120, 950], device=setting.device)
     out = model(x, t, y)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
