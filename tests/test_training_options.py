@@ -83,6 +83,16 @@ def test_a_run_goes_on_to_the_bit(settings: dict, tmp_path: Path) -> None:
     assert load_checkpoint(calm / "weights")[1].name == settings.get("objective", "eps")
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_activations_are_kept_or_computed_again(recomputed: bool, tmp_path: Path) -> None:
+    trainer = Trainer(config(tmp_path, checkpoint_activations=recomputed), load_data("digits"))
+    calls = []
+    for number, block in enumerate(trainer.model.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    trainer.step(0, next(iter(trainer.batches()))[0])
+    assert calls == [0, 1, *([1, 0] if recomputed else [])]
+
+
 def test_the_curriculum_follows_the_logged_losses(tmp_path: Path) -> None:
     settings = {"timesteps": "curriculum", "curriculum_clusters": 4, "curriculum_patience": 1, "steps": 12}
     train_switch_dit.run(config(tmp_path, **settings))

@@ -9,7 +9,6 @@ averaged (DistributedDataParallel); ``--fsdp`` leaves each a share of the weight
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +22,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from switch_dit.devices import resolve_device
 from switch_dit.model import SwitchDiT
@@ -121,14 +119,6 @@ def joined(device: str = "auto") -> Iterator[World]:
         yield World(dist.get_rank(), size, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
-
-
-def recompute_blocks(model: SwitchDiT) -> None:
-    """The backward runs the forward of each block again, instead of keeping what is inside it."""
-    for block in model.blocks:
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
 
 
 def shard(model: SwitchDiT, world: World, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from switch_dit.averages import MovingAverage, PowerAverage
@@ -19,7 +20,7 @@ from switch_dit.checkpoint import save_checkpoint
 from switch_dit.data import Data, batches, loaded
 from switch_dit.data.memory import mirrored
 from switch_dit.devices import peak_flops, resolve_device, resolve_precision
-from switch_dit.distributed import Spread, World, local, recompute_blocks, whole
+from switch_dit.distributed import Spread, World, local, whole
 from switch_dit.graphs import GraphedStep
 from switch_dit.model import PRESETS, create_model
 from switch_dit.optimisation import Optimisation, create_optimizer, learning_rate
@@ -86,7 +87,9 @@ class Trainer:
         self.model = self.create().to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         if config.checkpoint_activations:
-            recompute_blocks(self.model)
+            # A block draws no random numbers; diffusers' own function would keep the generators' states.
+            recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            self.model.enable_gradient_checkpointing(recompute)
         if config.compile and self.world.size > 1:
             for block in self.model.blocks:
                 block.compile()
