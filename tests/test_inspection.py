@@ -1,4 +1,4 @@
-"""models/switch_dit/inspection.py and models/inspect_routing.py: numbers, pictures and files about the routing."""
+"""What is told of a routing: the numbers, the pictures and the files of models/inspect_routing.py."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ def test_the_table_tells_what_is_there() -> None:
     assert lines[1][:4] == ["0", "0", "-", "1"]
     assert " ".join(lines[1][6:]) == "0-1: 0 1; 2-3: 0 2"
     assert lines[2][:5] == ["1", "1", "2", "0", "0"]
-    assert "3 of 6 are chosen at all timesteps, 1 at none" in text
-    assert "timesteps 0 and 3 have 75% of their experts in common" in text
+    assert "Of all 6 experts, 3 are chosen at every timestep and 1 at none." in text
+    assert "Timesteps 0 and 3 have 75% of their experts in common." in text
     assert "0-0.25: 0 1; 0.5-0.75: 0 2" in inspection(HAND_MADE[:1], 2, continuous=True).describe()
     many = inspection([[[0.6, 0.4], [0.4, 0.6]] * 4], 1).describe()
     assert "0-0: 0; 1-1: 1; 2-2: 0; 5 more" in many
@@ -172,12 +172,12 @@ def test_the_table_tells_what_is_there() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"probs": torch.ones(2, 4, 3, dtype=torch.float64)}, r"probs holds numbers from 1 to 1 and sums from 3"),
+        ({"probs": torch.ones(2, 4, 3, dtype=torch.float64)}, "probs holds numbers from 1 to 1 and sums"),
         ({"probs": torch.full((2, 4, 3), math.nan, dtype=torch.float64)}, "probs holds numbers from nan"),
-        ({"probs": torch.empty(2, 0, 3, dtype=torch.float64)}, r"probs has shape \(2, 0, 3\); L, N and M must"),
-        ({"probs": torch.ones(4, 3, dtype=torch.float64)}, r"probs has shape \(4, 3\); it must be \[L, N, M\]"),
+        ({"probs": torch.empty(2, 0, 3, dtype=torch.float64)}, r"probs has shape \(2, 0, 3\); L, N and M"),
+        ({"probs": torch.ones(4, 3, dtype=torch.float64)}, r"probs has shape \(4, 3\); it must be"),
         ({"probs": torch.ones(2, 4, 3)}, "probs is torch.float32; it must be torch.float64"),
-        ({"chosen": torch.zeros(2, 4, 3, dtype=torch.bool)}, "chosen has rows with 0 and rows with 0 experts"),
+        ({"chosen": torch.zeros(2, 4, 3, dtype=torch.bool)}, "chosen has rows with 0 and rows with 0"),
         ({"chosen": torch.ones(2, 4, 3)}, "chosen is torch.float32; it must be torch.bool"),
         ({"chosen": torch.eye(3).bool()[[0, 0, 0, 0]].expand(2, 4, 3)}, "chosen leaves out an expert"),
         ({"prior": torch.ones(4, 6, dtype=torch.bool)}, r"prior has rows with 6 to 6 .* must have k\*L, 4"),

@@ -243,6 +243,7 @@ class Inspection:
             "timesteps": self.timesteps, "continuous": self.continuous,
             "units": {"entropy": "nats", "prior_distance": "nats", "usage": "share of the timesteps",
                       "affinity": "share of the experts in use that two timesteps have in common"},
+            "in_words": " ".join(self.in_words()),
             "summary": {key: round(value, 6) for key, value in self.summary().items()},
             "by_block": [dict(zip(keys, values, strict=True)) for values in by_block],
             "prior_distance": _rounded(self.distance),
@@ -288,8 +289,6 @@ class Inspection:
             ))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
         lines = ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
-        said, total = self.summary(), self.blocks * self.experts
-        ends = f"{self.time(0)} and {self.time(self.timesteps - 1)}"
         return "\n".join([
             *lines,
             "",
@@ -298,15 +297,27 @@ class Inspection:
             f"entropy: of the router, in nats; 0 is one expert alone, {math.log(self.experts):.3f} all alike",
             "to prior: what the block adds to the distance to the diffusion prior, in nats",
             "",
-            f"experts: {said['shared_experts']} of {total} are chosen at all timesteps, "
-            f"{said['unused_experts']} at none",
-            f"affinity: timesteps {ends} have {said['affinity_of_ends']:.0%} of their experts in common; "
-            f"the prior wants {said['prior_affinity_of_ends']:.0%}, and with {self.top_k} of {self.experts} "
-            f"it is never below {self.least_affinity:.0%}",
-            f"distance to the diffusion prior: {said['prior_distance']:.4f} nats, 0 is none; gates that are "
-            f"all alike have {self.even_distance:.4f}",
-            f"agreement: {said['prior_agreement']:.0%} of the choices are what the diffusion prior wants",
+            *self.in_words(),
         ])  # fmt: skip
+
+    def in_words(self) -> list[str]:
+        """Sentences that say what the numbers add up to."""
+        said, total = self.summary(), self.blocks * self.experts
+        first, last = self.time(0), self.time(self.timesteps - 1)
+        least = f"; less than {self.least_affinity:.0%} is impossible" if self.least_affinity else ""
+        return [
+            f"Each of {self.blocks} blocks chooses {self.top_k} of its {self.experts} experts at each of "
+            f"{self.timesteps} {'times' if self.continuous else 'timesteps'}, from {first}, the clean image, "
+            f"to {last}, noise.",
+            f"Of all {total} experts, {said['shared_experts']} are chosen at every timestep and "
+            f"{said['unused_experts']} at none.",
+            f"Timesteps {first} and {last} have {said['affinity_of_ends']:.0%} of their experts in common. "
+            f"The diffusion prior, a fixed plan that training pulls the routing towards, wants "
+            f"{said['prior_affinity_of_ends']:.0%}{least}.",
+            f"{said['prior_agreement']:.0%} of the choices are those of the prior.",
+            f"The distance to it is {said['prior_distance']:.4f} nats, where 0 is none and gates that are "
+            f"all alike have {self.even_distance:.4f}.",
+        ]
 
 
 @torch.no_grad()
