@@ -1,8 +1,12 @@
 """Looks inside a model: which experts are used when, what timesteps share, and how near the prior is.
 
-python models/inspect_routing.py                       # the digits model that is in here
-python models/inspect_routing.py --run runs/digits
-python models/inspect_routing.py --run runs/digits --weights model --output routing-of-last-weights
+    python models/inspect_routing.py
+
+looks at the digits model that is in here, and
+
+    python models/inspect_routing.py --run runs/digits
+
+at that of a run.
 
 It prints a table and writes four pictures and routing.json, which has all numbers; README.md in this folder
 says how to read them. In the folder of a run they take the place of those that training wrote, and the run's
@@ -47,6 +51,11 @@ def run(config: InspectConfig) -> Path:
     source = Path(config.run)
     if not source.is_dir():
         raise FileNotFoundError(f"run is {source}; there is no such folder")
+    if not any((source / name).exists() for name in (config.weights_folder, "model_index.json")):
+        raise FileNotFoundError(
+            f"run is {source}; it must be the folder of a run, with {config.weights_folder} in it, or of a "
+            "saved pipeline"
+        )
     pipeline = load_pipeline(source, config.weights, config.weights_folder)
     model = pipeline.transformer
     if model.routing != "switch":

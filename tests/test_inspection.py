@@ -162,11 +162,11 @@ def test_the_table_tells_what_is_there() -> None:
     assert lines[1][:4] == ["0", "0", "-", "1"]
     assert " ".join(lines[1][6:]) == "0-1: 0 1; 2-3: 0 2"
     assert lines[2][:5] == ["1", "1", "2", "0", "0"]
-    assert "Of all 6 experts, 3 are chosen at every timestep and 1 at none." in text
+    assert "Experts chosen at every timestep: 3 of 6; at none: 1." in text
     assert "Timesteps 0 and 3 have 75% of their experts in common." in text
     assert "0-0.25: 0 1; 0.5-0.75: 0 2" in inspection(HAND_MADE[:1], 2, continuous=True).describe()
     many = inspection([[[0.6, 0.4], [0.4, 0.6]] * 4], 1).describe()
-    assert "0-0: 0; 1-1: 1; 2-2: 0; 5 more" in many
+    assert "0: 0; 1: 1; 2: 0; 5 more" in many
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,10 @@ class Inspection:
         """A timestep as it is told: its number, or in continuous time its place between 0 and 1."""
         return f"{timestep / self.timesteps:.3g}" if self.continuous else str(timestep)
 
+    def _range(self, segment: Segment) -> str:
+        first, last = self.time(segment.first), self.time(segment.last)
+        return first if segment.first == segment.last else f"{first}-{last}"
+
     def describe(self) -> str:
         """A table of the blocks and what it adds up to, for a screen."""
         rows = [("block", "always", "never", "changes", "entropy", "to prior", "experts by timestep")]
@@ -280,7 +284,7 @@ class Inspection:
             self.entropy.mean(1).tolist(), self.distance_by_block.mean(1).tolist(), strict=True,
         )  # fmt: skip
         for block, (shared, unused, segments, entropy, distance) in enumerate(by_block):
-            ranges = [f"{self.time(s.first)}-{self.time(s.last)}: {_listed(s.experts)}" for s in segments[:3]]
+            ranges = [f"{self._range(segment)}: {_listed(segment.experts)}" for segment in segments[:3]]
             if len(segments) > 3:
                 ranges.append(f"{len(segments) - 3} more")
             rows.append((
@@ -309,12 +313,12 @@ class Inspection:
             f"Each of {self.blocks} blocks chooses {self.top_k} of its {self.experts} experts at each of "
             f"{self.timesteps} {'times' if self.continuous else 'timesteps'}, from {first}, the clean image, "
             f"to {last}, noise.",
-            f"Of all {total} experts, {said['shared_experts']} are chosen at every timestep and "
-            f"{said['unused_experts']} at none.",
-            f"Timesteps {first} and {last} have {said['affinity_of_ends']:.0%} of their experts in common. "
+            f"Experts chosen at every timestep: {said['shared_experts']} of {total}; at none: "
+            f"{said['unused_experts']}.",
+            f"{'Times' if self.continuous else 'Timesteps'} {first} and {last} have "
+            f"{said['affinity_of_ends']:.0%} of their experts in common. "
             f"The diffusion prior, a fixed plan that training pulls the routing towards, wants "
             f"{said['prior_affinity_of_ends']:.0%}{least}.",
-            f"{said['prior_agreement']:.0%} of the choices are those of the prior.",
             f"The distance to it is {said['prior_distance']:.4f} nats, where 0 is none and gates that are "
             f"all alike have {self.even_distance:.4f}.",
         ]

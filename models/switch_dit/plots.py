@@ -32,6 +32,13 @@ def new_figure(*rows_columns: int, **options: Any) -> tuple[Any, Any]:
     return figure, figure.subplots(*rows_columns, squeeze=False, **options)
 
 
+def save_figure(figure: Any, path: Path | str, dpi: int) -> None:
+    """Writes a picture. It is drawn once; savefig alone would draw it a first time for the layout."""
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)
+    figure.savefig(path, dpi=dpi)
+
+
 def check_picture(name: str, path: Path | str) -> None:
     """``ValueError`` unless the ending of ``path`` is one that a picture can have."""
     endings = _FigureCanvasBase.get_supported_filetypes()
@@ -74,7 +81,7 @@ def plot_samples(
     for spine in axis.spines.values():
         spine.set_visible(False)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def plot_loss(path: Path | str, stats: list[dict]) -> None:
@@ -92,4 +99,4 @@ def plot_loss(path: Path | str, stats: list[dict]) -> None:
         axis.set_title(title, fontsize=9)
         axis.legend()
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)

@@ -171,8 +171,8 @@ ROUTING = {
     "routing-distance": (
         "Distance to the diffusion prior",
         "Distance to the diffusion prior: the lower the curve, the nearer the routing is to the prior at "
-        "that timestep; a routing that has learned nothing is at the dotted line, and the map shows which blocks "
-        "add to the distance.",
+        "that timestep; a routing that has learned nothing is at the dotted line, and the map shows which "
+        "blocks add to the distance.",
     ),
 }
 """What each picture of the routing is and how to read it, by the stem of its file."""

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from switch_dit.inspection import Inspection
-from switch_dit.plots import new_figure
+from switch_dit.plots import new_figure, save_figure
 
 _ALWAYS, _SOMETIMES, _NEVER = "#e69f00", "#0072b2", "#d55e00"  # of Okabe and Ito's palette
 _DPI = 110
@@ -60,7 +60,7 @@ def plot_use(path: Path | str, inspection: Inspection) -> None:
     legend = (("always", _ALWAYS, "s"), ("at some", _SOMETIMES, "s"), ("never", _NEVER, "x"))
     handles = [axes[0, 1].plot([], [], mark, color=colour, label=name)[0] for name, colour, mark in legend]
     figure.legend(handles=handles, loc="outside lower right", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=_DPI)
+    save_figure(figure, path, _DPI)
 
 
 def _shares(axis: Any, shares: Tensor) -> None:
@@ -92,7 +92,7 @@ def plot_affinity(path: Path | str, inspection: Inspection) -> None:
     floor = f"\n({least:.0%} is the least there can be)" if least else ""
     bar = _colour_bar(figure, picture, (left, right), "share of the experts in use" + floor, shrink=0.8)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    figure.savefig(path, dpi=_DPI)
+    save_figure(figure, path, _DPI)
 
 
 def plot_entropy(path: Path | str, inspection: Inspection) -> None:
@@ -113,7 +113,7 @@ def plot_entropy(path: Path | str, inspection: Inspection) -> None:
         bar = _colour_bar(figure, picture, axis, "entropy (nats)")
         bar.set_ticks([0, largest], labels=["0: one has all", f"{largest:.2f}: all {most} alike"])
     _time_label(axes[-1, 0], inspection)
-    figure.savefig(path, dpi=_DPI)
+    save_figure(figure, path, _DPI)
 
 
 def plot_distance(path: Path | str, inspection: Inspection) -> None:
@@ -144,7 +144,7 @@ def plot_distance(path: Path | str, inspection: Inspection) -> None:
     below.set_title("What each block adds to it", fontsize=9)
     _time_label(below, inspection)
     _colour_bar(figure, picture, below, "divergence (nats)")
-    figure.savefig(path, dpi=_DPI)
+    save_figure(figure, path, _DPI)
 
 
 PICTURES: dict[str, Callable[[Path | str, Inspection], None]] = {
