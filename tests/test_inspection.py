@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
+import inspect_routing
 import numpy as np
 import pytest
 import torch
 from helpers import random_model
+from inspect_routing import InspectConfig
+from PIL import Image
+from switch_dit import model as model_module
+from switch_dit import routing_plots
+from switch_dit.checkpoint import save_checkpoint
 from switch_dit.inspection import Inspection, Segment, inspect_model
+from switch_dit.report import ROUTING, write_report
+from switch_dit.routing_plots import PICTURES
+from switch_dit.settings import TrainConfig
 from torch import Tensor
+from train_switch_dit import run as run_training
 
 from switch_moe import DiffusionPrior
+
+ROOT = Path(__file__).parents[1]
+FILES = {*(f"{name}.png" for name in PICTURES), "routing.json"}
 
 
 def inspection(probs: list, k: int, prior: Tensor | None = None, continuous: bool = False) -> Inspection:
@@ -81,7 +98,7 @@ def test_the_distance_where_nothing_is_in_common() -> None:
      {"num_timesteps": 1}, {"num_experts": 8, "top_k": 3, "num_timesteps": 50}],
 )  # fmt: skip
 def test_the_distance_is_the_diffusion_prior_loss(settings: dict) -> None:
-    model = random_model(**{"num_timesteps": 200, **settings})
+    model = random_model(**{"num_timesteps": 300, **settings})
     found = inspect_model(model)
     routing, t = model.route_all_timesteps(), torch.arange(model.num_timesteps)
     prior: DiffusionPrior = model.prior
@@ -202,3 +219,232 @@ def test_models_that_cannot_be_looked_at() -> None:
     model.router.bias.data[1, 0] = math.nan
     with pytest.raises(ValueError, match="routers whose probabilities are not finite"):
         inspect_model(model)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The figures in the place of their files, by the name of the file."""
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(
+        routing_plots, "save_figure", lambda figure, path, dpi: kept.update({Path(path).stem: figure})
+    )
+    return kept
+
+
+def drawn(figures: dict[str, Any], found: Inspection, folder: Path) -> dict[str, list[Any]]:
+    """The axes of each picture, those of colour bars last."""
+    routing_plots.write_routing(folder, found)
+    assert figures.keys() == PICTURES.keys()
+    return {name: figure.axes for name, figure in figures.items()}
+
+
+def pixels(axis: Any) -> np.ndarray:
+    (image,) = axis.images
+    return np.asarray(image.get_array())
+
+
+@pytest.mark.parametrize(
+    ("settings", "continuous"),
+    [
+        ({}, False),
+        ({"num_experts": 1, "top_k": 1, "num_timesteps": 1, "depth": 1}, False),
+        ({"num_experts": 3, "top_k": 3}, True),
+        ({"num_experts": 4, "top_k": 1, "depth": 31}, True),
+    ],
+)
+def test_pictures_show_the_numbers_and_name_what_they_show(
+    figures: dict[str, Any], settings: dict, continuous: bool, tmp_path: Path
+) -> None:
+    found = inspect_model(random_model(**{"num_timesteps": 30, **settings}), continuous=continuous)
+    axes = drawn(figures, found, tmp_path)
+    blocks, steps, experts = found.probs.shape
+    use, shares, wanted, wanted_shares, gate_bar = axes["routing"]
+    gates = found.gates.transpose(1, 2).flatten(0, 1).float().numpy()
+    assert np.array_equal(pixels(use), gates)
+    assert np.array_equal(pixels(wanted), found.prior.t().float().numpy())
+    for axis, values in ((shares, found.usage.flatten()), (wanted_shares, found.prior.double().mean(0))):
+        assert [bar.get_width() for bar in axis.patches] == pytest.approx(100 * values.numpy())
+        middles = [bar.get_y() + bar.get_height() / 2 for bar in axis.patches]
+        assert middles == pytest.approx(range(blocks * experts))  # the rows of the map
+        colours = [bar.get_facecolor() for bar in axis.patches]
+        assert len({c for c, share in zip(colours, values, strict=True) if share == 1}) <= 1
+        always = {c for c, share in zip(colours, values, strict=True) if share == 1}
+        assert not always & {c for c, share in zip(colours, values, strict=True) if share < 1}
+        crosses = axis.lines[0].get_ydata()
+        assert list(crosses) == (values == 0).nonzero().flatten().tolist()
+    assert "gate" in gate_bar.get_ylabel()
+    assert shares.get_shared_y_axes().joined(use, shares)
+    ours, prior, bar = axes["routing-affinity"]
+    assert np.array_equal(pixels(ours), found.affinity.float().numpy())
+    assert np.array_equal(pixels(prior), found.prior_affinity.float().numpy())
+    assert "share of the experts in use" in bar.get_ylabel()
+    assert ours.images[0].get_clim() == prior.images[0].get_clim()
+    maps = axes["routing-entropy"][: 2 if found.top_k > 1 else 1]
+    rest = axes["routing-entropy"][len(maps) :]
+    assert np.array_equal(pixels(maps[0]), found.entropy.float().numpy())
+    assert maps[0].images[0].get_clim() == (0, pytest.approx(math.log(experts) or 1))
+    assert len(rest) == len(maps)
+    if found.top_k > 1:
+        assert np.array_equal(pixels(maps[1]), found.gate_entropy.float().numpy())
+        assert maps[1].images[0].get_clim() == (0, pytest.approx(math.log(found.top_k)))
+    assert all(bar.get_ylabel() == "entropy (nats)" for bar in rest)
+    curve, by_block, distance_bar = axes["routing-distance"]
+    times = np.arange(steps) / (steps if continuous else 1)
+    assert np.array_equal(curve.lines[0].get_data(), [times, found.distance.numpy()])
+    assert curve.lines[1].get_ydata()[0] == pytest.approx(found.distance.mean().item(), rel=1e-12)
+    assert curve.lines[2].get_ydata()[0] == found.even_distance
+    assert curve.get_ylim()[1] >= max(found.distance.max().item(), found.even_distance)
+    assert pixels(by_block) == pytest.approx(found.distance_by_block.clamp(min=0).float().numpy())
+    assert curve.get_ylabel() == distance_bar.get_ylabel() == "divergence (nats)"
+    told = (
+        "time (0: clean image, 1: noise)" if continuous else f"timestep (0: clean image, {steps - 1}: noise)"
+    )
+    for axis in (wanted, ours, prior, maps[-1], by_block):
+        assert axis.get_xlabel() == told
+    for axis in (use, wanted, *maps, by_block):
+        assert axis.get_ylabel() == "block"
+        middles, names = axis.get_yticks(), [text.get_text() for text in axis.get_yticklabels()]
+        rows = experts if axis in (use, wanted) else 1
+        assert len(names) <= 30
+        assert [row // rows for row in middles] == list(map(int, names))
+        assert all(row % rows == (rows - 1) / 2 for row in middles)
+    ends = [0, 1] if continuous else [-0.5, steps - 0.5]
+    for axis in (use, wanted, ours, prior, *maps, by_block):
+        assert axis.images[0].get_extent()[:2] == ends
+    for axis in (use, ours, prior, *maps, curve, by_block):
+        assert axis.get_title()
+
+
+def make_run(folder: Path, **settings: Any) -> Path:
+    """What a run leaves, as far as the program reads it."""
+    model = random_model(**{"num_timesteps": 30, **settings})
+    objective = {"num_timesteps": 30, "learn_sigma": model.learn_sigma}
+    if not model.learn_sigma:
+        objective["name"] = "flow"
+    save_checkpoint(folder / "weights", model, model, {"model": model.settings, "objective": objective})
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_the_program_writes_files_a_table_and_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], figures: dict[str, Any]
+) -> None:
+    folder = make_run(tmp_path / "run", learn_sigma=False)
+    for path in FILES:  # the figures are not written here
+        if path.endswith("png"):
+            Image.new("RGB", (7, 5), "navy").save(folder / path)
+    assert inspect_routing.run(InspectConfig(folder)) == folder
+    assert not list(folder.glob("*incomplete"))
+    read = json.loads((folder / "routing.json").read_text())
+    assert read["continuous"] is True  # a flow
+    found = inspect_model(random_model(num_timesteps=30, learn_sigma=False), continuous=True)
+    assert (folder / "routing.json").read_text() == found.to_json()
+    printed = capsys.readouterr().out
+    assert found.describe() in printed
+    assert all(f"  {name}\n" in printed for name in FILES)
+    assert f"report shows them: {folder / 'report.html'}" in printed
+    page = (folder / "report.html").read_text()
+    section = page[page.index("<h2>Routing</h2>") :]
+    assert section.count("<img") == 4
+    assert PICTURES.keys() == ROUTING.keys()
+    for title, caption in ROUTING.values():
+        assert section.index(caption[:30])
+        assert title in section
+    assert found.in_words()[1] in section
+    (folder / "routing.json").write_text('{"in_words": 3}')
+    assert "<h2>Routing</h2>" in write_report(folder).read_text()
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+    (folder / "routing.json").write_text(found.to_json())
+    assert "<h2>Routing</h2>" not in write_report(folder).read_text()
+
+
+def test_other_weights_and_saved_pipelines_go_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = make_run(tmp_path / "run")
+    (folder / "weights").rename(folder / "others")
+    for config in (InspectConfig(folder, weights_folder="others"), InspectConfig()):
+        assert inspect_routing.run(config) == Path("routing")
+        assert (tmp_path / "routing" / "routing.json").exists()
+        (tmp_path / "routing" / "routing.json").unlink()
+    assert not (folder / "routing.json").exists()
+    given = inspect_routing.run(InspectConfig(output=tmp_path / "a" / "b"))
+    assert json.loads((given / "routing.json").read_text())["blocks"] == 6
+
+
+def test_wrong_settings_are_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, masks = (make_run(tmp_path / routing, routing=routing) for routing in ("none", "dtr"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    cases = [
+        (["--run", "nowhere"], "run is nowhere; there is no such folder"),
+        (["--run", str(tmp_path / "empty")], "it must be the folder of a run, with weights in it"),
+        (
+            ["--run", str(dense)],
+            f"run is {dense}, whose model has routing 'none' and so no experts; it must be",
+        ),
+        (["--run", str(masks)], "whose model has routing 'dtr' and so no experts"),
+        (["--output", str(tmp_path / "file")], "it is a file and no folder"),
+        (["--weights", "model"], "a saved pipeline; it has no other weights to choose"),
+    ]
+    for arguments, message in cases:
+        monkeypatch.setattr(sys, "argv", ["inspect_routing.py", *arguments])
+        with pytest.raises(SystemExit, match="error: ") as error:
+            inspect_routing.main()
+        assert message in str(error.value)
+    assert not list(tmp_path.glob("**/routing*"))
+
+
+def test_a_full_disk_leaves_the_numbers_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "routing.json"
+    path.write_text("before")
+
+    def full(draft: Path, text: str) -> None:
+        draft.write_bytes(text[:10].encode())
+        raise OSError("no space left")
+
+    found = inspection(HAND_MADE, 2)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        found.write_json(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["routing.json"]
+    assert path.read_bytes() == b"before"
+
+
+@pytest.mark.slow
+def test_a_trained_run_has_what_the_program_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model_module.PRESETS, "tiny/4", model_module.Preset(24, 2, 3, 4))
+    small = {"model": "tiny/4", "steps": 4, "batch_size": 16, "generated": 0, "output": tmp_path}
+    for settings in ({}, {"objective": "flow", "learn_sigma": False}):
+        run_training(TrainConfig(name=str(len(settings)), **small, **settings))
+        folder = tmp_path / str(len(settings))
+        before = {name: (folder / name).read_bytes() for name in FILES}
+        assert json.loads(before["routing.json"])["continuous"] == bool(settings)
+        assert (folder / "report.html").read_text().count("Affinity of timesteps") >= 1
+        inspect_routing.run(InspectConfig(folder))
+        assert {name: (folder / name).read_bytes() for name in FILES} == before
+
+
+@pytest.mark.slow
+def test_a_large_model(tmp_path: Path) -> None:
+    found = inspect_model(random_model(depth=28, num_experts=8, num_timesteps=1000))
+    for path in routing_plots.write_routing(tmp_path, found):
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert max(picture.size) < 2200
+                assert np.asarray(picture.convert("L")).std() > 20
+    assert len(json.loads((tmp_path / "routing.json").read_text())["gates"]) == 28
+
+
+@pytest.mark.slow
+def test_command(tmp_path: Path) -> None:
+    """As a new user types it, in a folder of their own."""
+    script = str(ROOT / "models" / "inspect_routing.py")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert {path.name for path in (tmp_path / "routing").iterdir()} == FILES
+    assert "Each of 6 blocks chooses 2 of its 3 experts" in done.stdout
+    assert done.stderr == ""
