@@ -65,7 +65,12 @@ def test_hand_made_gates() -> None:
     gates = -sum(p * math.log(p) for p in (5 / 9, 4 / 9))
     assert found.gate_entropy[0, 3].item() == pytest.approx(gates, rel=1e-14)
     assert found.agreement == 1
-    assert found.summary()["segments"] == 3
+    said = found.summary()
+    assert [said[key] for key in ("shared_experts", "unused_experts", "segments")] == [3, 1, 3]
+    assert (said["largest_entropy"], said["largest_gate_entropy"]) == (math.log(3), math.log(2))
+    assert (said["entropy"], said["gate_entropy"]) == (found.entropy.mean(), found.gate_entropy.mean())
+    assert (said["affinity_of_ends"], said["prior_affinity_of_ends"]) == (0.75, 0.75)
+    assert said["prior_distance"] == found.distance.mean()
 
 
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (4, 1), (4, 3), (4, 4)])
@@ -311,6 +316,12 @@ def test_pictures_show_the_numbers_and_name_what_they_show(
     ends = [0, 1] if continuous else [-0.5, steps - 0.5]
     for axis in (use, wanted, ours, prior, *maps, by_block):
         assert axis.images[0].get_extent()[:2] == ends
+    for axis in (use, wanted, *maps, by_block):  # the first row is at the top
+        assert axis.images[0].get_extent()[2:] == [len(pixels(axis)) - 0.5, -0.5]
+        assert axis.get_ylim()[0] > axis.get_ylim()[1]
+    for axis in (ours, prior):
+        assert axis.images[0].get_extent()[2:] == ends
+        assert axis.images[0].origin == "lower"
     for axis in (use, ours, prior, *maps, curve, by_block):
         assert axis.get_title()
 
