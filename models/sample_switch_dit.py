@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from diffusers.utils import logging
 from PIL import Image
+from switch_dit import pipeline as pipelines
 from switch_dit.autoencoder import load_autoencoder
 from switch_dit.devices import resolve_device
 from switch_dit.pipeline import SwitchDiTPipeline
@@ -101,14 +101,8 @@ def run(config: SampleConfig, rank: int = 0, world_size: int = 1) -> Path:
 
 def load_pipeline(config: SampleConfig, folder: Path | None = None) -> SwitchDiTPipeline:
     """The pipeline of a run or of a saved one, by default of ``config.run``, with the scheduler asked for."""
-    folder = Path(config.run if folder is None else folder)
-    if (folder / "model_index.json").is_file():
-        if (config.weights, config.weights_folder) != ("ema", "weights"):
-            raise ValueError(f"run is {folder}, a saved pipeline; it has no other weights to choose")
-        logging.disable_progress_bar()
-        pipeline = SwitchDiTPipeline.from_pretrained(folder, local_files_only=True)
-    else:
-        pipeline = SwitchDiTPipeline.from_run(folder / config.weights_folder, config.weights)
+    folder = config.run if folder is None else folder
+    pipeline = pipelines.load_pipeline(folder, config.weights, config.weights_folder)
     model = pipeline.transformer
     if config.scheduler != "auto":
         objective = objective_of(pipeline.scheduler, model.learn_sigma)

@@ -54,12 +54,14 @@ import tyro
 from safetensors.torch import save_file
 from switch_dit.data import load_data
 from switch_dit.distributed import World, joined
+from switch_dit.inspection import inspect_model
 from switch_dit.loop import Interrupted, Loop, Rows, rows_until
 from switch_dit.metrics import Evaluator
-from switch_dit.plots import plot_loss, plot_routing, plot_samples
+from switch_dit.plots import plot_loss, plot_samples
 from switch_dit.recipes import RECIPES
 from switch_dit.report import write_report
 from switch_dit.resume import locked
+from switch_dit.routing_plots import PICTURES, plot_use, write_routing
 from switch_dit.settings import TrainConfig, run_folder, settings_of
 from switch_dit.trainer import Trainer
 from torch import Tensor
@@ -177,10 +179,11 @@ def run_in(folder: Path, config: TrainConfig, loop: Loop, evaluator: Evaluator) 
             save_file({"latents": generated}, folder / "samples.safetensors")
     draw(lambda: plot_loss(folder / "loss.png", rows))
     if config.routing == "switch":
-        draw(lambda: plot_routing(folder / "routing.png", trainer.ema))
+        continuous = trainer.objective.continuous
+        draw(lambda: write_routing(folder, inspect_model(trainer.ema, continuous=continuous)))
     numbers = {f"end/{key}": value for key, value in summary.items() if isinstance(value, (int, float))}
     loop.tracker.log(config.steps, numbers)
-    pictures = {name: folder / f"{name}.png" for name in ("samples", "routing")}
+    pictures = {name: folder / f"{name}.png" for name in ("samples", *PICTURES)}
     loop.tracker.images(config.steps, {name: path for name, path in pictures.items() if path.exists()})
     draw(lambda: write_report(folder, settings_of(TrainConfig())))
     print(f"\nwritten to {folder}/:")
@@ -226,7 +229,8 @@ def draw_on_the_way(loop: Loop, average: torch.nn.Module, step: int, rows: Rows)
         drawn = trainer.generate(10 * classes if labelled else 100, average)
         draw(lambda: draw_samples(trainer, paths["samples"], *drawn, step))
     if trainer.config.routing == "switch":
-        draw(lambda: plot_routing(paths["routing"], average))
+        continuous = trainer.objective.continuous
+        draw(lambda: plot_use(paths["routing"], inspect_model(average, continuous=continuous)))
     draw(lambda: plot_loss(paths["loss"], rows))
     loop.tracker.images(step, {name: path for name, path in paths.items() if path.exists()})
     draw(lambda: write_report(folder, settings_of(TrainConfig())))

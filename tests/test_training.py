@@ -59,7 +59,8 @@ def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run = tmp_path / "digits"
     assert {path.name for path in run.iterdir()} == {
         "config.json", "stats.jsonl", "samples.png", "loss.png", "routing.png", "report.html", "checkpoint",
-        "weights", "summary.json", "lock",
+        "weights", "summary.json", "lock", "routing-affinity.png", "routing-distance.png",
+        "routing-entropy.png", "routing.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 8, 12]
@@ -229,7 +230,7 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no fonts")
 
-    for name in ("plot_samples", "plot_loss", "plot_routing"):
+    for name in ("plot_samples", "plot_loss", "write_routing"):
         monkeypatch.setattr(train_switch_dit, name, broken)
     summary = run_training(config(tmp_path, generated=100))
     written = json.loads((tmp_path / "digits" / "summary.json").read_text())

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils import is_accelerate_available
+from diffusers.utils import is_accelerate_available, logging
 from torch import Tensor
 
 from switch_dit.checkpoint import load_checkpoint
@@ -134,6 +134,24 @@ class SwitchDiTPipeline(DiffusionPipeline):
         scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
         latents = (latents / scale + shift).to(self.vae.device, self.vae.dtype)
         return self.vae.decode(latents).sample
+
+
+def load_pipeline(
+    folder: Path | str, weights: str = "ema", weights_folder: str = "weights"
+) -> SwitchDiTPipeline:
+    """The pipeline of a run, from its folder, or one that ``save_pretrained`` wrote. It asks no network.
+
+    Of a run, ``weights`` are the moving average (``ema``) or the last ones (``model``), and
+    ``weights_folder`` is the folder in it that holds them. ``ValueError`` or ``OSError`` where a file is
+    missing or broken, or where a saved pipeline is asked for other weights than it has.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        return SwitchDiTPipeline.from_run(folder / weights_folder, weights)
+    if (weights, weights_folder) != ("ema", "weights"):
+        raise ValueError(f"run is {folder}, a saved pipeline; it has no other weights to choose")
+    logging.disable_progress_bar()
+    return SwitchDiTPipeline.from_pretrained(folder, local_files_only=True)
 
 
 def _is_pixels(model: SwitchDiT) -> bool:

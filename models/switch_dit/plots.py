@@ -1,4 +1,4 @@
-"""The pictures of a run: loss, routing and grids of samples."""
+"""The pictures of a run: loss and grids of samples. Those of its routing are in routing_plots.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from switch_dit.model import SwitchDiT
 
 
 def _matplotlib() -> tuple[Any, Any]:
@@ -28,10 +26,17 @@ def _matplotlib() -> tuple[Any, Any]:
 _Figure, _FigureCanvasBase = _matplotlib()
 
 
-def _figure(*rows_columns: int, **options: Any) -> tuple[Any, Any]:
+def new_figure(*rows_columns: int, **options: Any) -> tuple[Any, Any]:
     """A figure with axes, without pyplot: no window, no MPLBACKEND, nothing to close."""
     figure = _Figure(layout="constrained", figsize=options.pop("figsize"))
     return figure, figure.subplots(*rows_columns, squeeze=False, **options)
+
+
+def save_figure(figure: Any, path: Path | str, dpi: int) -> None:
+    """Writes a picture. It is drawn once; savefig alone would draw it a first time for the layout."""
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)
+    figure.savefig(path, dpi=dpi)
 
 
 def check_picture(name: str, path: Path | str) -> None:
@@ -63,7 +68,7 @@ def plot_samples(
     """A grid of images [n, C, H, W] in [-1, 1], row by row; rows are named where labels are given."""
     rows = -(-len(images) // columns)
     size = min(1.0, 60 / max(rows, columns))  # inches of a cell: a picture of 60 inches is enough
-    figure, axes = _figure(1, 1, figsize=(0.6 * size * columns + 0.6, 0.6 * size * rows + 0.6))
+    figure, axes = new_figure(1, 1, figsize=(0.6 * size * columns + 0.6, 0.6 * size * rows + 0.6))
     axis = axes[0, 0]
     axis.imshow(grid_of(images, columns), interpolation="nearest")
     axis.set_xticks([])
@@ -76,12 +81,12 @@ def plot_samples(
     for spine in axis.spines.values():
         spine.set_visible(False)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def plot_loss(path: Path | str, stats: list[dict]) -> None:
     """The logged losses over steps; each point is the mean since the last one."""
-    figure, ((left, right),) = _figure(1, 2, figsize=(9, 3.4))
+    figure, ((left, right),) = new_figure(1, 2, figsize=(9, 3.4))
     steps = [row["step"] for row in stats]
     for axis, keys, title in (
         (left, ("mse", "vb"), "denoising loss (mse of the noise; vb in bits/dim)"),
@@ -94,40 +99,4 @@ def plot_loss(path: Path | str, stats: list[dict]) -> None:
         axis.set_title(title, fontsize=9)
         axis.legend()
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-
-
-@torch.no_grad()
-def plot_routing(path: Path | str, model: SwitchDiT) -> None:
-    """The routing of a model above, and below it the prior that training pulls it towards.
-
-    The left shows the experts that each timestep uses, block by block, with their gates; the right shows the
-    share of experts that two timesteps have in common, over all blocks.
-    """
-    routing = model.route_all_timesteps()
-    gates = torch.zeros_like(routing.probs).scatter(2, routing.expert_index.long(), routing.expert_gate)
-    depth, timesteps, experts = gates.shape
-    selected = routing.selected().cpu()
-    used = gates.permute(0, 2, 1).flatten(0, 1).cpu().numpy()  # [L*M, N]
-    matched = model.prior.table[:, model.prior.match(routing.selected())].cpu()
-    figure, axes = _figure(2, 2, figsize=(11, 7.5), gridspec_kw={"width_ratios": [1.7, 1]}, sharex="col")
-    rows = (
-        ("experts in use (brightness: gate)", used, selected),
-        ("the prior, matched to these experts", matched.t().numpy(), matched),
-    )
-    for (left, right), (title, use, choice) in zip(axes, rows, strict=True):
-        left.imshow(np.asarray(use), aspect="auto", interpolation="nearest", cmap="magma", vmin=0, vmax=1)
-        left.set_yticks(
-            np.arange(depth) * experts + (experts - 1) / 2, [f"block {i}" for i in range(depth)], fontsize=7
-        )
-        for boundary in range(1, depth):
-            left.axhline(boundary * experts - 0.5, color="white", linewidth=0.6)
-        left.set_title(title, fontsize=9)
-        affinity = choice @ choice.t() / choice.sum(1)[:, None]
-        picture = right.imshow(affinity.numpy(), origin="lower", cmap="viridis", vmin=0, vmax=1)
-        right.set_title("experts shared by two timesteps", fontsize=9)
-        right.set_ylabel("timestep")
-        figure.colorbar(picture, ax=right, shrink=0.8)
-    for axis in axes[1]:
-        axis.set_xlabel(f"timestep (0 is the clean image, {timesteps - 1} is noise)")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)

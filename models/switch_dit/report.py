@@ -63,7 +63,7 @@ def _page(folder: Path, defaults: dict[str, Any]) -> Markup:
         *(_section(f"{kind.capitalize()} over time", strip) for kind, strip in _strips(folder)),
         _section("Training", _charts(rows), _picture_in_details(folder / "loss.png")),
         _section("Samples during training", _evaluation_charts(evaluations)),
-        _section("Routing", _picture(folder / "routing.png", "Routing", _ROUTING)),
+        _section("Routing", *_routing(folder)),
         _section("Go on from here", _commands(folder, settings, defaults)),
         _section("Settings", _settings(settings, defaults)),
         _section("Environment", _environment(config.get("environment"))),
@@ -150,12 +150,32 @@ def _caption_of_samples(settings: dict[str, Any]) -> str:
     return text
 
 
-_ROUTING = (
-    "Top left: the experts that each timestep uses, block by block; brighter is a larger gate, black is "
-    "unused. Top right: the share of experts that two timesteps have in common. Below: the same of the "
-    "diffusion prior, which training pulls the routing towards. Timestep 0 is the clean image. A trained "
-    "routing shares more experts between neighbouring timesteps than between distant ones."
-)
+ROUTING = {
+    "routing": (
+        "Use of experts",
+        "Use of experts: each row is an expert and each column a timestep, from the clean image on the left "
+        "to noise on the right; a bright row is an expert in use, a bar says at how many timesteps, and the "
+        "lower half is what training pulls the upper one towards.",
+    ),
+    "routing-affinity": (
+        "Affinity of timesteps",
+        "Affinity of timesteps: a point is a pair of timesteps and its colour the share of experts that both "
+        "use, so a bright square on the diagonal is a range of timesteps that are treated alike; the right "
+        "half is what training pulls the left one towards.",
+    ),
+    "routing-entropy": (
+        "Entropy of the gates",
+        "Entropy of the gates: bright is a router that hardly tells its experts apart at that timestep, as a "
+        "fresh one does, and dark is one that relies on a single expert.",
+    ),
+    "routing-distance": (
+        "Distance to the diffusion prior",
+        "Distance to the diffusion prior: the lower the curve, the nearer the routing is to the prior at "
+        "that timestep; a routing that has learned nothing is at the dotted line, and the map shows which "
+        "blocks add to the distance.",
+    ),
+}
+"""What each picture of the routing is and how to read it, by the stem of its file."""
 _MEANINGS = {
     "frechet_floor": "the Fréchet distance between two halves of the real images",
     "classifier_accuracy": "the share of real images that the classifier reads rightly",
@@ -231,6 +251,14 @@ def _image(path: Path, alt: str) -> Markup | str:
 def _picture(path: Path, alt: str, caption: str) -> Markup | str:
     image = _image(path, f"{alt}: {caption}")
     return element("figure", image, element("figcaption", caption)) if image else ""
+
+
+def _routing(folder: Path) -> list[Markup | str]:
+    """What routing.json says in words, and the pictures of the routing with how to read them."""
+    words = _read_json(folder / "routing.json").get("in_words")
+    pictures = [_picture(folder / f"{name}.png", *told) for name, told in ROUTING.items()]
+    said = element("p", words, cls="note") if isinstance(words, str) and any(pictures) else ""
+    return [said, *pictures]
 
 
 def _picture_in_details(path: Path) -> Markup | str:
