@@ -79,12 +79,7 @@ class Evaluation:
                 for number in (measure.value, measure.error, measure.real)
             )
             lines.append(f"{measure.name:{wide}}  {numbers}  {measure.meaning}")
-        notes = [
-            "error: standard error; that of MIND counts its directions only, that of IS is over ten parts"
-        ]
-        if any(measure.real is not None for measure in self.measures):
-            notes.append("real: the same between two halves of the reference; fewer images raise distances")
-        return "\n".join([*lines, "", *notes])
+        return "\n".join([*lines, "", *_notes(self.measures)])
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
