@@ -49,7 +49,7 @@ class EvaluateConfig:
     are none those for training."""
     image_size: int = 0
     """Pictures are cropped and resized to this many pixels, as for training. With 0 they stay as they are."""
-    batch_size: int = 64
+    batch_size: int = 32
     """The network takes this many images at a time."""
     device: str = "auto"
     """auto takes cuda where there is one, else cpu."""

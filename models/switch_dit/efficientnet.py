@@ -41,12 +41,13 @@ class EfficientNetLite0(nn.Module):
             _Block(state, f"_blocks.{number}.", stride) for number, stride in enumerate(_STRIDES)
         )
         self.head = _convolution(state, "_conv_head", "_bn1")
-        self.requires_grad_(False).eval()
+        # Channels last is about twice as fast on a CPU: most of its time goes to convolutions of one channel.
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
-        x = (x.clamp(0, 255) - 127) / 128  # [n, 3, 224, 224]
-        x = F.relu6(self.stem(x))  # [n, 32, 112, 112]
+        x = ((x.clamp(0, 255) - 127) / 128).contiguous(memory_format=torch.channels_last)  # [n, 3, 224, 224]
+        x = F.relu6(self.stem(x), inplace=True)  # [n, 32, 112, 112]
         for block in self.blocks:
             x = block(x)
         return F.relu6(self.head(x)).mean((2, 3))  # of [n, 1280, 7, 7]
@@ -63,8 +64,8 @@ class _Block(nn.Module):
         self.project = _convolution(state, f"{prefix}_project_conv", f"{prefix}_bn2")
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x if self.expand is None else F.relu6(self.expand(x))
-        out = self.project(F.relu6(self.depthwise(out)))
+        out = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        out = self.project(F.relu6(self.depthwise(out), inplace=True))
         return out + x if out.shape == x.shape else out
 
 
@@ -80,12 +81,14 @@ def _convolution(state: Mapping[str, Tensor], name: str, norm: str, stride: int 
     out_channels, in_channels, kernel, _ = weight.shape
     depthwise = in_channels == 1
     groups = out_channels if depthwise else 1
-    convolution = nn.Conv2d(in_channels * groups, out_channels, kernel, stride, groups=groups)
+    total = kernel - stride
+    even = total % 2 == 0  # then the convolution pads by itself, without a copy
+    padding = total // 2 if even else 0
+    convolution = nn.Conv2d(in_channels * groups, out_channels, kernel, stride, padding, groups=groups)
     with torch.no_grad():
         convolution.weight.copy_(weight * factor[:, None, None, None])
         convolution.bias.copy_(state[f"{norm}.bias"].double() - mean * factor)
-    total = kernel - stride
-    return nn.Sequential(nn.ZeroPad2d((total // 2, total - total // 2) * 2), convolution)
+    return convolution if even else nn.Sequential(nn.ZeroPad2d((total // 2, total // 2 + 1) * 2), convolution)
 
 
 def load_efficientnet(weights: Path | None = None) -> EfficientNetLite0:

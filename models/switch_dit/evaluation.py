@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from switch_dit.devices import resolve_device
 from switch_dit.distances import (
@@ -103,7 +104,7 @@ def evaluate_images(
     weights: Path | str | None = None,
     split: str = "auto",
     image_size: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 32,
     device: str = "auto",
     cache: Path | str | None = None,
     seed: int = 0,
@@ -162,7 +163,7 @@ def evaluate_images(
             f"features gave {drawn.features.shape[1]} numbers for an image of samples and {width} for one of "
             "reference; it must give as many"
         )
-    found = _measure(chosen, network, sample_set, drawn, real, seed)
+    found = _measure(chosen, network, sample_set, drawn, real, seed, progress)
     return Evaluation(sample_set, reference_set, network, width, seed, found)
 
 
@@ -224,8 +225,9 @@ def _reference_features(
 
 
 def _measure(
-    chosen: tuple[str, ...], network: Network, samples: ImageSet, drawn: Batch, real: np.ndarray, seed: int
-) -> tuple[Measure, ...]:
+    chosen: tuple[str, ...], network: Network, samples: ImageSet, drawn: Batch, real: np.ndarray, seed: int,
+    progress: bool,
+) -> tuple[Measure, ...]:  # fmt: skip
     own, real = drawn.features.astype(np.float64), real.astype(np.float64)
     halves = np.array_split(real[np.random.default_rng(seed).permutation(len(real))], 2)
     found = []
@@ -235,7 +237,7 @@ def _measure(
         real = floor.value if isinstance(floor, Estimate) else floor
         found.append(Measure(_name(kind, network), value, error, real, _MEANING[kind]))
 
-    for name in chosen:
+    for name in tqdm(chosen, desc="measuring", leave=False, disable=not progress):
         if name == "frechet":
             enough = min(map(len, halves)) > real.shape[1]
             add(name, frechet_distance(own, real, strict=True), frechet_distance(*halves) if enough else None)

@@ -240,7 +240,7 @@ def extract(network: Network, images: ImageSet, argument: str, batch_size: int, 
     """Features of all images, in order; a bar shows where it is, if ``progress``."""
     parts = []
     with torch.inference_mode(), tqdm(
-        total=len(images), desc=f"features of {argument}", unit="image", disable=not progress
+        total=len(images), desc=f"features of {argument}", unit="image", leave=False, disable=not progress
     ) as bar:  # fmt: skip
         for batch in images.read(batch_size):
             part = network.function(batch)
