@@ -223,7 +223,11 @@ def _classifier(name: str) -> Network:
 
 def has_classifier(name: Any) -> bool:
     """Whether ``name`` is a data set with a classifier."""
-    return isinstance(name, str) and name.partition(":")[0] in ("digits", "mnist-5k", "fashion-mnist")
+    return isinstance(name, (str, Path)) and str(name).partition(":")[0] in (
+        "digits",
+        "mnist-5k",
+        "fashion-mnist",
+    )
 
 
 def check_fits(network: Network, images: ImageSet, argument: str) -> None:
@@ -237,11 +241,14 @@ def check_fits(network: Network, images: ImageSet, argument: str) -> None:
 
 
 def extract(network: Network, images: ImageSet, argument: str, batch_size: int, progress: bool) -> Batch:
-    """Features of all images, in order; a bar shows where it is, if ``progress``."""
+    """Features of all images, in order; a bar shows where it is, if ``progress``.
+
+    On a GPU convolutions are in true float32, by deterministic algorithms: TF32 keeps 10 bits of a number.
+    """
     parts = []
-    with torch.inference_mode(), tqdm(
-        total=len(images), desc=f"features of {argument}", unit="image", leave=False, disable=not progress
-    ) as bar:  # fmt: skip
+    bar = tqdm(total=len(images), desc=f"features of {argument}", leave=False, disable=not progress)
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.inference_mode(), exact, bar:
         for batch in images.read(batch_size):
             part = network.function(batch)
             if not np.isfinite(part.features).all():
