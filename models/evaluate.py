@@ -7,7 +7,7 @@
     python models/evaluate.py --samples FOLDER --reference FOLDER --features efficientnet-lite0
 
 With the features of Inception, which is the default for pictures, these are FID, KID and the Inception score
-of the papers: pip install torch-fidelity. With other features their names say which.
+of the papers: pip install -e ".[eval]". With other features their names say which.
 """
 
 from __future__ import annotations

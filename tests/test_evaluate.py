@@ -210,7 +210,7 @@ def test_weights_of_inception(inception: Path, tmp_path: Path, monkeypatch: pyte
     ):
         networks.load_network("inception")
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ModuleNotFoundError, match=r"features is 'inception'; .*pip install torch-fidelity"):
+    with pytest.raises(ModuleNotFoundError, match=r"features is 'inception'; .*pip install -e '.\[eval\]'"):
         networks.load_network("inception")
 
 
