@@ -15,6 +15,7 @@ import evaluate
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.special
 import scipy.stats
 import torch
 from PIL import Image

@@ -179,7 +179,8 @@ def _torch_fidelity() -> Any:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModuleNotFoundError(
             f"features is 'inception'; torch-fidelity, which has this network, cannot be imported "
-            f"({reason}): pip install -e '.[eval]', or take efficientnet-lite0, whose distances are no FID"
+            f"({reason}): pip install -e '.[eval]' with a torchvision built for this torch, or take "
+            "efficientnet-lite0, whose distances are no FID"
         ) from None
 
 
