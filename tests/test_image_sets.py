@@ -136,6 +136,12 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x.npz'; the file is broken .*Bad CRC"):
         load_images(path, "samples").checksum  # noqa: B018
+    np.savez_compressed(path, pixels())
+    content = bytearray(path.read_bytes())
+    content[200:220] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.npz'; the file is broken"):
+        load_images(path, "samples").checksum  # noqa: B018
     write_pictures(tmp_path / "pictures", pixels())
     picture = tmp_path / "pictures" / "3.png"
     picture.write_bytes(picture.read_bytes()[:60])

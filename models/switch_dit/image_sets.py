@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def _broken_is_said(name: str, argument: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{argument} is {name!r}; there is no such file") from None
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, RuntimeError, EOFError, OSError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"{argument} is {name!r}; the file is broken or no .npz file ({reason}); write it again"
