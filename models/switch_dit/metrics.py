@@ -6,6 +6,7 @@ for; models/evaluate.py has FID and other measures for natural images.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,13 +56,31 @@ class Classifier:
         )
         self._model.fit(_pixels(images), labels.numpy())
 
+    def predict(self, images: Tensor) -> np.ndarray:
+        """The label of each image, int64 [n]."""
+        return self._model.predict(_pixels(images))
+
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        return float((self._model.predict(_pixels(images)) == labels.numpy()).mean())
+        return float((self.predict(images) == labels.numpy()).mean())
+
+    def checksum(self) -> str:
+        """sha256 of the weights."""
+        digest = hashlib.sha256()
+        for array in (*self._model.coefs_, *self._model.intercepts_):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
     def features(self, images: Tensor) -> np.ndarray:
         """float64 [n, features]."""
         hidden = _pixels(images) @ self._model.coefs_[0] + self._model.intercepts_[0]
         return np.maximum(hidden, 0).astype(np.float64)
+
+
+def fitting_images(images: Images) -> tuple[Tensor, Tensor]:
+    """What the classifier of a data set is fitted on: float32 [n, C, H, W] in [-1, 1], and labels [n]."""
+    order = np.random.default_rng(0).permutation(len(images.train))[:_FITTED]
+    order.sort()
+    return images.scale(images.train[order]), images.train_labels[order]
 
 
 def _pixels(images: Tensor) -> np.ndarray:
@@ -82,10 +101,9 @@ class Evaluator:
     def _real(self) -> tuple[Classifier, float, np.ndarray, float]:
         """The classifier and, of the held-out images, its accuracy and features; and the floor."""
         images = self.images
-        order = np.random.default_rng(0).permutation(len(images.train))[:_FITTED]
-        order.sort()
-        train, held_out = images.scale(images.train[order]), images.scale(images.held_out)
-        classifier = Classifier(train, images.train_labels[order])
+        train, labels = fitting_images(images)
+        held_out = images.scale(images.held_out)
+        classifier = Classifier(train, labels)
         features = classifier.features(held_out)
         real = np.concatenate([classifier.features(train), features])
         order = np.random.default_rng(0).permutation(len(real))

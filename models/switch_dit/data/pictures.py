@@ -106,11 +106,13 @@ class Pictures:
 def read_picture(file: str | IO[bytes], size: int) -> np.ndarray:
     """The first frame of an image file, uint8 [3, size, size]. ``Unreadable`` says why it cannot be decoded.
 
+    With size 0 it is not cropped: [3, H, W].
     ``OSError`` and ``MemoryError`` of the machine are no fault of the file and pass through.
     """
     try:
         with Image.open(file) as picture:
-            pixels = np.asarray(centre_crop(_as_rgb(picture), size))
+            colours = _as_rgb(picture)
+            pixels = np.asarray(centre_crop(colours, size) if size else colours)
     except MemoryError:
         raise
     except Exception as error:  # broken files make Pillow raise almost anything
