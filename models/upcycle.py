@@ -1,8 +1,9 @@
-"""Makes a Switch-DiT of a trained dense model: DiT, SiT or diffusers' DiT. At first it draws the same images.
+"""Makes a Switch-DiT of a trained dense model: DiT, SiT, diffusers' or one trained here. It draws the same.
 
 python models/upcycle.py DiT-XL-2-256x256.pt runs/upcycled --system dit
 python models/upcycle.py SiT-XL-2-256.pt runs/upcycled --system sit
 python models/upcycle.py DiT-XL-2-256 runs/upcycled                    # a folder of diffusers
+python models/upcycle.py runs/dense runs/upcycled                      # of train_switch_dit.py --routing none
 
 The experts are zero and the router is new; training gives both their use:
 python models/train_switch_dit.py --start-from runs/upcycled/weights --model XL/2 --data latents:DIR
@@ -21,7 +22,7 @@ import torch
 import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from switch_dit.checkpoint import save_weights
+from switch_dit.checkpoint import load_checkpoint, load_settings, save_weights
 from switch_dit.model import SwitchDiT
 from switch_dit.upcycle import detect, from_official, told_by_config, upcycle
 
@@ -31,7 +32,8 @@ class UpcycleConfig:
     """Make a Switch-DiT of a dense model."""
 
     source: Annotated[Path, tyro.conf.Positional]
-    """A file of weights (.pt, .pth or .safetensors), or a folder of diffusers, or its transformer."""
+    """A file of weights (.pt, .pth, .safetensors), a folder of diffusers (a pipeline or its transformer), or
+    the folder of a run of train_switch_dit.py."""
     output: Annotated[Path, tyro.conf.Positional]
     """The folder to write, which must not exist; sample_switch_dit.py takes it as --run."""
     system: Literal["auto", "dit", "sit", "diffusers_dit"] = "auto"
@@ -61,6 +63,42 @@ def run(config: UpcycleConfig) -> Path:
     """Writes ``output``/weights, prints and returns that path. What does not fit raises before it writes."""
     if config.output.exists():
         raise ValueError(f"output is {config.output}; it exists, choose another folder")
+    torch.manual_seed(config.seed)
+    own = of_a_run(config.source)
+    model, objective = of_other_code(config) if own is None else from_run(config, own)
+    if not config.dense:
+        model = upcycle(model, num_experts=config.num_experts, top_k=config.top_k)
+    folder = config.output / "weights"
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_weights(
+        folder, {"model": weights, "ema": weights}, {"model": model.settings, "objective": objective}
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"a model of {total:,} parameters is in {folder}/; its output is that of {config.source}")
+    decode = "" if model.in_channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema"
+    program = Path(sys.argv[0]).parent / "sample_switch_dit.py"
+    print(f"samples: python {program} --run {config.output}{decode}")
+    return folder
+
+
+def of_a_run(source: Path) -> Path | None:
+    """The folder of weights, where ``source`` is such a folder or a run of train_switch_dit.py."""
+    folders = (source / "weights", source)
+    return next((folder for folder in folders if (folder / "ema.safetensors").is_file()), None)
+
+
+def from_run(config: UpcycleConfig, folder: Path) -> tuple[SwitchDiT, dict[str, Any]]:
+    """The averaged weights of a run, and its objective's settings; it needs none of ``config``'s."""
+    defaults = UpcycleConfig(config.source, config.output)
+    for name in ("system", "num_heads", "input_size", "class_dropout_prob", "frequencies", "schedule"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"{name} is given; {folder} tells it, leave it out")
+    model, _ = load_checkpoint(folder)
+    return model, load_settings(folder)["objective"]
+
+
+def of_other_code(config: UpcycleConfig) -> tuple[SwitchDiT, dict[str, Any]]:
+    """The dense model of another code, and its objective's settings."""
     state, settings = read(config.source)
     for name in ("num_heads", "input_size"):
         if getattr(config, name) is not None:
@@ -68,23 +106,9 @@ def run(config: UpcycleConfig) -> Path:
     settings["class_dropout_prob"] = config.class_dropout_prob
     if config.frequencies != "auto":
         settings["frequencies"] = config.frequencies
-    torch.manual_seed(config.seed)
     system = detect(state) if config.system == "auto" else config.system
     model = from_official(system, state, **settings)
-    if not config.dense:
-        model = upcycle(model, num_experts=config.num_experts, top_k=config.top_k)
-    folder = config.output / "weights"
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_weights(folder, {"model": weights, "ema": weights}, {
-        "model": model.settings, "objective": process(model, system, config.schedule),
-    })  # fmt: skip
-    total = sum(parameter.numel() for parameter in model.parameters())
-    print(f"a model of {total:,} parameters is in {folder}/; its output is that of {config.source}")
-    decode = "" if model.in_channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema"
-    print(
-        f"samples: python {Path(sys.argv[0]).parent / 'sample_switch_dit.py'} --run {config.output}{decode}"
-    )
-    return folder
+    return model, process(model, system, config.schedule)
 
 
 def process(model: SwitchDiT, system: str, schedule: str) -> dict[str, Any]:

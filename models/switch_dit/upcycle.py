@@ -167,7 +167,7 @@ def detect(state_dict: Mapping[str, Any]) -> str:
         raise TypeError(f"source is a {type(state_dict).__name__}; it must be a module or a state_dict")
     if any("transformer_blocks." in str(name) for name in state_dict):
         return "diffusers_dit"
-    raise ValueError("system is None; it must be 'dit' or 'sit', whose weights have the same names")
+    raise ValueError("system is not given; it must be 'dit' or 'sit', whose weights have the same names")
 
 
 def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
