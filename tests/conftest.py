@@ -18,14 +18,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # At the end of the path: the package that is installed comes before the folder of the same name here.
 sys.path += [str(ROOT / "tests"), str(ROOT / "models"), str(ROOT)]
+import helpers  # noqa: E402
 import interpreter_bfloat16  # noqa: E402
 
 if not torch.cuda.is_available():  # settled before the kernels are imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Tests of plain PyTorch alone would pass, and say nothing about the compiled code."""
+    if config.getoption("--golden"):
+        helpers.GOLDEN = Path(config.getoption("--golden")).absolute()
     from switch_moe import native
     from switch_moe.ops import _backend
 
@@ -37,6 +40,11 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        help="other files of the form of those in tests/golden, for test_golden and test_family",
+    )
     parser.addoption(
         "--on-gpu", action="store_true", help="only tests that start kernels where there is a GPU"
     )

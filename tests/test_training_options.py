@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_switch_dit
+import upcycle
 from safetensors.torch import load_file
 from switch_dit.checkpoint import load_checkpoint
 from switch_dit.data import load_data
@@ -18,6 +19,7 @@ from switch_dit.settings import TrainConfig, settings_of
 from switch_dit.snapshots import load_snapshots
 from switch_dit.timesteps import CurriculumState
 from switch_dit.trainer import Trainer
+from upcycle import UpcycleConfig
 
 SMALL = {"steps": 8, "batch_size": 8, "log_every": 2, "generated": 0, "checkpoint_every": 3}
 
@@ -91,6 +93,34 @@ def test_activations_are_kept_or_computed_again(recomputed: bool, tmp_path: Path
         block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
     trainer.step(0, next(iter(trainer.batches()))[0])
     assert calls == [0, 1, *([1, 0] if recomputed else [])]
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
+    """An upcycled model continues where the dense one ended: the first loss is the same to the bit."""
+    train_switch_dit.run(config(tmp_path, name="dense", routing="none"))
+    dense = tmp_path / "dense" / "weights"
+    upcycle.run(UpcycleConfig(tmp_path / "dense", tmp_path / "mixture"))
+    first = {}
+    for name, folder, routing in (
+        ("dense", dense, "none"),
+        ("switch", tmp_path / "mixture/weights", "switch"),
+    ):
+        trainer = Trainer(config(tmp_path, start_from=folder, routing=routing), load_data("digits"))
+        state = load_file(folder / "ema.safetensors")
+        assert all(torch.equal(trainer.ema.state_dict()[key], value) for key, value in state.items())
+        first[name] = trainer.step(0, next(iter(trainer.batches()))[0])["mse"]
+    assert torch.equal(first["dense"], first["switch"])
+    for settings, message in (
+        ({"routing": "dtr"}, "its routing is 'none' and that of this run 'dtr', by the setting routing"),
+        ({"routing": "none", "model": "S/4"}, "its hidden_size is 24 .* by the setting model"),
+        ({"routing": "none", "objective": "v"}, "by the setting learn_sigma"),
+        ({"routing": "none", "schedule": "cosine"}, "its schedule is 'linear' and that of this run 'cosine'"),
+        ({"routing": "none", "conditional": False, "guidance": 1.0}, "its num_classes is 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(config(tmp_path, start_from=dense, **settings), load_data("digits"))
+    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+        Trainer(config(tmp_path, start_from=tmp_path), load_data("digits"))
 
 
 def test_the_curriculum_follows_the_logged_losses(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from switch_dit.convert import convert_official_state_dict, convert_to_official_
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import PRESETS, SwitchDiT, create_model
 from switch_dit.sampling import sample
+from switch_dit.upcycle import from_official, upcycle
 
 __all__ = [
     "PRESETS",
@@ -12,5 +13,7 @@ __all__ = [
     "convert_official_state_dict",
     "convert_to_official_state_dict",
     "create_model",
+    "from_official",
     "sample",
+    "upcycle",
 ]

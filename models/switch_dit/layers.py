@@ -25,12 +25,21 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """Sinusoids of the timestep through a two-layer MLP: t [B] to [B, D].
 
-    Computed in float32, or in float64 with weights of that type: in a half type the angles of large timesteps
-    would be wrong by a radian.
+    Frequency i of n is ``10000^(-i / (n - frequency_shift))``, and the angles are those of
+    ``time_scale t + time_offset``. Computed in float32, or in float64 with weights of that type: in a half
+    type the angles of large timesteps would be wrong by a radian.
     """
 
-    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        frequencies: int = 256,
+        frequency_shift: int = 0,
+        time_scale: float = 1.0,
+        time_offset: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.frequency_shift, self.time_scale, self.time_offset = frequency_shift, time_scale, time_offset
         self.mlp = nn.Sequential(
             nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -42,7 +51,7 @@ class TimestepEmbedder(nn.Module):
         """Fills the table of frequencies, on ``device`` or where it is."""
         half = self.rates.shape[0]
         steps = torch.arange(half, dtype=torch.float32, device=device or self.rates.device)
-        self.rates = torch.exp(-math.log(10000) * steps / half)
+        self.rates = torch.exp(-math.log(10000) * steps / (half - self.frequency_shift))
 
     def _apply(self, *arguments: Any, **options: Any) -> TimestepEmbedder:
         """``to``, ``half``, ``to_empty`` and their like end here. The frequencies stay float32 and whole."""
@@ -52,7 +61,10 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         with without_autocast(t.device):
-            angle = t[:, None].float() * self.rates
+            time = t.float()
+            if (self.time_scale, self.time_offset) != (1.0, 0.0):
+                time = self.time_scale * time + self.time_offset
+            angle = time[:, None] * self.rates
             hidden = torch.cat([angle.cos(), angle.sin()], dim=-1)
             first, activation, last = self.mlp
             return _linear_in_float32(last, activation(_linear_in_float32(first, hidden)))

@@ -89,6 +89,9 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         num_experts: M, in every block.
         top_k: k.
         num_timesteps: N.
+        frequency_shift, time_scale, time_offset: how timesteps are embedded, see
+            :class:`switch_dit.layers.TimestepEmbedder`. The defaults are DiT's; weights of other codes need
+            others (:mod:`switch_dit.upcycle`).
         backend: of the experts and, but for ``native``, of the router: see
             :func:`switch_moe.ops.expert_linear`.
 
@@ -124,6 +127,9 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         num_experts: int = 3,
         top_k: int = 2,
         num_timesteps: int = 1000,
+        frequency_shift: int = 0,
+        time_scale: float = 1.0,
+        time_offset: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -135,6 +141,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         check_positive(mlp_ratio=mlp_ratio)
         check_numbers(0, 1, "between 0 and 1", class_dropout_prob=class_dropout_prob)
         check_flags(learn_sigma=learn_sigma)
+        check_integers(0, 1, frequency_shift=frequency_shift)
+        check_numbers(time_scale=time_scale, time_offset=time_offset)
         check_choice("routing", routing, ROUTINGS)
         check_choice("backend", backend, BACKENDS)
         if input_size % patch_size:
@@ -149,7 +157,9 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         self.num_timesteps, self.gradient_checkpointing = num_timesteps, False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(
+            hidden_size, frequency_shift=frequency_shift, time_scale=time_scale, time_offset=time_offset
+        )
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
         tokens = (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size), requires_grad=False)

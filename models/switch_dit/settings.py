@@ -47,6 +47,9 @@ class TrainConfig:
     """What the model predicts: the noise, the velocity, or the direction of rectified flow."""
     learn_sigma: bool = True
     """Whether a model of the noise (eps) predicts the variance too (hybrid loss)."""
+    start_from: str = ""
+    """The run begins with the averaged weights in this folder: that of another run, like runs/digits/weights,
+    or one that upcycle.py has written. By default weights are fresh."""
     label_dropout: float = 0.1
     """This share of the labels is replaced by the null label, for guidance."""
     # -- data
@@ -184,11 +187,17 @@ class TrainConfig:
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("lr_decay", self.lr_decay, DECAYS)
         check_choice("timesteps", self.timesteps, SAMPLERS)
-        for name, kinds in (("data", (str, Path)), ("output", (str, Path)), ("name", str), ("device", str)):
+        for name, kinds in (
+            ("data", (str, Path)),
+            ("output", (str, Path)),
+            ("name", str),
+            ("device", str),
+            ("start_from", (str, Path)),
+        ):
             value = getattr(self, name)
             if not isinstance(value, kinds) or "\0" in str(value):
                 raise TypeError(f"{name} is {value!r}; it must be text without a null character")
-        self.data, self.output = str(self.data), Path(self.output)
+        self.data, self.output, self.start_from = str(self.data), Path(self.output), str(self.start_from)
         bounds = {
             "generated": (lambda value: value == 0 or value >= 10, "0, or at least 10 to measure anything"),
             "label_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
@@ -262,10 +271,12 @@ def run_folder(config: TrainConfig) -> Path:
             before = json.loads((folder / "config.json").read_text())
         except ValueError:
             raise ValueError(f"{folder / 'config.json'} is broken; choose another name") from None
+        defaults = settings_of(TrainConfig())
         for key, value in settings_of(config).items():
-            if key not in _FREE and before.get(key) != value:
+            before.setdefault(key, defaults[key])  # the run is older than the setting
+            if key not in _FREE and before[key] != value:
                 raise ValueError(
-                    f"{key} is {value!r}, and the run in {folder} has {before.get(key)!r}; give it the same, "
+                    f"{key} is {value!r}, and the run in {folder} has {before[key]!r}; give it the same, "
                     "or choose another name, or --no-resume"
                 )
         return folder

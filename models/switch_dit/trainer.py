@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from switch_dit.averages import MovingAverage, PowerAverage
-from switch_dit.checkpoint import save_checkpoint
+from switch_dit.checkpoint import load_checkpoint, load_settings, save_checkpoint
 from switch_dit.data import Data, batches, loaded
 from switch_dit.data.memory import mirrored
 from switch_dit.devices import peak_flops, resolve_device, resolve_precision
@@ -32,6 +32,12 @@ from switch_dit.timesteps import Curriculum, CurriculumState
 from switch_dit.weightings import UncertaintyWeighting
 
 TERMS = ("loss", "mse", "vb", "prior")
+EMBEDDING = ("frequency_shift", "time_scale", "time_offset")  # settings of a model that no run has
+SETTING_OF = {
+    **dict.fromkeys(("hidden_size", "depth", "num_heads", "patch_size"), "model"),
+    **{name: name for name in ("routing", "num_experts", "top_k", "schedule", "learn_sigma")},
+    "name": "objective", "class_dropout_prob": "label_dropout",
+}  # fmt: skip
 
 
 class Draws(NamedTuple):
@@ -84,7 +90,10 @@ class Trainer:
             num_experts=config.num_experts,
             top_k=config.top_k,
         )
+        start = self._start()
         self.model = self.create().to(self.device)
+        if start is not None:
+            self.model.load_state_dict(start)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         if config.checkpoint_activations:
             # A block draws no random numbers; diffusers' own function would keep the generators' states.
@@ -135,6 +144,31 @@ class Trainer:
         first = self.world.rank * self.own
         self.positions = self.everyone[first : first + self.own]
         self.of_each_tie = torch.arange(2, device=self.device)
+
+    def _start(self) -> dict[str, Tensor] | None:
+        """The weights to begin with, if not fresh ones; ``create`` then embeds timesteps as they need it.
+
+        ``ValueError`` where they are of another model or another objective.
+        """
+        folder = self.config.start_from
+        if not folder:
+            return None
+        model, _ = load_checkpoint(folder)
+        found, process = model.settings, load_settings(folder)["objective"]
+        self.create = functools.partial(self.create, **{name: found[name] for name in EMBEDDING})
+        own = {**PRESETS[self.config.model]._asdict(), **self.create.keywords}
+        own_process = process_of(self.config)
+        pairs = [(name, found[name], own[name]) for name in own]
+        pairs += [(name, process.get(name, value), value) for name, value in own_process.items()
+                  if name in ("name", "schedule")]  # fmt: skip
+        for name, theirs, ours in pairs:
+            if theirs != ours:
+                setting = SETTING_OF.get(name, "data")
+                raise ValueError(
+                    f"start_from is {folder}; its {name} is {theirs!r} and that of this run {ours!r}, by the "
+                    f"setting {setting}"
+                )
+        return model.state_dict()
 
     def _check_processes(self) -> None:
         config, size = self.config, self.world.size

@@ -1,0 +1,156 @@
+"""Makes a Switch-DiT of a trained dense model: DiT, SiT, diffusers' or one trained here. It draws the same.
+
+python models/upcycle.py DiT-XL-2-256x256.pt runs/upcycled --system dit
+python models/upcycle.py SiT-XL-2-256.pt runs/upcycled --system sit
+python models/upcycle.py DiT-XL-2-256 runs/upcycled                    # a folder of diffusers
+python models/upcycle.py runs/dense runs/upcycled                      # of train_switch_dit.py --routing none
+
+The experts are zero and the router is new; training gives both their use:
+python models/train_switch_dit.py --start-from runs/upcycled/weights --model XL/2 --data latents:DIR
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from switch_dit.checkpoint import load_checkpoint, load_settings, save_weights
+from switch_dit.model import SwitchDiT
+from switch_dit.upcycle import detect, from_official, told_by_config, upcycle
+
+
+@dataclass
+class UpcycleConfig:
+    """Make a Switch-DiT of a dense model."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A file of weights (.pt, .pth, .safetensors), a folder of diffusers (a pipeline or its transformer), or
+    the folder of a run of train_switch_dit.py."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """The folder to write, which must not exist; sample_switch_dit.py takes it as --run."""
+    system: Literal["auto", "dit", "sit", "diffusers_dit"] = "auto"
+    """Whose weights they are. auto tells those of diffusers; DiT and SiT look alike."""
+    num_experts: int = 3
+    """Each block gets this many experts."""
+    top_k: int = 2
+    """The router chooses this many experts for a sample."""
+    num_heads: int | None = None
+    """Attention heads, which the weights do not tell. By default those of the published sizes."""
+    input_size: int | None = None
+    """Height and width of a latent. By default the positions, or the config of diffusers, tell it."""
+    class_dropout_prob: float = 0.1
+    """The last class of the weights is the null label, unless this is 0."""
+    frequencies: Literal["auto", "dit", "diffusers"] = "auto"
+    """How timesteps are embedded: auto is as the code of the system does. A checkpoint of DiT that was
+    converted to diffusers was trained with dit."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """The noise schedule that DiT was trained with; SiT has none."""
+    dense: bool = False
+    """Whether to write the dense model itself instead of a mixture."""
+    seed: int = 0
+    """The router is drawn from this seed."""
+
+
+def run(config: UpcycleConfig) -> Path:
+    """Writes ``output``/weights, prints and returns that path. What does not fit raises before it writes."""
+    if config.output.exists():
+        raise ValueError(f"output is {config.output}; it exists, choose another folder")
+    torch.manual_seed(config.seed)
+    own = of_a_run(config.source)
+    model, objective = of_other_code(config) if own is None else from_run(config, own)
+    if not config.dense:
+        model = upcycle(model, num_experts=config.num_experts, top_k=config.top_k)
+    folder = config.output / "weights"
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_weights(
+        folder, {"model": weights, "ema": weights}, {"model": model.settings, "objective": objective}
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"a model of {total:,} parameters is in {folder}/; its output is that of {config.source}")
+    decode = "" if model.in_channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema"
+    program = Path(sys.argv[0]).parent / "sample_switch_dit.py"
+    print(f"samples: python {program} --run {config.output}{decode}")
+    return folder
+
+
+def of_a_run(source: Path) -> Path | None:
+    """The folder of weights, where ``source`` is such a folder or a run of train_switch_dit.py."""
+    folders = (source / "weights", source)
+    return next((folder for folder in folders if (folder / "ema.safetensors").is_file()), None)
+
+
+def from_run(config: UpcycleConfig, folder: Path) -> tuple[SwitchDiT, dict[str, Any]]:
+    """The averaged weights of a run, and its objective's settings; it needs none of ``config``'s."""
+    defaults = UpcycleConfig(config.source, config.output)
+    for name in ("system", "num_heads", "input_size", "class_dropout_prob", "frequencies", "schedule"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"{name} is given; {folder} tells it, leave it out")
+    model, _ = load_checkpoint(folder)
+    return model, load_settings(folder)["objective"]
+
+
+def of_other_code(config: UpcycleConfig) -> tuple[SwitchDiT, dict[str, Any]]:
+    """The dense model of another code, and its objective's settings."""
+    state, settings = read(config.source)
+    for name in ("num_heads", "input_size"):
+        if getattr(config, name) is not None:
+            settings[name] = getattr(config, name)
+    settings["class_dropout_prob"] = config.class_dropout_prob
+    if config.frequencies != "auto":
+        settings["frequencies"] = config.frequencies
+    system = detect(state) if config.system == "auto" else config.system
+    model = from_official(system, state, **settings)
+    return model, process(model, system, config.schedule)
+
+
+def process(model: SwitchDiT, system: str, schedule: str) -> dict[str, Any]:
+    """What create_objective takes."""
+    if system == "sit":
+        return {"name": "flow", "num_timesteps": model.num_timesteps}
+    return {
+        "name": "eps", "schedule": schedule, "learn_sigma": model.learn_sigma,
+        "num_timesteps": model.num_timesteps,
+    }  # fmt: skip
+
+
+def read(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The names and tensors in a file or a folder of diffusers, and the settings that its config tells."""
+    if not source.exists():
+        raise FileNotFoundError(f"source is {source}; there is no such file or folder")
+    settings: dict[str, Any] = {}
+    if source.is_dir():
+        folder = source / "transformer" if (source / "transformer").is_dir() else source
+        found = [path for path in map(folder.joinpath, _NAMES) if path.is_file()]
+        if not found or not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"source is {source}; {folder} must hold config.json and {_NAMES[0]}")
+        settings, source = told_by_config(json.loads((folder / "config.json").read_text())), found[0]
+    try:
+        if source.suffix == ".safetensors":
+            return load_file(source), settings
+        return torch.load(source, map_location="cpu", weights_only=True), settings
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"source is {source}; it is no file of weights, or is cut off ({first})") from None
+
+
+_NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+def main() -> None:
+    config = tyro.cli(UpcycleConfig, description=__doc__)
+    try:
+        run(config)
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
