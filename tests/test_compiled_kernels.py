@@ -207,6 +207,7 @@ def test_other_machine_code_is_seen(option: str, same: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.slow
 class TestPlantedFaults:
     @staticmethod
     def find(planted: list[dict], arch: int, **wanted: object) -> dict:

@@ -120,6 +120,7 @@ def test_the_order_of_lanes_does_not_matter(solver: Path) -> None:
         assert np.array_equal(one[1], other[1])
 
 
+@pytest.mark.slow
 def test_no_data_races(tmp_path: Path) -> None:
     try:
         racy = build(tmp_path, "-O1", "-g", "-fsanitize=thread", "-DCUDA_ON_HOST_THREADS")

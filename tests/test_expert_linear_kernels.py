@@ -280,6 +280,7 @@ def test_autocast_of_the_operator_itself(device: str, small_tiles) -> None:
 sizes = st.integers(1, 40)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     batch=st.integers(0, 5), tokens=sizes, d_in=sizes, d_out=sizes, num_experts=st.integers(1, 7),

@@ -128,7 +128,7 @@ def test_guidance_of_one_is_none_and_covers_all_channels() -> None:
     assert_close("variance", guided[:, 3:], plain[:, 3:], 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compile_fullgraph(autocast: bool, backend: str) -> None:
     model = random_model(class_dropout_prob=0.0).eval()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import golden
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -101,8 +102,12 @@ def test_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         place = tmp_path / "photos" / f"class {number % 2}" / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(place)
+    tensors, sizes = golden("dit")
+    weights = {key.removeprefix("state_dict."): v for key, v in tensors.items() if "state_dict." in key}
+    torch.save(weights, tmp_path / "DiT-XL-2-256x256.pt")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     scripts = [command for command in COMMANDS if command.startswith("python models/")]
-    assert len(scripts) >= 3
+    assert len(scripts) >= 6
     for command in scripts:
         words = shlex.split(command)[1:]
         if "--cuda-graph" in words and not torch.cuda.is_available():
@@ -110,8 +115,10 @@ def test_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if "train" in words[0]:
             words += ["--model", "tiny/4", "--batch-size", "8", "--steps", "4", "--warmup", "1"]
             words += ["--generated", "0"]
-        else:
+        elif "sample" in words[0]:
             words += ["--steps", "2"]
+        elif "upcycle" in words[0]:
+            words += ["--num-heads", str(sizes["num_heads"])]
         monkeypatch.setattr(sys, "argv", words)
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
