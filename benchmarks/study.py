@@ -152,14 +152,25 @@ class Run:
     def rows(self) -> list[dict[str, float]]:
         """What was measured so far: step and measures."""
         try:
-            lines = (self.folder / "evaluations.jsonl").read_text().splitlines()
+            text = (self.folder / "evaluations.jsonl").read_text()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines]
+        whole = text[: text.rfind("\n") + 1]  # a run that was killed may have left half a line
+        return [json.loads(line) for line in whole.splitlines()]
 
     def done(self) -> bool:
+        """Whether it has been trained; ``ValueError`` where it was trained by other settings."""
         rows = self.rows()
-        return bool(rows) and rows[-1]["step"] == self.steps
+        if not rows:
+            return False
+        before = json.loads((self.folder / "config.json").read_text())
+        for key, value in self.settings().items():
+            if before[key] != value:
+                raise ValueError(
+                    f"{self.folder} was trained with {key} {before[key]!r} and the study has {value!r}; "
+                    "remove it, or choose another --output"
+                )
+        return rows[-1]["step"] == self.steps
 
 
 def _flag(key: str) -> str:
@@ -167,9 +178,12 @@ def _flag(key: str) -> str:
 
 
 def step_times(part: Part, path: Path) -> dict[str, float]:
-    """Seconds of a training step of each arm by one thread, taken in turns, once; the file keeps them."""
+    """Seconds of a training step of each arm by one thread, taken in turns; the file keeps them."""
+    settings = {key: {**part.settings, **arm.settings} for key, arm in part.arms.items()}
     if path.exists():
-        return json.loads(path.read_text())
+        kept = json.loads(path.read_text())
+        if kept["settings"] == settings:
+            return kept["seconds"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     images = load_data(part.settings["data"])
@@ -187,7 +201,7 @@ def step_times(part: Part, path: Path) -> dict[str, float]:
         rounds = zip(times.seconds, timed[REFERENCE].seconds, strict=True)
         ratio = statistics.median(one / reference for one, reference in rounds)
         found[name] = ratio * statistics.median(timed[REFERENCE].seconds)
-    write(path, found)
+    write(path, {"settings": settings, "seconds": found})
     return found
 
 
@@ -204,7 +218,7 @@ def _stepper(trainer: Trainer) -> Any:
 def write(path: Path, value: Any) -> None:
     """JSON, written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".incomplete")
+    draft = path.with_suffix(f".{os.getpid()}.incomplete")
     draft.write_text(json.dumps(value, indent=1) + "\n")
     draft.replace(path)
 
@@ -223,9 +237,14 @@ def runs_of(name: str, output: Path) -> list[Run]:
     return found
 
 
-def train(runs: list[Run], jobs: int, log_folder: Path) -> None:
-    """Trains what is not done yet, ``jobs`` at a time; ends all of them where one fails or at Ctrl-C."""
+def train(runs: list[Run], jobs: int, log_folder: Path) -> bool:
+    """Trains what is not done yet, ``jobs`` at a time; ends all of them where one fails or at Ctrl-C.
+
+    Returns whether there was anything to train.
+    """
     waiting = [run for run in runs if not run.done()]
+    if not waiting:
+        return False
     log_folder.mkdir(parents=True, exist_ok=True)
     running: dict[subprocess.Popen[bytes], Run] = {}
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -256,11 +275,13 @@ def train(runs: list[Run], jobs: int, log_folder: Path) -> None:
             process.send_signal(signal.SIGTERM)
         for process in running:
             process.wait()
+    return True
 
 
 def collect(name: str, output: Path) -> dict[str, Any]:
     """What is known of a part, for results.json."""
-    part, seconds = PARTS[name], json.loads((output / name / "step-seconds.json").read_text())
+    part = PARTS[name]
+    seconds = step_times(part, output / name / "step-seconds.json")
     arms: dict[str, Any] = {}
     real: dict[str, float] = {}
     for run in runs_of(name, output):
@@ -284,24 +305,33 @@ def add_minutes(path: Path, begin: float) -> float:
     return json.loads(path.read_text())
 
 
+def results(path: Path) -> dict[str, Any]:
+    """What results.json holds; nothing where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {"parts": {}}
+
+
 def study(config: StudyConfig) -> None:
     """Trains what is missing of the parts asked for, and writes results, tables and pictures."""
     path = config.results / "results.json"
-    found = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     machine = environment.describe("cpu")
     for name in () if config.report else PARTS if config.part == "all" else (config.part,):
         begin, spent = time.perf_counter(), config.output / name / "minutes.json"
         try:
             runs = runs_of(name, config.output)
-            train(runs, config.jobs, config.output / name / "logs")
+            trained = train(runs, config.jobs, config.output / name / "logs")
         finally:
             minutes = add_minutes(spent, begin)
-        found["parts"][name] = {
-            **collect(name, config.output), "minutes": minutes, "jobs": config.jobs,
-            "torch": torch.__version__, "machine": f"{machine['cpu']}, {machine['cores']} cores",
-            "date": date.today().isoformat(),
+        found = results(path)  # another process may have written its part
+        facts = {
+            "minutes": minutes, "jobs": config.jobs, "torch": torch.__version__,
+            "machine": f"{machine['cpu']}, {machine['cores']} cores", "date": date.today().isoformat(),
         }  # fmt: skip
+        before = found["parts"].get(name)
+        if before is not None and not trained:
+            facts = {key: before[key] for key in facts}
+        found["parts"][name] = {**collect(name, config.output), **facts}
         write(path, found)
+    found = results(path)
     if not found["parts"]:
         raise ValueError(f"report is True; {path} has no results yet, run the study first")
     for written in study_report.write_report(found, config.results):
@@ -310,6 +340,8 @@ def study(config: StudyConfig) -> None:
 
 def main() -> None:
     config = tyro.cli(StudyConfig, description=__doc__)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.default_int_handler)
     try:
         study(config)
     except KeyboardInterrupt:

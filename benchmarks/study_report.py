@@ -239,6 +239,8 @@ def fill_in(text: str, found: dict[str, Any]) -> str:
         tables = f"{begin}\n{describe(part)}\n{end}"
         if begin in text:
             before, rest = text.split(begin, 1)
+            if end not in rest:
+                raise ValueError(f"the page has no line {end}; the tables of {name} end there")
             text = before + tables + rest.split(end, 1)[1]
         else:
             text += f"\n## {part['title']}\n\n{tables}\n"

@@ -23,7 +23,7 @@ from typing import Literal
 import tyro
 from switch_dit.evaluation import Evaluation, evaluate_images
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switch_dit" / "features"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "switch_dit" / "features"
 
 
 @dataclass
@@ -48,7 +48,8 @@ class EvaluateConfig:
     """Which images of a data set are taken. auto takes those that are held out from training, and where there
     are none those for training."""
     image_size: int = 0
-    """Pictures are cropped and resized to this many pixels, as for training. With 0 they stay as they are."""
+    """Pictures of folders and of hf:NAME are cropped and resized to this many pixels, as for training. With 0
+    those of folders stay as they are. Other sets and .npz files have their own size."""
     batch_size: int = 32
     """The network takes this many images at a time."""
     device: str = "auto"

@@ -62,7 +62,7 @@ from switch_dit.recipes import RECIPES
 from switch_dit.report import write_report
 from switch_dit.resume import locked
 from switch_dit.routing_plots import PICTURES, plot_use, write_routing
-from switch_dit.settings import TrainConfig, run_folder, settings_of
+from switch_dit.settings import TrainConfig, carried_settings, run_folder, settings_of
 from switch_dit.trainer import Trainer
 from torch import Tensor
 from tqdm import tqdm
@@ -92,7 +92,7 @@ def run_in_world(config: TrainConfig, world: World) -> dict[str, Any]:
         raise ValueError(
             f"evaluate_every is {config.evaluate_every}; {config.data} has no held-out images to compare with"
         )
-    trainer = Trainer(config, images, world=world)
+    trainer = Trainer(config, images, world=world, carried=carried_settings(config))
     if world.first:
         print(describe(trainer), flush=True)
     if config.dry_run:
@@ -134,7 +134,7 @@ def run_in(folder: Path, config: TrainConfig, loop: Loop, evaluator: Evaluator) 
         "python": platform.python_version(),
         "device": str(trainer.device),
     }
-    world.on_first(lambda: write_settings(folder, config, images.identity(), environment))
+    world.on_first(lambda: write_settings(folder, config, images.identity(), environment, trainer.carried))
     started = time.perf_counter()
     try:
         rows = loop.run()
@@ -193,7 +193,13 @@ def run_in(folder: Path, config: TrainConfig, loop: Loop, evaluator: Evaluator) 
     return summary
 
 
-def write_settings(folder: Path, config: TrainConfig, identity: str, environment: dict[str, str]) -> None:
+def write_settings(
+    folder: Path,
+    config: TrainConfig,
+    identity: str,
+    environment: dict[str, str],
+    carried: dict[str, Any] | None,
+) -> None:
     """Writes config.json; ``ValueError`` where the data are not those that the run in the folder had."""
     written = folder / "config.json"
     if written.exists() and json.loads(written.read_text()).get("data_identity", identity) != identity:
@@ -202,6 +208,7 @@ def write_settings(folder: Path, config: TrainConfig, identity: str, environment
         )
     draft = folder / "config.incomplete"
     of_run = {**settings_of(config), "data_identity": identity, "environment": environment}
+    of_run["carried"] = carried
     draft.write_text(json.dumps(of_run, indent=2) + "\n")
     draft.replace(written)
 

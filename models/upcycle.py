@@ -11,8 +11,9 @@ python models/train_switch_dit.py --start-from runs/upcycled/weights --model XL/
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
-import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from switch_dit.checkpoint import load_checkpoint, load_settings, save_weights
 from switch_dit.model import SwitchDiT
-from switch_dit.upcycle import detect, from_official, told_by_config, upcycle
+from switch_dit.upcycle import detect, from_official, schedule_of_config, told_by_config, upcycle
 
 
 @dataclass
@@ -51,8 +51,9 @@ class UpcycleConfig:
     frequencies: Literal["auto", "dit", "diffusers"] = "auto"
     """How timesteps are embedded: auto is as the code of the system does. A checkpoint of DiT that was
     converted to diffusers was trained with dit."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """The noise schedule that DiT was trained with; SiT has none."""
+    schedule: Literal["auto", "linear", "cosine"] = "auto"
+    """The noise schedule that DiT was trained with; SiT has none. auto is that of a pipeline of diffusers,
+    and linear, DiT's own, for others."""
     dense: bool = False
     """Whether to write the dense model itself instead of a mixture."""
     seed: int = 0
@@ -69,10 +70,15 @@ def run(config: UpcycleConfig) -> Path:
     if not config.dense:
         model = upcycle(model, num_experts=config.num_experts, top_k=config.top_k)
     folder = config.output / "weights"
+    config.output.mkdir(parents=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_weights(
-        folder, {"model": weights, "ema": weights}, {"model": model.settings, "objective": objective}
-    )
+    settings = {"model": model.settings, "objective": objective}
+    try:
+        save_weights(folder, {"model": weights, "ema": weights}, settings)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            config.output.rmdir()  # so that the same command can be typed again
+        raise
     total = sum(parameter.numel() for parameter in model.parameters())
     print(f"a model of {total:,} parameters is in {folder}/; its output is that of {config.source}")
     decode = "" if model.in_channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema"
@@ -94,6 +100,8 @@ def from_run(config: UpcycleConfig, folder: Path) -> tuple[SwitchDiT, dict[str, 
         if getattr(config, name) != getattr(defaults, name):
             raise ValueError(f"{name} is given; {folder} tells it, leave it out")
     model, _ = load_checkpoint(folder)
+    if model.routing != "none":
+        raise ValueError(f"source is {config.source}; its routing is {model.routing!r} and must be 'none'")
     return model, load_settings(folder)["objective"]
 
 
@@ -108,7 +116,14 @@ def of_other_code(config: UpcycleConfig) -> tuple[SwitchDiT, dict[str, Any]]:
         settings["frequencies"] = config.frequencies
     system = detect(state) if config.system == "auto" else config.system
     model = from_official(system, state, **settings)
-    return model, process(model, system, config.schedule)
+    schedule = schedule_of(config.source)
+    if schedule is not None and config.schedule not in ("auto", schedule):
+        raise ValueError(
+            f"schedule is {config.schedule!r}; the scheduler of {config.source} has {schedule!r}"
+        )
+    if schedule is None:
+        schedule = "linear" if config.schedule == "auto" else config.schedule
+    return model, process(model, system, schedule)
 
 
 def process(model: SwitchDiT, system: str, schedule: str) -> dict[str, Any]:
@@ -131,14 +146,32 @@ def read(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         found = [path for path in map(folder.joinpath, _NAMES) if path.is_file()]
         if not found or not (folder / "config.json").is_file():
             raise FileNotFoundError(f"source is {source}; {folder} must hold config.json and {_NAMES[0]}")
-        settings, source = told_by_config(json.loads((folder / "config.json").read_text())), found[0]
+        settings, source = told_by_config(read_json(folder / "config.json")), found[0]
     try:
         if source.suffix == ".safetensors":
             return load_file(source), settings
-        return torch.load(source, map_location="cpu", weights_only=True), settings
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).splitlines()[0]
+        with torch.serialization.safe_globals([argparse.Namespace]):  # what DiT and SiT save beside weights
+            return torch.load(source, map_location="cpu", weights_only=True), settings
+    except Exception as error:  # broken files make torch raise almost anything
+        first = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"source is {source}; it is no file of weights, or is cut off ({first})") from None
+
+
+def schedule_of(source: Path) -> str | None:
+    """The noise schedule of a pipeline of diffusers; None where ``source`` does not tell."""
+    path = source / "scheduler" / "scheduler_config.json"
+    return schedule_of_config(read_json(path)) if path.is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of settings holds."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}); take it from another copy") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}; it must hold settings by name")
+    return found
 
 
 _NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -251,6 +251,8 @@ def test_features_of_the_reference_are_kept(tmp_path: Path) -> None:
         assert seen == [80, 60]
     files = sorted(tmp_path.iterdir())
     assert len(files) == 3
+    with pytest.warns(UserWarning, match="the features are not kept in .*: "):
+        evaluate_images(SAMPLES, REFERENCE, counted, cache=files[0] / "in a file")
     whole = [file.read_bytes() for file in files]
     flipped = [content[:-1] + bytes([content[-1] ^ 1]) for content in whole]
     for contents, reason in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from helpers import assert_close, golden
 from safetensors.torch import save_file
 from sample_switch_dit import SampleConfig, load_pipeline
 from switch_dit import SwitchDiT, from_official, upcycle
-from switch_dit.checkpoint import load_checkpoint
+from switch_dit.checkpoint import load_checkpoint, load_settings
 from switch_dit.objectives import FlowObjective
 from torch import Tensor
 from upcycle import UpcycleConfig
@@ -241,15 +242,69 @@ def test_the_program_takes_a_folder_of_diffusers(tmp_path: Path) -> None:
     assert (model.routing, objective.name, objective.learn_sigma) == ("none", "eps", True)
     with torch.no_grad():
         assert_close("out", model(tensors["x"], tensors["t"], tensors["y"]), tensors["out"], 1e-5)
+    scheduler = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir()
+    of_diffusers = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
+    scheduler.write_text(json.dumps(of_diffusers))
+    weights = upcycle_script.run(UpcycleConfig(tmp_path / "pipeline", tmp_path / "cosine"))
+    assert load_settings(weights)["objective"]["schedule"] == "cosine"
+    for change, message in (
+        ({"prediction_type": "v_prediction"}, "prediction_type 'v_prediction'; only 'epsilon'"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps 500; only 1000"),
+        ({"beta_schedule": "scaled_linear"}, "beta_schedule 'scaled_linear'; only 'linear'"),
+        ({"beta_schedule": "linear", "beta_end": 0.012}, "beta_end 0.012; only 0.02"),
+    ):
+        scheduler.write_text(json.dumps(of_diffusers | change))
+        with pytest.raises(ValueError, match=message):
+            upcycle_script.run(UpcycleConfig(tmp_path / "pipeline", tmp_path / "other"))
     (folder / "config.json").write_text(json.dumps(settings | {"activation_fn": "geglu"}))
     with pytest.raises(ValueError, match="activation_fn 'geglu'; only 'gelu-approximate'"):
         upcycle_script.run(UpcycleConfig(tmp_path / "pipeline", tmp_path / "other"))
+    for content, message in (("[1]", "holds a list; it must hold settings"), ("{", "is broken")):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            upcycle_script.run(UpcycleConfig(tmp_path / "pipeline", tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
+def test_a_checkpoint_of_dits_training_and_a_module_of_its_code(tmp_path: Path) -> None:
+    _, state, metadata = case("dit")
+    whole = {"model": {}, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(model="DiT-S/2")}
+    torch.save(whole, tmp_path / "0400000.pt")
+    config = UpcycleConfig(tmp_path / "0400000.pt", tmp_path / "run", system="dit", num_heads=4)
+    model, _ = load_checkpoint(upcycle_script.run(config))
+    assert torch.equal(model.pos_embed, state["pos_embed"])
+    module = torch.nn.Module()
+    module.num_heads, module.y_embedder = 4, torch.nn.Module()
+    module.y_embedder.dropout_prob = 0.0
+    module.state_dict = lambda: state
+    assert upcycle(module, "dit").num_classes == metadata["num_classes"] + 1  # no label stands for none
+    mixture = UpcycleConfig(tmp_path / "run", tmp_path / "again", dense=True)
+    with pytest.raises(ValueError, match="its routing is 'switch' and must be 'none'"):
+        upcycle_script.run(mixture)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, state, _ = case("dit")
+    save_file(state, tmp_path / "dit.safetensors")
+    config = UpcycleConfig(tmp_path / "dit.safetensors", tmp_path / "run", system="dit", num_heads=4)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(upcycle_script, "save_weights", full)
+        with pytest.raises(OSError, match="no space"):
+            upcycle_script.run(config)
+    upcycle_script.run(config)
+
+
 def test_files_that_hold_no_weights(tmp_path: Path) -> None:
-    for name in ("broken.pt", "broken.safetensors"):
-        (tmp_path / name).write_bytes(b"not weights")
+    for name, content in (
+        ("broken.pt", b"not weights"), ("broken.safetensors", b"not weights"), ("empty.pt", b""),
+        ("text.pth", b"hello world"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="no file of weights, or is cut off"):
             upcycle_script.run(UpcycleConfig(tmp_path / name, tmp_path / "run"))
     with pytest.raises(FileNotFoundError, match="there is no such file"):

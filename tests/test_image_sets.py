@@ -62,7 +62,11 @@ def test_folders_of_classes_and_cropping(tmp_path: Path) -> None:
     write_pictures(tmp_path / "classes" / "b", images[2:])
     found = load_images(tmp_path / "classes", "samples")
     assert np.array_equal(read(found), images)
-    assert found.labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert found.labels is None  # the classes have no numbers
+    write_pictures(tmp_path / "numbers" / "10", images[:2])
+    write_pictures(tmp_path / "numbers" / "3" / "deeper", images[2:])
+    numbered = load_images(tmp_path / "numbers", "samples")
+    assert numbered.labels.tolist() == [10, 10, 3, 3, 3, 3]
     Image.fromarray(pixels(1, height=9)[0]).save(tmp_path / "classes" / "b" / "9.png")
     with pytest.raises(ValueError, match=r"a/0.png has 5x6 and b/9.png has 5x9 pixels; image_size crops"):
         load_images(tmp_path / "classes", "samples")
@@ -72,7 +76,7 @@ def test_folders_of_classes_and_cropping(tmp_path: Path) -> None:
     assert np.array_equal(read(cropped), batch.permute(0, 2, 3, 1))
 
 
-def test_data_sets_by_name(tmp_path: Path) -> None:
+def test_data_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = load_data("digits")
     held_out = load_images("digits", "reference")
     assert str(held_out) == "digits (held-out): 360 images 1x8x8"
@@ -82,6 +86,10 @@ def test_data_sets_by_name(tmp_path: Path) -> None:
     train = load_images("digits", "reference", split="train")
     assert len(train) == 1437
     assert train.checksum != held_out.checksum
+    write_pictures(tmp_path / "digits", pixels(3))
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("digits"), "./digits"):
+        assert np.array_equal(read(load_images(folder, "samples")), pixels(3))
     images = np.concatenate([pixels(10, height=5)] * 2)
     images[0] = np.resize(np.arange(256, dtype=np.uint8), (5, 5, 3))
     np.savez(tmp_path / "own.npz", images=images, labels=np.arange(20) % 2)
@@ -91,7 +99,11 @@ def test_data_sets_by_name(tmp_path: Path) -> None:
     assert rows == {image.tobytes() for image in images}  # bytes become floats and bytes again
     write_pictures(tmp_path / "pictures", pixels(3))
     name = f"images:{tmp_path / 'pictures'}"
-    assert str(load_images(name, "reference")).endswith("pictures (train): 3 images 3x32x32")
+    assert np.array_equal(read(load_images(name, "reference")), pixels(3))  # not cropped
+    cropped = load_images(name, "reference", image_size=4)
+    assert str(cropped).endswith("pictures (train): 3 images 3x4x4")
+    with pytest.raises(ValueError, match="image_size is 0; reference, hf:x, needs the size"):
+        load_images("hf:x", "reference")
     with pytest.raises(ValueError, match=r"split is 'held-out'; images:.* has no held-out images; it must"):
         load_images(name, "reference", split="held-out")
 

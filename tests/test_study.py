@@ -102,10 +102,19 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not measured at step 7; it was at 5, 10"):
         study_report.at(7)(results()["parts"]["digits"]["arms"]["k1"]["seeds"]["0"])
     assert not list(tmp_path.iterdir())
+    page = study_report.fill_in("", results()).replace("<!-- end of digits -->", "")
+    with pytest.raises(ValueError, match="no line <!-- end of digits -->"):
+        study_report.fill_in(page, results())
 
 
 def test_a_single_seed_has_no_spread() -> None:
     assert study_report.spread([0.5], 2) == "0.50"
+
+
+def test_half_a_line_is_no_result(tmp_path: Path) -> None:
+    run = Run("digits", "switch", 0, 5, tmp_path)
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 1, "mind": 0.5}\n{"step": 2, "mi')
+    assert run.rows() == [{"step": 1, "mind": 0.5}]
 
 
 def test_every_run_is_a_command_with_settings_that_training_knows() -> None:
@@ -125,10 +134,16 @@ def test_every_run_is_a_command_with_settings_that_training_knows() -> None:
     assert {arm.settings.get("num_experts", 3) for arm in arms.values()} == {2, 3, 4, 8}
 
 
+def write_seconds(folder: Path, seconds: dict[str, float]) -> None:
+    part = PARTS["digits"]
+    settings = {key: {**part.settings, **arm.settings} for key, arm in part.arms.items()}
+    study.write(folder / "step-seconds.json", {"settings": settings, "seconds": seconds})
+
+
 def test_the_cheaper_models_get_the_time_of_switch_dit(tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     seconds = dict.fromkeys(PARTS["digits"].arms, 0.12) | {"dense": 0.1, "dtr": 0.13}
-    study.write(folder / "step-seconds.json", seconds)
+    write_seconds(folder, seconds)
     runs = study.runs_of("digits", tmp_path)
     assert len(runs) == 3 * len(PARTS["digits"].arms)
     steps = {run.arm: run.steps for run in runs}
@@ -180,7 +195,7 @@ def test_a_small_study(tmp_path: Path, monkeypatch) -> None:
     }
     arms = {"switch": Arm("Switch"), "dense": Arm("dense", {"routing": "none"})}
     monkeypatch.setitem(PARTS, "digits", Part("digits", settings, 1, arms))
-    study.write(tmp_path / "runs" / "digits" / "step-seconds.json", {"switch": 0.12, "dense": 0.1})
+    write_seconds(tmp_path / "runs" / "digits", {"switch": 0.12, "dense": 0.1})
     config = StudyConfig("digits", tmp_path / "runs", tmp_path / "results")
     study.study(config)
     found = json.loads((tmp_path / "results" / "results.json").read_text())["parts"]["digits"]
@@ -193,6 +208,13 @@ def test_a_small_study(tmp_path: Path, monkeypatch) -> None:
         raise AssertionError("a run that is done was started again")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(study.environment, "describe", lambda _: {"cpu": "another", "cores": 1})
     study.study(config)
-    again = json.loads((tmp_path / "results" / "results.json").read_text())["parts"]["digits"]
-    assert again["arms"] == found["arms"]
+    page = (tmp_path / "results" / "results.json").read_text()
+    study.study(StudyConfig("digits", tmp_path / "runs", tmp_path / "results", jobs=7))
+    assert (tmp_path / "results" / "results.json").read_text() == page
+    assert json.loads(page)["parts"]["digits"]["arms"] == found["arms"]
+    monkeypatch.setitem(PARTS, "digits", Part("digits", settings | {"lr": 1.0}, 1, arms))
+    write_seconds(tmp_path / "runs" / "digits", {"switch": 0.12, "dense": 0.1})
+    with pytest.raises(ValueError, match=r"was trained with lr 0\.002 and the study has 1\.0; remove it"):
+        study.study(config)

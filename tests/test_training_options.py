@@ -11,9 +11,9 @@ import torch
 import train_switch_dit
 import upcycle
 from safetensors.torch import load_file
-from switch_dit.checkpoint import load_checkpoint
+from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.data import load_data
-from switch_dit.model import PRESETS, Preset
+from switch_dit.model import PRESETS, Preset, create_model
 from switch_dit.recipes import RECIPES
 from switch_dit.settings import TrainConfig, settings_of
 from switch_dit.snapshots import load_snapshots
@@ -121,6 +121,31 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
             Trainer(config(tmp_path, start_from=dense, **settings), load_data("digits"))
     with pytest.raises(FileNotFoundError, match="is no checkpoint"):
         Trainer(config(tmp_path, start_from=tmp_path), load_data("digits"))
+
+
+def test_a_run_takes_over_what_its_start_needs_and_goes_on_without_it(tmp_path: Path) -> None:
+    """Weights of SiT's time and of another MLP ratio; their folder may go once there is a checkpoint."""
+    process = {"name": "flow", "num_timesteps": 1000}
+    settings = {"mlp_ratio": 2.0, "time_scale": -1e-3, "time_offset": 1.0, "learn_sigma": False}
+    model = create_model("tiny/4", input_size=8, in_channels=1, num_classes=10, **settings)
+    start = tmp_path / "start"
+    save_checkpoint(start, model, model, {"model": model.settings, "objective": process})
+    options = {"objective": "flow", "start_from": f"{start}/", "generated": 10, "sample_steps": 2}
+    train_switch_dit.run(config(tmp_path, steps=4, **options))
+    start.rename(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+        train_switch_dit.run(config(tmp_path, steps=4, **{**options, "name": "other"}))
+    train_switch_dit.run(config(tmp_path, steps=4, **options))
+    found, _ = load_checkpoint(tmp_path / "run" / "weights")
+    assert settings.items() <= found.settings.items()
+    other = create_model(
+        "tiny/4", input_size=8, in_channels=1, num_classes=10, num_timesteps=500, learn_sigma=False
+    )
+    save_checkpoint(
+        start, other, other, {"model": other.settings, "objective": process | {"num_timesteps": 500}}
+    )
+    with pytest.raises(ValueError, match="its num_timesteps is 500 and that of this run 1000, as every run"):
+        Trainer(config(tmp_path, start_from=start, objective="flow"), load_data("digits"))
 
 
 def test_the_curriculum_follows_the_logged_losses(tmp_path: Path) -> None:

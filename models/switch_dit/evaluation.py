@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,7 +192,9 @@ def _choose(measures: tuple[str, ...], network: Network, samples: ImageSet) -> t
     if not network.classifies:
         missing["accuracy"] = f"features is {network.name!r}; the classifier of a data set gives labels"
     elif samples.labels is None:
-        missing["accuracy"] = f"samples is {samples.name}, without labels (arr_1, or folders of classes)"
+        missing["accuracy"] = (
+            f"samples is {samples.name}, without labels (arr_1, or folders named by class numbers)"
+        )
     for name in measures:
         if name in missing:
             raise ValueError(f"measures has {name!r}, and {missing[name]}")
@@ -220,7 +223,10 @@ def _reference_features(
         return features
     features = extract(network, reference, "reference", batch_size, progress).features
     if kept is not None:
-        kept.save(network, reference, features)
+        try:
+            kept.save(network, reference, features)
+        except OSError as error:
+            warnings.warn(f"the features are not kept in {cache}: {error}", stacklevel=3)
     return features
 
 

@@ -224,7 +224,7 @@ def _classifier(name: str) -> Network:
 
 def has_classifier(name: Any) -> bool:
     """Whether ``name`` is a data set with a classifier."""
-    return isinstance(name, (str, Path)) and str(name).partition(":")[0] in (
+    return isinstance(name, str) and name.partition(":")[0] in (
         "digits",
         "mnist-5k",
         "fashion-mnist",

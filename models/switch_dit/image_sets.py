@@ -69,14 +69,15 @@ def load_images(images: Any, argument: str, *, split: str = "auto", image_size: 
     - a path ending in .npz: ``arr_0``, uint8 [n, H, W, C], C = 1 or 3, and perhaps ``arr_1``, labels [n].
       This is what sample_switch_dit.py writes and the evaluation of ADM (arXiv 2105.05233) reads.
     - a folder: pictures, or a folder of pictures for each class. Transparent ones are put on white.
-    - a data set as ``--data`` of train_switch_dit.py takes it. A folder of the same name is ``./NAME``.
+    - a string that names a data set as ``--data`` of train_switch_dit.py takes it. A folder of the same name
+      is ``./NAME``, or a Path. ``images:DIR`` is the folder DIR.
     - an array or a tensor, uint8 [n, C, H, W]; an :class:`ImageSet` stays as it is.
 
     Args:
         argument: what messages call ``images``.
         split: of a data set. ``auto`` takes the held-out images, or those for training if none are held out.
         image_size: pictures are cropped and resized to this, as for training. With 0 those of a folder stay
-            as they are, and ``images:`` and ``hf:`` have the 32 pixels of training.
+            as they are; ``hf:`` needs it, and other sets have their own size.
 
     Raises:
         ValueError, TypeError, FileNotFoundError, ModuleNotFoundError: name the argument, its value and what
@@ -91,7 +92,11 @@ def load_images(images: Any, argument: str, *, split: str = "auto", image_size: 
     if not isinstance(images, (str, Path)):
         raise TypeError(f"{argument} is a {type(images).__name__}; it must be {_WANTED}, or an array")
     name = str(images)
-    if name in _NAMES or name.startswith(_PREFIXES):
+    if isinstance(images, str) and (name in _NAMES or name.startswith(_PREFIXES)):
+        if name.startswith("hf:") and not image_size:
+            raise ValueError(f"image_size is 0; {argument}, {name}, needs the size to resize pictures to")
+        if name.startswith("images:") and not image_size and split != "held-out" and name != "images:":
+            return _from_folder(name.removeprefix("images:"), argument, 0)  # as they are
         return _from_data(name, argument, split, image_size)
     if name.endswith(".npz"):
         arrays = _arrays_in(name, argument)
@@ -234,8 +239,15 @@ def _from_folder(name: str, argument: str, image_size: int) -> ImageSet:
                 rows = range(begin, min(begin + batch_size, count))
                 yield torch.from_numpy(np.stack(list(pool.map(picture, rows))))
 
-    labels = pictures.labels.numpy() if pictures.num_classes > 1 else None
-    return ImageSet(name, (count, channels, height, width), read, labels)
+    return ImageSet(name, (count, channels, height, width), read, _labels(pictures))
+
+
+def _labels(pictures: Pictures) -> np.ndarray | None:
+    """int64 [n], where the folders of the classes have the numbers of the classes as their names."""
+    places = [Path(pictures.name(number)).parts for number in range(len(pictures))]
+    if not all(len(parts) > 1 and parts[0].isdecimal() for parts in places):
+        return None
+    return np.array([int(parts[0]) for parts in places], np.int64)
 
 
 def _kind(argument: str, pictures: Pictures, number: int) -> tuple[tuple[int, int], str]:

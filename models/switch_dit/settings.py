@@ -198,6 +198,8 @@ class TrainConfig:
             if not isinstance(value, kinds) or "\0" in str(value):
                 raise TypeError(f"{name} is {value!r}; it must be text without a null character")
         self.data, self.output, self.start_from = str(self.data), Path(self.output), str(self.start_from)
+        if self.start_from:
+            self.start_from = os.path.normpath(self.start_from)
         bounds = {
             "generated": (lambda value: value == 0 or value >= 10, "0, or at least 10 to measure anything"),
             "label_dropout": (lambda value: 0 <= value < 1, "in [0, 1)"),
@@ -257,6 +259,20 @@ _FREE = (
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """All settings as JSON holds them."""
     return json.loads(json.dumps(asdict(config), default=str))
+
+
+def carried_settings(config: TrainConfig) -> dict[str, Any] | None:
+    """What the run that ``config`` goes on with took over from ``start_from``, once it has a checkpoint.
+
+    It needs that folder no longer, which may have gone or hold other weights by now.
+    """
+    folder = config.output / (config.name or name_of(config.data))
+    if not config.start_from or not config.resume or not any((folder / "checkpoint").glob("step-*")):
+        return None
+    try:
+        return json.loads((folder / "config.json").read_text()).get("carried")
+    except (OSError, ValueError):
+        return None  # run_folder says what is broken
 
 
 def run_folder(config: TrainConfig) -> Path:

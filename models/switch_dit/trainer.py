@@ -32,11 +32,12 @@ from switch_dit.timesteps import Curriculum, CurriculumState
 from switch_dit.weightings import UncertaintyWeighting
 
 TERMS = ("loss", "mse", "vb", "prior")
-EMBEDDING = ("frequency_shift", "time_scale", "time_offset")  # settings of a model that no run has
-SETTING_OF = {
+CARRIED = ("mlp_ratio", "frequency_shift", "time_scale", "time_offset")  # settings of a model, of no run
+SETTINGS_OF = {
     **dict.fromkeys(("hidden_size", "depth", "num_heads", "patch_size"), "model"),
     **{name: name for name in ("routing", "num_experts", "top_k", "schedule", "learn_sigma")},
-    "name": "objective", "class_dropout_prob": "label_dropout",
+    "name": "objective", "class_dropout_prob": "label_dropout", "in_channels": "data",
+    "input_size": "data and image_size", "num_classes": "data and conditional",
 }  # fmt: skip
 
 
@@ -64,6 +65,7 @@ class Trainer:
         images: Data,
         create: Callable[..., torch.nn.Module] = create_model,
         world: World | None = None,
+        carried: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.images, self.world = config, images, world or World()
         self.device = resolve_device(config.device)
@@ -90,10 +92,14 @@ class Trainer:
             num_experts=config.num_experts,
             top_k=config.top_k,
         )
-        start = self._start()
+        state = None
+        if config.start_from and carried is None:
+            carried, state = self._start()
+        self.carried = carried
+        self.create = functools.partial(self.create, **(carried or {}))
         self.model = self.create().to(self.device)
-        if start is not None:
-            self.model.load_state_dict(start)
+        if state is not None:
+            self.model.load_state_dict(state)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         if config.checkpoint_activations:
             # A block draws no random numbers; diffusers' own function would keep the generators' states.
@@ -145,30 +151,28 @@ class Trainer:
         self.positions = self.everyone[first : first + self.own]
         self.of_each_tie = torch.arange(2, device=self.device)
 
-    def _start(self) -> dict[str, Tensor] | None:
-        """The weights to begin with, if not fresh ones; ``create`` then embeds timesteps as they need it.
+    def _start(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Of ``start_from``, the settings of the model that a run does not have, and the weights.
 
         ``ValueError`` where they are of another model or another objective.
         """
         folder = self.config.start_from
-        if not folder:
-            return None
         model, _ = load_checkpoint(folder)
-        found, process = model.settings, load_settings(folder)["objective"]
-        self.create = functools.partial(self.create, **{name: found[name] for name in EMBEDDING})
-        own = {**PRESETS[self.config.model]._asdict(), **self.create.keywords}
+        process = load_settings(folder)["objective"]
+        ours = {**PRESETS[self.config.model]._asdict(), **self.create.keywords}
+        theirs = {name: model.settings[name] for name in ours}
         own_process = process_of(self.config)
-        pairs = [(name, found[name], own[name]) for name in own]
-        pairs += [(name, process.get(name, value), value) for name, value in own_process.items()
-                  if name in ("name", "schedule")]  # fmt: skip
-        for name, theirs, ours in pairs:
-            if theirs != ours:
-                setting = SETTING_OF.get(name, "data")
+        for name in ("name", "schedule", "num_timesteps"):
+            ours[name] = own_process[name]
+            theirs[name] = process.get(name, ours[name])
+        for name, value in ours.items():
+            if theirs[name] != value:
+                how = f"by the setting {SETTINGS_OF[name]}" if name in SETTINGS_OF else "as every run has it"
                 raise ValueError(
-                    f"start_from is {folder}; its {name} is {theirs!r} and that of this run {ours!r}, by the "
-                    f"setting {setting}"
+                    f"start_from is {folder}; its {name} is {theirs[name]!r} and that of this run {value!r}, "
+                    f"{how}"
                 )
-        return model.state_dict()
+        return {name: model.settings[name] for name in CARRIED}, model.state_dict()
 
     def _check_processes(self) -> None:
         config, size = self.config, self.world.size

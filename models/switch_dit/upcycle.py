@@ -297,7 +297,9 @@ def _told_by(module: nn.Module) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return told_by_config(config)
     heads = getattr(module, "num_heads", None)
-    return {} if heads is None else {"num_heads": heads}
+    dropout = getattr(getattr(module, "y_embedder", None), "dropout_prob", None)
+    told = {"num_heads": heads, "class_dropout_prob": dropout}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def told_by_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,3 +316,19 @@ def told_by_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the config has {key} {config[key]!r}; only {value!r} is computed here")
     keys = {"num_attention_heads": "num_heads", "sample_size": "input_size"}
     return {ours: config[theirs] for theirs, ours in keys.items() if theirs in config}
+
+
+def schedule_of_config(config: Mapping[str, Any]) -> str:
+    """The noise schedule in the config of a scheduler of diffusers: ``linear`` or ``cosine``.
+
+    ``ValueError`` where its model does not predict the noise at 1000 such timesteps.
+    """
+    linear = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    shared = {"prediction_type": "epsilon", "num_train_timesteps": 1000}
+    cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
+    for key, value in (shared if cosine else shared | linear).items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"the scheduler's config has {key} {config[key]!r}; only {value!r} is known here"
+            )
+    return "cosine" if cosine else "linear"
