@@ -2,8 +2,8 @@
 
 For all of them a training step is switch_dit's Trainer.step: forward, losses, backward, AdamW, moving
 average. A sampling step is the model's evaluation in a denoising step with guidance: two rows an image, one
-timestep for all. Switch-DiT merges its experts anew in every step, as sampling does for its first batch;
-later batches find them merged. The scheduler's update, a few elementwise operations, is left out. Images per
+timestep for all. What sampling does once for all of its batches is left out: routing the timesteps and
+merging the experts of Switch-DiT. So is the scheduler's update, a few elementwise operations. Images per
 second are images moved on by one denoising step. Data are noise. Switch-DiT and the official structure have
 the same random weights. The contenders take turns, and one whose results are not those of float64 is not
 timed.
@@ -191,7 +191,7 @@ def guided_evaluation(model: SwitchDiT) -> Callable[[Tensor, Tensor], Tensor]:
     """The guided output [2B, 2C, H, W] at timestep TIMESTEP for images x [2B, C, H, W] and labels y [2B]."""
     if isinstance(model, OfficialStructure):
         return lambda x, y: model.forward_with_cfg(x, torch.full_like(y, TIMESTEP), y, GUIDANCE)
-    merged = MergedSwitchDiT(model, torch.tensor([TIMESTEP]), memory=0)
+    merged = MergedSwitchDiT(model, torch.tensor([TIMESTEP]))
 
     def evaluate(x: Tensor, y: Tensor) -> Tensor:
         out = merged(x, 0, y)

@@ -127,17 +127,25 @@ class SwitchMoE(nn.Module):
 
         Raises ``ValueError`` or ``TypeError`` for a routing that does not fit.
         """
+        if isinstance(routing, Routing) and isinstance(routing.expert_index, Tensor):
+            check_shape("routing.expert_index", routing.expert_index, (1, "k"))
+        return self.merge_each(routing)[0]
+
+    def merge_each(self, routing: Routing) -> list[MergedExperts]:
+        """:meth:`merge` for each row of a routing, in one call: for all timesteps of a schedule."""
         if not isinstance(routing, Routing):
             raise TypeError(f"routing is a {type(routing).__name__}; it must be a switch_moe.Routing")
         index, gate = routing.expert_index, routing.expert_gate
         check_tensors(expert_index=index, expert_gate=gate)
-        check_shape("routing.expert_index", index, (1, "k"))
+        check_shape("routing.expert_index", index, ("R", "k"))
         check_shape("routing.expert_gate", gate, tuple(index.shape))
         if self.expert == "linear":
             return merge_linear(self.weight, self.bias, index, gate, self.backend)
         check_range("routing.expert_index", index, self.num_experts, "the experts")
+        weights = self.weight_in, self.bias_in, self.weight_out, self.bias_out
         gated = self.expert == "swiglu"
-        return merge_mlp(self.weight_in, self.bias_in, self.weight_out, self.bias_out, index, gate, gated)
+        routes = zip(index.split(1), gate.split(1), strict=True)
+        return [merge_mlp(*weights, *route, gated) for route in routes]
 
     def forward(
         self,

@@ -15,8 +15,8 @@ from .ops.expert_linear import expert_linear
 from .ops.merge_experts import merge_experts
 from .torch_compat import silu
 
-# Rows from which the compiled product of float32 beats torch's; below, its packing does not pay.
-COMPILED_FROM = 1024
+# Multiply-adds from which the compiled product of float32 beats torch's; below, its packing does not pay.
+COMPILED_FROM = 2**25
 
 
 class MergedExperts(NamedTuple):
@@ -58,9 +58,8 @@ class MergedExperts(NamedTuple):
         if self.backend == "native":
             return True
         takes = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16)
-        return self.backend == "auto" and takes and len(x.flatten(0, 1)) >= COMPILED_FROM and (
-            native_reason("cpu") is None
-        )  # fmt: skip
+        work = len(x.flatten(0, 1)) * self.weight.numel()
+        return self.backend == "auto" and takes and work >= COMPILED_FROM and native_reason("cpu") is None
 
     @property
     def nbytes(self) -> int:
@@ -70,10 +69,11 @@ class MergedExperts(NamedTuple):
 
 def merge_linear(
     weight: Tensor, bias: Tensor | None, expert_index: Tensor, expert_gate: Tensor, backend: str
-) -> MergedExperts:
-    """Linear experts, arguments as in :func:`switch_moe.ops.merge_experts`, of one route ``[1, k]``."""
+) -> list[MergedExperts]:
+    """Linear experts of each route, arguments as in :func:`switch_moe.ops.merge_experts`."""
     merged, shift = merge_experts(weight, bias, expert_index, expert_gate, backend=backend)
-    return MergedExperts(merged[0], None if shift is None else shift[0], backend=backend)
+    shifts = [None] * len(merged) if shift is None else shift.unbind()
+    return [MergedExperts(*pair, backend=backend) for pair in zip(merged.unbind(), shifts, strict=True)]
 
 
 def merge_mlp(

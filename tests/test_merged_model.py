@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_close, random_model
+from switch_dit import merged as merged_model
 from switch_dit.merged import MergedSwitchDiT
+
+from switch_moe import SwitchMoE
 
 ROUTINGS = ("switch", "dtr", "none")
 
@@ -42,6 +45,36 @@ def test_memory_is_bounded() -> None:
         merged(x, step, y)
     assert sorted(merged._kept) == [0, 1, 2]
     assert merged.left == 1
+
+
+def test_steps_are_merged_together_as_far_as_memory_allows(monkeypatch) -> None:
+    """A small model merges many steps in one call; of a large one, as here of 3, few at a time."""
+    model = random_model()
+    x, y = inputs(model)
+    one = len(model.blocks) * (model.blocks[0].moe.weight[0].nbytes + model.blocks[0].moe.bias[0].nbytes)
+    rows = []
+    original = SwitchMoE.merge_each
+
+    def counting(self, routing):
+        rows.append(len(routing.expert_index))
+        return original(self, routing)
+
+    monkeypatch.setattr(SwitchMoE, "merge_each", counting)
+    for ahead, memory, expected in (
+        (3 * one, 10**9, [3, 3, 3, 1]),
+        (one - 1, 10**9, [1] * 10),  # larger than what is merged ahead, and kept
+        (10**9, 10**9, [10]),
+        (10**9, 4 * one, [4, 1, 1, 1, 1, 1, 1]),
+    ):
+        monkeypatch.setattr(merged_model, "AHEAD", ahead)
+        rows.clear()
+        merged = MergedSwitchDiT(model, torch.arange(10), memory)
+        for step in range(10):
+            merged(x, step, y)
+        assert rows[:: len(model.blocks)] == expected
+        before = len(rows)
+        merged(x, 0, y)
+        assert len(rows) == before
 
 
 def test_nothing_of_the_router_runs_in_the_loop(model, monkeypatch) -> None:

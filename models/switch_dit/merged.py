@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from switch_dit.layers import ChannelMask
 from switch_dit.model import Prepared, SwitchDiT, table_row
-from switch_moe import Routing
+from switch_moe import MergedExperts, Routing
 from switch_moe.ops._checks import (
     FLOATS,
     check_dtype,
@@ -25,6 +25,7 @@ from switch_moe.ops._checks import (
     check_tensors,
 )
 
+AHEAD = 16 * 2**20  # bytes of experts that are merged together, which for small models are many steps
 MEMORY = 512 * 2**20
 """Bytes of merged experts that are kept from batch to batch: 1,300 steps of tiny/4, 75 of S/2, 3 of XL/2."""
 
@@ -79,14 +80,25 @@ class MergedSwitchDiT:
             return [()] * len(self.model.blocks)
         if isinstance(step, int) and step in self._kept:
             return self._kept[step]
-        routing = Routing(*(self._row(part, step, dim=1) for part in self.routing[:3]))
-        blocks = zip(self.model.blocks, routing.blocks(), strict=True)
-        merged = [(block.moe.merge(of_block),) for block, of_block in blocks]
-        size = sum(experts.nbytes for (experts,) in merged)
-        if isinstance(step, int) and size <= self.left:
-            self._kept[step] = merged
-            self.left -= size
-        return merged
+        if not isinstance(step, int):
+            return self._merge(*(self._row(part, step, dim=1) for part in self.routing[:3]))[0]
+        size = sum(p.nbytes // len(p) for block in self.model.blocks for p in block.moe.parameters())
+        count = min(self.left // size, max(1, AHEAD // size))
+        steps = range(step, min(step + max(count, 1), len(self.times)))
+        merged = self._merge(*(part[:, steps.start : steps.stop] for part in self.routing[:3]))
+        if count:  # else there is no memory left to keep any
+            new = {
+                number: found for number, found in zip(steps, merged, strict=True) if number not in self._kept
+            }
+            self._kept |= new
+            self.left -= size * len(new)
+        return merged[0]
+
+    def _merge(self, *routing: Tensor) -> list[list[tuple[MergedExperts]]]:
+        """The experts of all blocks for each timestep, from the tensors [L, timesteps, ..] of a Routing."""
+        blocks = zip(self.model.blocks, Routing(*routing).blocks(), strict=True)
+        of_blocks = [block.moe.merge_each(of_block) for block, of_block in blocks]
+        return [[(experts,) for experts in of_step] for of_step in zip(*of_blocks, strict=True)]
 
 
 class DenseStep(nn.Module):
