@@ -20,6 +20,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cpu", "--quick"]
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     """One tiny case: the rows have paired samples, checks, memory and machine, and the report reads them."""
     path = tmp_path / "results.json"
@@ -44,6 +45,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert line.ratio("scipy") > 0
 
 
+@pytest.mark.slow
 def test_what_has_not_begun_in_time_is_left_out(tmp_path: Path) -> None:
     """The first of two cases ends after its time, so the second does not begin; the file names it."""
     (tmp_path / "time_flies.py").write_text(

@@ -31,6 +31,7 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         compare.main(["--base", "main", "--rounds", "2"])
 
 
+@pytest.mark.slow
 def test_two_trees_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """The times of one tree against itself; calls that a revision lacks are left out."""
     worker = compare.Worker

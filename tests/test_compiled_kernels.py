@@ -51,14 +51,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return compiled(tmp_path_factory.mktemp("planted"), "--calls", str(path))["rows"]
 
 
-def test_a_part_of_them_is_sound(tmp_path: Path) -> None:
-    """The forward kernels for sm_90, at every tile and at odd sizes: what a quick run has time for."""
-    rows = compiled(tmp_path, "--arch", "90", "--only", "_forward_kernel")["rows"]
-    assert {row["kernel"].split(".")[0] for row in rows} == {"expert_linear", "timestep_gate"}
-    assert {row["odd"] for row in rows} == {True, False}
-    assert [describe(row) for row in rows if row["faults"]] == []
-
-
+@pytest.mark.slow
 def test_calls_of_other_sizes_share_binaries(tmp_path: Path) -> None:
     """Batches and tokens of 24 sizes: no size compiles a kernel again, but for tiles and sums."""
     code = """

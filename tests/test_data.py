@@ -779,6 +779,7 @@ def test_flips_depend_on_the_seed_and_the_step() -> None:
     assert not Trainer(TrainConfig(batch_size=10), data).flips(7).any()
 
 
+@pytest.mark.slow
 def test_commands(tmp_path: Path, latents: Path) -> None:
     script = [sys.executable, str(ROOT / "models" / "encode_latents.py")]
     done = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True)

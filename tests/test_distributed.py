@@ -104,6 +104,7 @@ def test_fsdp(single: dict[str, Any], tmp_path: Path) -> None:
             assert sum(sizes) == parameter.numel(), f"{way}: the ranks hold {sizes} elements of {name}"
 
 
+@pytest.mark.slow
 def test_fsdp_state_dict_round_trip(single: dict[str, Any], tmp_path: Path) -> None:
     expected = single["model"].state_dict()
     for found in run_ranks("fsdp_state", tmp_path):

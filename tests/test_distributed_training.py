@@ -33,6 +33,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", worker.CASES)
 def test_two_processes_are_one(case: str, two: Path) -> None:
     """Losses of four steps, and after two the sums of gradients that Adam keeps."""
@@ -47,6 +48,7 @@ def test_two_processes_are_one(case: str, two: Path) -> None:
     assert relative_rms(found["more"], worker.advance(trainer, 2, 2)) < 10 * allowed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "into"), [("plain", "accumulated"), ("fsdp", "plain")])
 def test_one_process_goes_on_from_two(case: str, into: str, two: Path) -> None:
     trainer = worker.trainer_of(into)

@@ -118,6 +118,7 @@ def test_shares_are_nine_minutes_and_grow_with_the_time() -> None:
         assert budget.left() > budget.shares["tests"]
 
 
+@pytest.mark.slow
 def test_what_is_tested_under_another_assembler() -> None:
     """Products in bfloat16 with all gradients, and only tests that start kernels."""
     command = [*gpu.TESTS, "-k", gpu.CALCULATES, *gpu.test_files(gpu.ASSEMBLED, "tests"), "--collect-only"]

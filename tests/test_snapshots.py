@@ -304,6 +304,7 @@ def test_snapshots_of_another_model(trained, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "weights" / "config.json").read_text())["objective"] == {"name": "flow"}
 
 
+@pytest.mark.slow
 def test_the_command(trained, tmp_path: Path) -> None:
     folder, _ = trained
     script = [sys.executable, str(ROOT / "models" / "average_weights.py"), "--run"]

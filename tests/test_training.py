@@ -111,6 +111,7 @@ def test_it_learns(tmp_path: Path) -> None:
     assert found[-1] < 0.5 * found[0]
 
 
+@pytest.mark.slow
 def test_compiled_training_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(model_module.PRESETS, "tiny/4", model_module.Preset(24, 1, 3, 4))
     images = load_data("digits")
