@@ -1,7 +1,8 @@
 """The Triton kernels under every Triton that a supported torch brings, each laid over this environment.
 
     python tests/tritons.py                # all; `make tritons`
-    python tests/tritons.py 3.6.0 3.7.1    # these; CI, whose own environment has the newest
+    python tests/tritons.py 3.6.0          # this one
+    python tests/tritons.py 3.7.1 --only compiled_kernels
 
 The tests of the kernels run in the interpreter, and all tests of the machine code. A Triton lies in a folder
 of its own in build/tritons, before everything else on PYTHONPATH.
@@ -13,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,15 +35,15 @@ def run(*command: str | Path, **variables: str) -> None:
     subprocess.run(command, cwd=ROOT, env=os.environ | variables, check=True)
 
 
-def test(name: str) -> None:
-    """Installs a Triton, or brings it up to date, and runs the tests with it."""
+def test(name: str, stems: Sequence[str]) -> None:
+    """Installs a Triton, or brings it up to date, and runs the tests of some stems with it."""
     folder = ROOT / "build" / "tritons" / name
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target"]
     run(*pip, folder, *TRITONS[name])
     path = os.pathsep.join([str(folder), str(ROOT)])
     code = f"import triton; assert triton.__file__.startswith({str(folder)!r}); print(triton.__version__)"
     run(sys.executable, "-c", code, PYTHONPATH=path)
-    files = [f"tests/test_{stem}.py" for stem in STEMS]
+    files = [f"tests/test_{stem}.py" for stem in stems]
     run(sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", *files, PYTHONPATH=path)
 
 
@@ -50,13 +52,17 @@ def main() -> int:
     parser.add_argument(
         "tritons", nargs="*", metavar="TRITON", help=f"of {', '.join(TRITONS)}; all by default"
     )
-    names = parser.parse_args().tritons or list(TRITONS)
+    parser.add_argument(
+        "--only", nargs="+", choices=STEMS, default=STEMS, help="tests of these stems; all by default"
+    )
+    arguments = parser.parse_args()
+    names = arguments.tritons or list(TRITONS)
     unknown = [name for name in names if name not in TRITONS]
     if unknown:
         parser.error(f"TRITON is {unknown[0]}; it must be one of {', '.join(TRITONS)}")
     try:
         for name in names:
-            test(name)
+            test(name, arguments.only)
     except subprocess.CalledProcessError as failed:
         return failed.returncode
     return 0
