@@ -177,7 +177,8 @@ def finish(panel: Any, measure: Measure, part: Part) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panel.set_title(f"{measure.title} ({'higher' if measure.better > 0 else 'lower'} is better)", fontsize=10)
-    if measure.real:
+    far = measure.log and measure.real and part["real"][measure.real] < min(panel.get_ylim()) / 8
+    if measure.real and not far:  # a line far below would squeeze the curves
         panel.axhline(part["real"][measure.real], color="#009E73", linestyle=":", linewidth=1.2)
         beside = (0, 3 if measure.better < 0 else -10)
         panel.annotate("real images", (0.99, part["real"][measure.real]), beside,
