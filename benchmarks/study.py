@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from switch_dit.data import load_data
+from switch_dit.files import write_whole
 from switch_dit.settings import TrainConfig
 from switch_dit.trainer import Trainer
 from tqdm import tqdm
@@ -218,9 +219,7 @@ def _stepper(trainer: Trainer) -> Any:
 def write(path: Path, value: Any) -> None:
     """JSON, written whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.incomplete")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.replace(path)
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def runs_of(name: str, output: Path) -> list[Run]:

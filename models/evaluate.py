@@ -22,6 +22,7 @@ from typing import Literal
 
 import tyro
 from switch_dit.evaluation import Evaluation, evaluate_images
+from switch_dit.files import write_whole
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "switch_dit" / "features"
 
@@ -83,7 +84,7 @@ def run(config: EvaluateConfig) -> Evaluation:
         )
     print(evaluation.describe())
     if config.output is not None:
-        _write(config.output, (json.dumps(evaluation.as_dict(), indent=1) + "\n").encode())
+        write_whole(config.output, (json.dumps(evaluation.as_dict(), indent=1) + "\n").encode())
         print(f"\nThe numbers are in {config.output}")
     return evaluation
 
@@ -97,16 +98,6 @@ def _check_output(output: Path | None) -> None:
         raise FileExistsError(f"output is {output}; it exists, choose another")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output is {output}; its folder does not exist")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import torch
 import tyro
 from safetensors.torch import load_file
 from switch_dit.checkpoint import load_checkpoint, load_settings, save_weights
+from switch_dit.files import first_line
 from switch_dit.model import SwitchDiT
 from switch_dit.upcycle import detect, from_official, schedule_of_config, told_by_config, upcycle
 
@@ -153,8 +154,8 @@ def read(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # what DiT and SiT save beside weights
             return torch.load(source, map_location="cpu", weights_only=True), settings
     except Exception as error:  # broken files make torch raise almost anything
-        first = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"source is {source}; it is no file of weights, or is cut off ({first})") from None
+        reason = first_line(error)
+        raise ValueError(f"source is {source}; it is no file of weights, or is cut off ({reason})") from None
 
 
 def schedule_of(source: Path) -> str | None:

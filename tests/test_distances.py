@@ -42,6 +42,18 @@ def test_frechet_distance_by_sqrtm(rows: int, width: int) -> None:
     assert frechet_distance(statistics_of(a), b) == frechet_distance(a, statistics_of(b))
 
 
+def test_frechet_distance_of_singular_covariances() -> None:
+    """Features that are always 0, turned among the others, change no digit before the 11th."""
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(300, 12)), 1.5 * generator.normal(size=(200, 12)) + 0.3
+    turn, _ = np.linalg.qr(generator.normal(size=(64, 64)))
+    wide = [np.pad(rows, ((0, 0), (0, 52))) @ turn for rows in (a, b)]
+    assert frechet_distance(*wide) == pytest.approx(frechet_distance(a, b), rel=1e-11)
+    assert frechet_distance(wide[0], wide[0]) == pytest.approx(0, abs=1e-11)
+    constant = np.zeros((5, 3))
+    assert frechet_distance(constant, constant + 2) == 12
+
+
 def test_frechet_distance_of_known_gaussians() -> None:
     """Of N(m, s^2) and N(n, t^2) it is (m - n)^2 + (s - t)^2, for each axis."""
     scale, other = np.array([1.0, 2.0, 0.0]), np.array([3.0, 0.5, 1.0])

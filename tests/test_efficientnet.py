@@ -53,7 +53,7 @@ def pictures() -> Tensor:
 
 
 def summary(features: Tensor) -> list[float]:
-    """Of features [2, 1280]: means, root mean squares and every 160th number."""
+    """What the golden file has of features [2, 1280]: means, root mean squares and every 160th number."""
     features = features.double()
     parts = [features.mean(1), features.square().mean(1).sqrt(), features[:, ::160].flatten()]
     return torch.cat(parts).tolist()

@@ -148,45 +148,38 @@ def test_modules_of_diffusers_and_checkpoints_of_training() -> None:
     assert torch.equal(model.pos_embed, state["pos_embed"])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop("blocks.1.mlp.fc2.bias"), r"lacks blocks\.1\.mlp\.fc2\.bias"),
-        (lambda s: s.pop("x_embedder.proj.weight"), r"lacks 'x_embedder\.proj\.weight'"),
-        (lambda s: s.update({"blocks.0.extra": torch.zeros(1)}), r"unknown blocks\.0\.extra"),
-        (lambda s: s.update({"blocks.0.moe.weight": torch.zeros(1)}), "SwitchDiT already"),
-        (lambda s: s.update({"routers.0.experts.w": torch.zeros(1)}), "convert_official_state_dict"),
-        (lambda s: s.update({"transformer_blocks.0.x": torch.zeros(1)}), "'diffusers_dit'"),
-        (lambda s: s.update({"pos_embed": torch.zeros(1, 15, 32)}), "15 tokens; they must form a square"),
-        (lambda s: s.update({"final_layer.linear.weight": torch.zeros(9, 32)}), "9 rows; it must have 16"),
-        (lambda s: s.update({"blocks.0.mlp.fc1.weight": torch.zeros(9)}), "of 1 dimensions; it must have 2"),
-        (lambda s: s.update({"x_embedder.proj.bias": torch.zeros(32).long()}), "must be a floating type"),
-        (lambda s: s.update({"x_embedder.proj.bias": torch.full((32,), torch.nan)}), "not finite"),
-        (lambda s: s.update({"blocks.1.attn.proj.weight": torch.zeros(32, 8)}), r"is \(32, 8\) and not"),
-    ],
-)  # fmt: skip
-def test_weights_that_do_not_fit_are_named(change, message: str) -> None:
-    _, state, metadata = case("dit")
-    change(state)
-    with pytest.raises(ValueError, match=message):
-        from_official("dit", state, **heads(metadata))
+OF_DIT = [
+    (lambda s: s.pop("blocks.1.mlp.fc2.bias"), r"lacks blocks\.1\.mlp\.fc2\.bias"),
+    (lambda s: s.pop("x_embedder.proj.weight"), r"lacks 'x_embedder\.proj\.weight'"),
+    (lambda s: s.update({"blocks.0.extra": torch.zeros(1)}), r"unknown blocks\.0\.extra"),
+    (lambda s: s.update({"blocks.0.moe.weight": torch.zeros(1)}), "SwitchDiT already"),
+    (lambda s: s.update({"routers.0.experts.w": torch.zeros(1)}), "convert_official_state_dict"),
+    (lambda s: s.update({"transformer_blocks.0.x": torch.zeros(1)}), "'diffusers_dit'"),
+    (lambda s: s.update({"pos_embed": torch.zeros(1, 15, 32)}), "15 tokens; they must form a square"),
+    (lambda s: s.update({"final_layer.linear.weight": torch.zeros(9, 32)}), "9 rows; it must have 16"),
+    (lambda s: s.update({"blocks.0.mlp.fc1.weight": torch.zeros(9)}), "of 1 dimensions; it must have 2"),
+    (lambda s: s.update({"x_embedder.proj.bias": torch.zeros(32).long()}), "must be a floating type"),
+    (lambda s: s.update({"x_embedder.proj.bias": torch.full((32,), torch.nan)}), "not finite"),
+    (lambda s: s.update({"blocks.1.attn.proj.weight": torch.zeros(32, 8)}), r"is \(32, 8\) and not"),
+]  # fmt: skip
+OF_DIFFUSERS = [
+    (lambda s: s.pop("transformer_blocks.1.attn1.to_k.bias"), r"lacks .transformer_blocks\.1\.attn1"),
+    (lambda s: s.pop("proj_out_1.bias"), r"lacks 'proj_out_1\.bias'"),
+    (lambda s: s.update({"caption_projection.weight": torch.zeros(1)}), "'caption_projection.weight'"),
+    (lambda s: s["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"].add_(1), "differs"),
+    (lambda s: s.update({"transformer_blocks.0.attn1.to_q.bias": torch.zeros(3)}), "several shapes"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop("transformer_blocks.1.attn1.to_k.bias"), r"lacks .transformer_blocks\.1\.attn1"),
-        (lambda s: s.pop("proj_out_1.bias"), r"lacks 'proj_out_1\.bias'"),
-        (lambda s: s.update({"caption_projection.weight": torch.zeros(1)}), "'caption_projection.weight'"),
-        (lambda s: s["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"].add_(1), "differs"),
-        (lambda s: s.update({"transformer_blocks.0.attn1.to_q.bias": torch.zeros(3)}), "several shapes"),
-    ],
-)  # fmt: skip
-def test_weights_of_diffusers_that_do_not_fit_are_named(change, message: str) -> None:
-    _, state, metadata = case("diffusers_dit")
+    ("system", "change", "message"),
+    [*(("dit", *wrong) for wrong in OF_DIT), *(("diffusers_dit", *wrong) for wrong in OF_DIFFUSERS)],
+)
+def test_weights_that_do_not_fit_are_named(system: str, change, message: str) -> None:
+    _, state, metadata = case(system)
     change(state)
     with pytest.raises(ValueError, match=message):
-        from_official("diffusers_dit", state, **heads(metadata))
+        from_official(system, state, **heads(metadata))
 
 
 def test_settings_that_do_not_fit() -> None:

@@ -33,7 +33,7 @@ FILES = {*(f"{name}.png" for name in PICTURES), "routing.json"}
 
 
 def inspection(probs: list, k: int, prior: Tensor | None = None, continuous: bool = False) -> Inspection:
-    """Of routers' probabilities [L, N, M]; the prior wants the chosen experts unless it is given."""
+    """The Inspection of probabilities [L, N, M]; by default the prior wants the experts that are chosen."""
     table = torch.tensor(probs, dtype=torch.float64)
     chosen = torch.zeros_like(table, dtype=torch.bool).scatter(2, table.topk(k).indices, True)
     prior = chosen.transpose(0, 1).flatten(1) if prior is None else prior
@@ -416,12 +416,12 @@ def test_a_full_disk_leaves_the_numbers_of_before(tmp_path: Path, monkeypatch: p
     path = tmp_path / "routing.json"
     path.write_text("before")
 
-    def full(draft: Path, text: str) -> None:
-        draft.write_bytes(text[:10].encode())
+    def full(draft: Path, content: bytes) -> None:
+        draft.write_text(content[:10].decode())
         raise OSError("no space left")
 
     found = inspection(HAND_MADE, 2)
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space left"):
         found.write_json(path)
     assert [file.name for file in tmp_path.iterdir()] == ["routing.json"]
@@ -455,7 +455,7 @@ def test_a_large_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
-    """As a new user types it, in a folder of their own."""
+    """A new user types the command without settings, in an empty folder."""
     script = str(ROOT / "models" / "inspect_routing.py")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert {path.name for path in (tmp_path / "routing").iterdir()} == FILES

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from switch_dit.convert import without_wrappers
-from switch_dit.files import give_usual_permissions
+from switch_dit.files import first_line, give_usual_permissions
 from switch_dit.model import SwitchDiT
 from switch_dit.objectives import Objective, create_objective
 from switch_moe.ops._checks import FLOATS, check_choice
@@ -99,7 +99,7 @@ def load_checkpoint(folder: Path | str, weights: str = "ema") -> tuple[SwitchDiT
         state = load_file(tensors)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{tensors} is broken or cut off ({_first_line(error)}); take it from another copy"
+            f"{tensors} is broken or cut off ({first_line(error)}); take it from another copy"
         ) from None
     load_weights(model, state, str(tensors))
     return model.eval(), objective
@@ -114,7 +114,7 @@ def load_settings(folder: Path | str) -> dict[str, Any]:
     try:
         settings = json.loads(config.read_text())
     except ValueError as error:
-        raise _broken(config, _first_line(error)) from None
+        raise _broken(config, first_line(error)) from None
     if not isinstance(settings, dict):
         raise _broken(config, f"it holds a {type(settings).__name__}")
     if "objective" not in settings:
@@ -137,7 +137,7 @@ def _from_settings(settings: dict[str, Any], config: Path) -> tuple[SwitchDiT, O
         model = SwitchDiT(**settings["model"])
         objective = create_objective(**settings["objective"])
     except (ValueError, TypeError, KeyError, RuntimeError, MemoryError, ArithmeticError) as error:
-        raise _broken(config, _first_line(error)) from None
+        raise _broken(config, first_line(error)) from None
     for name in ("num_timesteps", "learn_sigma"):
         own, given = getattr(model, name), getattr(objective, name)
         if own != given:
@@ -174,10 +174,6 @@ def _as_folder(folder: Path | str) -> Path:
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(f"folder is {folder!r}; it must be a path")
     return Path(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _beside(folder: Path, suffix: str) -> Path:

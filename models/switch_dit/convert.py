@@ -24,12 +24,10 @@ def without_wrappers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state_dict.items()}
 
 
-def convert_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The official names to SwitchDiT's. Tables that SwitchDiT computes itself are left out.
+def plain_tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state_dict, or of the moving average ``ema`` in a whole training checkpoint.
 
-    ``state_dict`` may also be a whole checkpoint of the official training script: then its moving average,
-    ``ema``, is taken. Prefixes of DDP and torch.compile are cut. ``ValueError`` or ``TypeError`` for what is
-    no state_dict.
+    Prefixes of DDP and torch.compile are cut. ``ValueError`` or ``TypeError`` for what is no state_dict.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
@@ -45,6 +43,17 @@ def convert_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tens
             raise ValueError(
                 f"state_dict holds {name!r}, a {type(value).__name__}; every entry must be a tensor"
             )
+    return state_dict
+
+
+def convert_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The official names to SwitchDiT's. Tables that SwitchDiT computes itself are left out.
+
+    ``state_dict`` may also be a whole checkpoint of the official training script: then its moving average,
+    ``ema``, is taken. Prefixes of DDP and torch.compile are cut. ``ValueError`` or ``TypeError`` for what is
+    no state_dict.
+    """
+    state_dict = plain_tensors(state_dict)
     converted = {}
     routers: dict[str, dict[int, Tensor]] = {}
     for name, value in state_dict.items():

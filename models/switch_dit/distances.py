@@ -91,11 +91,20 @@ def frechet_distance(
             )
     mean_difference = a.mean - b.mean
     values, vectors = np.linalg.eigh(a.covariance)
-    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    root_a = (vectors * _roots(values)) @ vectors.T
     # trace((cov_a cov_b)^1/2) is that of the symmetric (root_a cov_b root_a)^1/2
-    trace_root = np.sqrt(np.linalg.eigvalsh(root_a @ b.covariance @ root_a).clip(min=0)).sum()
+    trace_root = _roots(np.linalg.eigvalsh(root_a @ b.covariance @ root_a)).sum()
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return max(0.0, float(mean_difference @ mean_difference + traces - 2 * trace_root))
+
+
+def _roots(values: np.ndarray) -> np.ndarray:
+    """Square roots of eigenvalues [d]; 0 for those that rounding alone can have made of 0.
+
+    The root of 1e-16 is 1e-8: without this a singular covariance would have noise in the eighth digit.
+    """
+    rounding = len(values) * np.finfo(np.float64).eps * max(values.max(), 0.0)
+    return np.sqrt(np.where(values > rounding, values, 0.0))
 
 
 def kernel_distance(

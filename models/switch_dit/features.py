@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from switch_dit import efficientnet
 from switch_dit.data import Images, load_data
-from switch_dit.files import checksum
+from switch_dit.files import checksum, first_line, write_whole
 from switch_dit.image_sets import ImageSet
 from switch_dit.metrics import Classifier, fitting_images
 
@@ -176,7 +175,7 @@ def _torch_fidelity() -> Any:
     try:
         return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision for another torch raises any
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = first_line(error)
         raise ModuleNotFoundError(
             f"features is 'inception'; torch-fidelity, which has this network, cannot be imported "
             f"({reason}): pip install -e '.[eval]' with a torchvision built for this torch, or take "
@@ -192,7 +191,7 @@ def _downloaded_inception(module: Any) -> Path:
         try:
             torch.hub.download_url_to_file(module.URL_INCEPTION_V3, str(path), _INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error)
             raise OSError(
                 f"features is 'inception'; its weights cannot be fetched ({reason}): get "
                 f"{module.URL_INCEPTION_V3} and name the file with --weights"
@@ -309,9 +308,4 @@ class Cache:
         note = self._key(network, images) | {"sha256": hashlib.sha256(features).hexdigest()}
         path = self.path(network, images)
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-        try:
-            draft.write_bytes(save({"features": features}, note))
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_whole(path, save({"features": features}, note))

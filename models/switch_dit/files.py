@@ -1,4 +1,4 @@
-"""What files that must be whole need: checksums, permissions, and waiting for the disk."""
+"""What files that must be whole need: drafts, checksums, permissions, and waiting for the disk."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; one of that name is replaced. ``OSError`` where it cannot be."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says, which may be nothing."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def to_disk(path: Path) -> None:

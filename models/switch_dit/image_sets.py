@@ -25,6 +25,7 @@ from torch import Tensor
 
 from switch_dit.data import Data, Latents, load_data
 from switch_dit.data.pictures import Pictures, Unreadable, load_folder, read_picture
+from switch_dit.files import first_line
 from switch_moe.ops._checks import check_choice, check_integers
 
 SPLITS = ("auto", "held-out", "train")
@@ -139,7 +140,7 @@ def _broken_is_said(name: str, argument: str) -> Iterator[None]:
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{argument} is {name!r}; there is no such file") from None
     except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, RuntimeError, EOFError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"{argument} is {name!r}; the file is broken or no .npz file ({reason}); write it again"
         ) from None

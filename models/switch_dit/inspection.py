@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from switch_dit.files import write_whole
 from switch_dit.model import SwitchDiT
 from switch_moe.ops._checks import check_dtype, check_flags, check_shape, check_tensors
 from switch_moe.reference.diffusion_prior import jensen_shannon
@@ -260,13 +261,7 @@ class Inspection:
 
     def write_json(self, path: Path | str) -> None:
         """Writes :meth:`to_json` as a whole; ``OSError`` where it cannot be written."""
-        path = Path(path)
-        draft = path.with_name(path.name + ".incomplete")
-        try:
-            draft.write_text(self.to_json())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_whole(Path(path), self.to_json().encode())
 
     def time(self, timestep: int) -> str:
         """A timestep as it is told: its number, or in continuous time its place between 0 and 1."""

@@ -62,7 +62,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         with without_autocast(t.device):
             time = t.float()
-            if (self.time_scale, self.time_offset) != (1.0, 0.0):
+            if (self.time_scale, self.time_offset) != (1.0, 0.0):  # DiT's own needs no operation
                 time = self.time_scale * time + self.time_offset
             angle = time[:, None] * self.rates
             hidden = torch.cat([angle.cos(), angle.sin()], dim=-1)

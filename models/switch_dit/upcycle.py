@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from switch_dit.checkpoint import load_weights
-from switch_dit.convert import without_wrappers
+from switch_dit.convert import plain_tensors
 from switch_dit.model import PRESETS, SwitchDiT
 from switch_moe.ops._checks import FLOATS, check_choice, check_integers, check_numbers
 
 SYSTEMS = ("dit", "sit", "diffusers_dit")
 FREQUENCIES = ("dit", "diffusers")
 
-# Of diffusers' block, what has one place here.
+# diffusers' names of the layers of a block, of its embedders and of the model, with the names here.
 _OF_BLOCK = {
     "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2",
     "norm1.linear": "adaLN_modulation.1",
@@ -171,17 +171,9 @@ def detect(state_dict: Mapping[str, Any]) -> str:
 
 
 def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The names and tensors, without wrappers and without what a training checkpoint has beside them."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict is a {type(state_dict).__name__}; it must map names to tensors")
-    for name in ("ema", "model"):
-        if isinstance(state_dict.get(name), Mapping):
-            state_dict = state_dict[name]
-            break
-    state = without_wrappers(state_dict)
+    """The tensors in float32."""
+    state = plain_tensors(state_dict)
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"state_dict holds {name!r}, a {type(value).__name__}; it must be a tensor")
         if value.dtype not in FLOATS:
             raise ValueError(f"state_dict holds {name!r} of {value.dtype}; it must be a floating type")
     return {name: value.float() for name, value in state.items()}
