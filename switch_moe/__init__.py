@@ -5,8 +5,9 @@ from .layer import SwitchMoE
 from .merged import MergedExperts
 from .prior import DiffusionPrior
 from .router import Router, Routing
+from .routes import Routes
 from .warm_up import warm_up
 
 __version__ = "0.1.0"
 
-__all__ = ["DiffusionPrior", "MergedExperts", "Router", "Routing", "SwitchMoE", "ops", "warm_up"]
+__all__ = ["DiffusionPrior", "MergedExperts", "Router", "Routes", "Routing", "SwitchMoE", "ops", "warm_up"]

@@ -54,6 +54,31 @@ class MLPExperts(NamedTuple):
         return empty_gradients(wanted, x, *self[:4], self.expert_gate)
 
 
+class RoutedExperts(NamedTuple):
+    """Arguments of ``routed_mlp``; W is H, the hidden width, or 2H for SwiGLU. Routes as in ``Routes``."""
+
+    weight_in: Tensor  # [M, D, W]
+    bias_in: Tensor | None  # [M, W]
+    weight_out: Tensor  # [M, H, D]
+    bias_out: Tensor | None  # [M, D]
+    offsets: Tensor  # [M + 1] int32
+    row: Tensor  # [P] int32
+    slot: Tensor  # [R, S] int32
+    gate: Tensor  # [P] float32
+
+    def empty_outputs(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """The output ``[R, D]`` and the hidden layer before its activation ``[P, W]``, if kept."""
+        return empty_like(x, x.shape), empty_like(x, self.hidden_shape() if keep else 0)
+
+    def hidden_shape(self) -> tuple[int, int]:
+        """``[P, W]``."""
+        return (self.row.shape[0], self.weight_in.shape[2])
+
+    def empty_gradients(self, x: Tensor, wanted: Iterable[bool]) -> list[Tensor]:
+        """Gradients of x, weight_in, bias_in, weight_out, bias_out and gate."""
+        return empty_gradients(wanted, x, *self[:4], self.gate)
+
+
 def empty_gradients(wanted: Iterable[bool], first: Tensor, *others: Tensor | None) -> list[Tensor]:
     """An uninitialised gradient for each input; one that is not wanted, or has no input, is empty."""
     inputs = (first, *(first if tensor is None else tensor for tensor in others))

@@ -11,9 +11,13 @@ from .expert_mlp import expert_mlp
 from .linear_assignment import linear_assignment
 from .match_columns import match_columns
 from .merge_experts import merge_experts
+from .route_pairs import route_pairs
+from .routed_mlp import routed_mlp
 from .timestep_gate import timestep_gate
+from .token_gate import TokenGate, token_gate
 
 __all__ = [
+    "TokenGate",
     "diffusion_prior_loss",
     "dispatch",
     "expert_linear",
@@ -21,5 +25,8 @@ __all__ = [
     "linear_assignment",
     "match_columns",
     "merge_experts",
+    "route_pairs",
+    "routed_mlp",
     "timestep_gate",
+    "token_gate",
 ]

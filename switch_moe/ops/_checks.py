@@ -54,7 +54,7 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, like the first argument")
 
 
-def check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+def check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
     """Of ``shape``, in the type of ``x`` and on its device."""
     check_shape(name, tensor, shape)
     check_dtype(name, tensor, x.dtype)
