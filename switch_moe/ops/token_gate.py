@@ -33,8 +33,8 @@ class TokenGate(NamedTuple):
     """Who chose whom. C stands for ``capacity``, G for the pools, B / ``pool``."""
 
     probs: Tensor  # [B, T, M] float32, the scores of all experts
-    index: Tensor  # int32: experts [B, T, k], best first; or tokens of a pool [G, M, C], in their order
-    gate: Tensor  # float32, of the shape of index
+    chosen: Tensor  # int32: experts [B, T, k], best first; or tokens of a pool [G, M, C], in their order
+    gate: Tensor  # float32, of the shape of chosen
     load: Tensor  # [M] float32, the pairs of each expert; no gradient
     importance: Tensor  # [M] float32, the sum of each expert's scores
 
@@ -122,11 +122,11 @@ def token_gate(
     check_numbers(scale=scale)
     choose(_OPERATION, backend, logits)
     with without_autocast(logits.device):
-        probs, index, gate = reference_token_gate(
+        probs, chosen, gate = reference_token_gate(
             logits, sample_logits, bias, selection_bias, count, by_expert, score, pool, normalise, scale,
             groups, top_groups,
         )  # fmt: skip
-        return TokenGate(probs, index, gate, *sums(probs, index, by_expert))
+        return TokenGate(probs, chosen, gate, *sums(probs, chosen, by_expert))
 
 
 def _check_groups(num_experts: int, top_k: int, groups: int, top_groups: int) -> None:

@@ -61,7 +61,8 @@ def best_groups(ranked: Tensor, groups: int, top_groups: int) -> Tensor:
     worth = parts.topk(min(2, parts.shape[-1]), dim=-1).values.sum(-1)
     best = torch.sort(worth, dim=-1, descending=True, stable=True).indices[..., :top_groups]
     inside = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True)
-    return parts.masked_fill(~inside[..., None], -torch.inf).flatten(-2)
+    kept: Tensor = parts.masked_fill(~inside[..., None], -torch.inf).flatten(-2)
+    return kept
 
 
 def chosen_by_experts(
