@@ -113,9 +113,7 @@ def run_in_world(config: TrainConfig, world: World) -> dict[str, Any]:
 def describe(trainer: Trainer) -> str:
     """One line: what is trained, where, on what."""
     config, model, size = trainer.config, trainer.model, trainer.world.size
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".moe." in name)
-    total = sum(p.numel() for p in model.parameters())
-    active = total - experts * (config.num_experts - config.top_k) // config.num_experts
+    total, active = sum(p.numel() for p in model.parameters()), model.active_parameters()
     processes = "" if size == 1 else f"{size} processes ({'FSDP' if config.fsdp else 'DDP'}) "
     return (
         f"{config.model} ({config.routing}), {total / 1e6:.2f} M parameters, {active / 1e6:.2f} M of them "

@@ -6,8 +6,20 @@ from .merged import MergedExperts
 from .prior import DiffusionPrior
 from .router import Router, Routing
 from .routes import Routes
+from .token_moe import TokenMoE, TokenRouter
 from .warm_up import warm_up
 
 __version__ = "0.1.0"
 
-__all__ = ["DiffusionPrior", "MergedExperts", "Router", "Routes", "Routing", "SwitchMoE", "ops", "warm_up"]
+__all__ = [
+    "DiffusionPrior",
+    "MergedExperts",
+    "Router",
+    "Routes",
+    "Routing",
+    "SwitchMoE",
+    "TokenMoE",
+    "TokenRouter",
+    "ops",
+    "warm_up",
+]

@@ -145,19 +145,27 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, moe: SwitchMoE | ChannelMask | None
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        moe: SwitchMoE | ChannelMask | None,
+        mlp: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.moe = moe
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio)) if mlp is None else mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, *routing: Tensor | MergedExperts | None) -> Tensor:
+    def forward(
+        self, x: Tensor, c: Tensor, *routing: Tensor | MergedExperts | None
+    ) -> Tensor | tuple[Tensor, ...]:
         """x [B, T, D], condition c [B, D], and what ``moe`` routes by: tensors of a Routing, a mask, or
-        the experts themselves, merged.
+        the experts themselves, merged. Where the feed-forward is a mixture (:mod:`switch_dit.systems`) it is
+        the time embedding, and what the mixture returns beside its tokens is returned beside x.
 
         A condition or a routing of one row is for all samples alike. The tensors come one by one because
         checkpointing with ``use_reentrant=True`` sees no tensors in a tuple.
@@ -173,8 +181,13 @@ class Block(nn.Module):
             order = None if schedule is None else (schedule, routing[1])
             r = self.moe(x, routing=Routing(*routing[:3], order=order), modulate=True)
         attention = gate_msa[:, None] * self.attn(modulate(self.norm1(r), shift_msa, scale_msa))  # [B, T, D]
-        inner = gate_mlp[:, None] * self.mlp(modulate(self.norm2(r + attention), shift_mlp, scale_mlp))
-        return x + attention + inner
+        stream = r + attention
+        normed = self.norm2(stream)
+        z = modulate(normed, shift_mlp, scale_mlp)
+        if isinstance(self.mlp, Mlp):
+            return x + attention + gate_mlp[:, None] * self.mlp(z)
+        inner, *beside = self.mlp(z, normed, stream, routing[0])
+        return x + attention + gate_mlp[:, None] * inner, *beside
 
 
 class FinalLayer(nn.Module):

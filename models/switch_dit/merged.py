@@ -65,7 +65,7 @@ class MergedSwitchDiT:
                 experts are merged in every call.
         """
         t = self._row(self.times, step)  # [1]
-        if self.model.routing == "none":
+        if self.model.routing not in ("switch", "dtr"):
             return self.model(x, t, y)
         return self.model(x, t, y, prepared=Prepared(self._row(self.embedding, step), self._routings(step)))
 

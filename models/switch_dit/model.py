@@ -20,7 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from switch_dit.layers import Block, ChannelMask, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder
-from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE
+from switch_dit.systems import SYSTEMS, Shape, options_of
+from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE, TokenMoE
 from switch_moe.ops._backend import BACKENDS
 from switch_moe.ops._checks import (
     FLOATS,
@@ -39,7 +40,7 @@ from switch_moe.prior import prior_table
 from switch_moe.router import backend_beside
 from switch_moe.streams import SideStream
 
-ROUTINGS = ("switch", "dtr", "none")
+ROUTINGS = ("switch", "dtr", "none", *SYSTEMS)
 DTR_CHANNELS_ON = 0.8  # share of channels that a timestep uses
 DTR_ALPHA = 4.0
 
@@ -72,7 +73,9 @@ PRESETS = {f"{size}/{patch}": Preset(*shape, patch) for size, shape in _SIZES.it
 
 
 class SwitchDiT(ModelMixin, ConfigMixin):
-    """Switch-DiT (``routing="switch"``), and its baselines DTR (``"dtr"``) and DiT (``"none"``).
+    """Switch-DiT (``routing="switch"``), its baselines DTR (``"dtr"``) and DiT (``"none"``), and the family.
+
+    The family are DiTs with other mixtures, see :mod:`switch_dit.systems`, by the name of ``routing``.
 
     Args:
         input_size: height and width of an image, or of a latent.
@@ -88,6 +91,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         routing: the kind of model, see above.
         num_experts: M, in every block.
         top_k: k.
+        mixture: options of the other systems of the family by name, see :data:`switch_dit.systems.SYSTEMS`;
+            those that are not given have their defaults.
         num_timesteps: N.
         frequency_shift, time_scale, time_offset: how timesteps are embedded, see
             :class:`switch_dit.layers.TimestepEmbedder`. The defaults are DiT's; weights of other codes need
@@ -126,6 +131,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         routing: str = "switch",
         num_experts: int = 3,
         top_k: int = 2,
+        mixture: dict[str, Any] | None = None,
         num_timesteps: int = 1000,
         frequency_shift: int = 0,
         time_scale: float = 1.0,
@@ -167,10 +173,16 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             "switch": lambda: SwitchMoE(hidden_size, num_experts, top_k, router=False, backend=backend),
             "dtr": ChannelMask,
             "none": lambda: None,
-        }[routing]
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, make_moe()) for _ in range(depth)
-        )
+        }
+        options = options_of(routing, mixture)
+
+        def make_block(index: int) -> nn.Module:
+            if routing in SYSTEMS:
+                shape = Shape(hidden_size, num_heads, mlp_ratio, num_experts, top_k, backend, index)
+                return SYSTEMS[routing].make_block(shape, options)
+            return Block(hidden_size, num_heads, mlp_ratio, make_moe[routing]())
+
+        self.blocks = nn.ModuleList(make_block(index) for index in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         if routing == "switch":
             of_router = backend_beside(backend)
@@ -188,6 +200,23 @@ class SwitchDiT(ModelMixin, ConfigMixin):
     def settings(self) -> dict[str, Any]:
         """The arguments of this class that make such a model, as a checkpoint keeps them."""
         return {name: value for name, value in self.config.items() if not name.startswith("_")}
+
+    def active_parameters(self) -> int:
+        """Parameters that a token meets, on average where experts choose: all, less the experts left out."""
+        left_out = 0.0
+        for module in self.modules():
+            if isinstance(module, (SwitchMoE, TokenMoE)):
+                count = module.num_experts
+                active = min(count, getattr(module, "capacity", None) or module.top_k)
+                of_experts = (p for p in module.parameters(recurse=False) if p.shape[0] == count)
+                left_out += sum(p.numel() for p in of_experts) * (1 - active / count)
+        return round(sum(p.numel() for p in self.parameters()) - left_out)
+
+    def at_step(self, number: int, steps: int) -> None:
+        """Tells mixtures that change while they train the number of the step, from 0, of how many."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "at_step"):
+                module.at_step(number, steps)
 
     def _real_device(self) -> torch.device:
         """The device of the parameters that are not on the meta device any more, if there are any."""
@@ -239,7 +268,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         if self.y_embedder is not None:
@@ -250,14 +280,20 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(adaptive.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         for module in self.modules():
-            if isinstance(module, (SwitchMoE, Router)):
+            if isinstance(module, (SwitchMoE, Router, TokenMoE)):
                 module.reset_parameters()
 
-    def block_routings(self, routing: Routing | None, t: Tensor) -> list[tuple[Tensor | None, ...]]:
-        """What each block's ``moe`` routes by: the tensors of its Routing, or DTR's masks [B, D] at t."""
+    def block_routings(
+        self, routing: Routing | None, t: Tensor, time_embedding: Tensor
+    ) -> list[tuple[Tensor | None, ...]]:
+        """What each block routes by: the tensors of its Routing, DTR's masks [B, D] at t, or, in the other
+        systems, the time embedding [B, D].
+        """
         if routing is not None:
             blocks = routing.scheduled(self.router.backend).blocks()
             return [(*block[:3], block.schedule) for block in blocks]
+        if self.routing in SYSTEMS:
+            return [(time_embedding,)] * len(self.blocks)
         return [(self.dtr_mask[table_row(t)],) if self.routing == "dtr" else ()] * len(self.blocks)
 
     def route(self, time_embedding: Tensor) -> Routing:
@@ -292,7 +328,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         t may be [1], one timestep for the whole batch: then it is embedded and routed once, and a block
         merges its experts once. H and W are ``input_size``, labels are int64, num_classes standing for none;
         an unconditional model takes none. ``with_prior`` adds the diffusion prior loss: a scalar, zero
-        without experts. Without ``match`` it takes the assignment of the last call that matched.
+        without experts. Without ``match`` it takes the assignment of the last call that matched. In the
+        systems of :mod:`switch_dit.systems` it adds their losses of balance, each by its weight.
 
         Training is random in two places, unless it is told the outcome: ``drop``, bool [B], says whose labels
         are left out, and ``ties``, [2, L*M], how the matching breaks ties (see DiffusionPrior.match).
@@ -325,16 +362,25 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             # routing lives until join below, and embedder and router run outside autocast.
             with SideStream(x.device) as side:
                 prior_loss = self.diffusion_prior_loss(routing, t, match, ties)
-        out = self.denoise(x, c, prepared.routings if prepared else self.block_routings(routing, t))
+        balance: list[Tensor] = []
+        routings = prepared.routings if prepared else self.block_routings(routing, t, e)
+        out = self.denoise(x, c, routings, balance)
         if not with_prior:
             return out
         side.join()
-        return out, prior_loss
+        return out, sum(balance, prior_loss)
 
-    def denoise(self, x: Tensor, c: Tensor, routings: Iterable[tuple[Any, ...]]) -> Tensor:
+    def denoise(
+        self,
+        x: Tensor,
+        c: Tensor,
+        routings: Iterable[tuple[Any, ...]],
+        balance: list[Tensor] | None = None,
+    ) -> Tensor:
         """Images [B, C, H, W] through the blocks, to [B, C or 2C, H, W].
 
         c is the condition [B, D], or [1, D] for all samples; ``routings`` has what each block takes after it.
+        ``balance`` gets the weighted losses of blocks that are mixtures.
         """
         h = self.x_embedder(x) + self.pos_embed  # [B, T, D]
         for block, of_block in zip(self.blocks, routings, strict=True):
@@ -342,6 +388,10 @@ class SwitchDiT(ModelMixin, ConfigMixin):
                 h = self._gradient_checkpointing_func(block, h, c, *of_block)
             else:
                 h = block(h, c, *of_block)
+            if isinstance(h, tuple):
+                h, loss, *_ = h
+                if balance is not None:
+                    balance.append(loss)
         return self.unpatchify(self.final_layer(h, c))
 
     def export_merged(self, timestep: int | float) -> nn.Module:

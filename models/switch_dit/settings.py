@@ -15,6 +15,7 @@ from switch_dit.model import PRESETS, ROUTINGS
 from switch_dit.objectives import OBJECTIVES, Objective, create_objective
 from switch_dit.optimisation import DECAYS
 from switch_dit.recipes import RECIPES
+from switch_dit.systems import parsed_options
 from switch_dit.timesteps import SAMPLERS, Sampler, create_sampler
 from switch_dit.tracking import check_tracker
 from switch_moe.ops._checks import (
@@ -37,12 +38,18 @@ class TrainConfig:
     # -- model
     model: str = "tiny/4"
     """The size and patch size of the model: {tiny,S,B,L,XL}/{2,4,8}."""
-    routing: Literal["switch", "dtr", "none"] = "switch"
-    """switch trains Switch-DiT, dtr uses fixed channel masks, none is a plain DiT."""
+    routing: Literal["switch", "dtr", "none", "dit_moe", "ec_dit", "diffmoe", "mode", "nucleus", "evomoe"] = (
+        "switch"
+    )
+    """switch trains Switch-DiT, dtr uses fixed channel masks, none is a plain DiT; the others are DiTs whose
+    feed-forward layers are mixtures."""
     num_experts: int = 3
     """Each block has this many experts."""
     top_k: int = 2
-    """The router chooses this many experts for a sample."""
+    """The router chooses this many experts for a sample, or for a token."""
+    mixture: tuple[str, ...] = ()
+    """Options of a mixture that is not switch's, like capacity=1.5 or load_balance=0.02; models/README.md has
+    those of each."""
     objective: Literal["eps", "v", "flow"] = "eps"
     """What the model predicts: the noise, the velocity, or the direction of rectified flow."""
     learn_sigma: bool = True
@@ -182,6 +189,8 @@ class TrainConfig:
         )  # fmt: skip
         check_choice("model", self.model, PRESETS)
         check_choice("routing", self.routing, ROUTINGS)
+        self.mixture = tuple(self.mixture)
+        parsed_options(self.routing, self.mixture)
         check_choice("unreadable", self.unreadable, ("fail", "skip"))
         check_choice("precision", self.precision, ("auto", "float32", "bfloat16", "float16"))
         check_choice("objective", self.objective, OBJECTIVES)

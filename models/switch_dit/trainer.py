@@ -28,6 +28,7 @@ from switch_dit.randomness import Stream, normal
 from switch_dit.resume import Checkpoints
 from switch_dit.sampling import sample
 from switch_dit.settings import TrainConfig, objective_of, process_of, sampler_of
+from switch_dit.systems import parsed_options
 from switch_dit.timesteps import Curriculum, CurriculumState
 from switch_dit.weightings import UncertaintyWeighting
 
@@ -35,7 +36,7 @@ TERMS = ("loss", "mse", "vb", "prior")
 CARRIED = ("mlp_ratio", "frequency_shift", "time_scale", "time_offset")  # settings of a model, of no run
 SETTINGS_OF = {
     **dict.fromkeys(("hidden_size", "depth", "num_heads", "patch_size"), "model"),
-    **{name: name for name in ("routing", "num_experts", "top_k", "schedule", "learn_sigma")},
+    **{name: name for name in ("routing", "num_experts", "top_k", "mixture", "schedule", "learn_sigma")},
     "name": "objective", "class_dropout_prob": "label_dropout", "in_channels": "data",
     "input_size": "data and image_size", "num_classes": "data and conditional",
 }  # fmt: skip
@@ -91,6 +92,7 @@ class Trainer:
             routing=config.routing,
             num_experts=config.num_experts,
             top_k=config.top_k,
+            mixture=parsed_options(config.routing, config.mixture) or None,
         )
         state = None
         if config.start_from and carried is None:
@@ -129,6 +131,13 @@ class Trainer:
         self.averaged = {name: local(p.detach()) for name, p in self.model.named_parameters()}
         of_copy = {name: local(p.detach()) for name, p in self.ema.named_parameters()}
         self.average = MovingAverage(self.averaged, config.ema_decay, of_copy)
+        # What a mixture learns without gradients, its thresholds: the average has the newest.
+        parameters, of_copy = dict(self.model.named_parameters()), dict(self.ema.named_buffers())
+        self.learned_buffers = [
+            (name, value, of_copy[name])
+            for name, value in self.model.state_dict(keep_vars=True).items()
+            if name not in parameters
+        ]
         self.powers = [PowerAverage(self.averaged, width) for width in config.power_averages]
         self.curriculum = CurriculumState() if isinstance(self.sampler, Curriculum) else None
         self.lowest = torch.zeros((), dtype=torch.int64, device=self.device)  # timestep of the curriculum
@@ -259,6 +268,8 @@ class Trainer:
         waits for a GPU: the indices are copied from pinned memory.
         """
         self.number.fill_(number)
+        for model in (self.model, self.ema):
+            model.at_step(number, self.config.steps)
         self.rate.fill_(self.rate_at(number))
         for average in (self.average, *self.powers):
             average.prepare(number)
@@ -289,9 +300,15 @@ class Trainer:
         self.optimisation.step()
         for average in (self.average, *self.powers):
             average.advance(self.averaged)
+        self._copy_buffers()
         if parts == 1:
             return found[0]
         return {name: torch.stack([terms[name] for terms in found]).mean(0) for name in TERMS}
+
+    @torch.no_grad()
+    def _copy_buffers(self) -> None:
+        for _, value, of_average in self.learned_buffers:
+            of_average.copy_(value)
 
     def _images(self, chosen: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images at positions of the batch as the model learns them, and their labels."""
@@ -316,6 +333,7 @@ class Trainer:
         for power in self.powers:
             found |= {f"power{power.sigma_rel}.{name}": p for name, p in power.parameters.items()}
         found |= {f"buffer.{name}": b for name, b in self.model.named_buffers() if name == "assignment"}
+        found |= {f"buffer.{name}": buffer for name, buffer, _ in self.learned_buffers}
         for name, parameter in trained.items():
             if not parameter.requires_grad:
                 continue
@@ -339,6 +357,7 @@ class Trainer:
         state = checkpoints.latest()
         if state is not None:
             checkpoints.load(state["step"], self.tensors())
+            self._copy_buffers()
             self.optimisation.load_state_dict(state["scaler"])
             if self.curriculum:
                 self.curriculum = CurriculumState.from_json(state["curriculum"])

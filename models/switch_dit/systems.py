@@ -1,0 +1,175 @@
+"""The mixtures of the family by name: what ``routing`` of a SwitchDiT may be beside switch, dtr and none.
+
+Each is a DiT whose feed-forward layers, or some of them, are mixtures. The options of a system are those of
+its entry in :data:`SYSTEMS`, with their defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from switch_dit.layers import Block, Mlp
+from switch_moe import TokenMoE
+from switch_moe.balance import add_gradient_of
+
+ROUTER_INPUTS = ("modulated", "normed", "stream")
+
+
+class Shape(NamedTuple):
+    """What a system is told of the model, and of the block that it makes."""
+
+    hidden_size: int
+    num_heads: int
+    mlp_ratio: float
+    num_experts: int
+    top_k: int
+    backend: str
+    index: int  # of the block
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layer, or of an expert."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+class System(NamedTuple):
+    """A mixture of the family."""
+
+    source: str
+    options: dict[str, Any]
+    make_block: Callable[[Shape, dict[str, Any]], nn.Module]
+    """The block of a shape, with these options."""
+
+
+class Mixture(nn.Module):
+    """The feed-forward layer of a block as a mixture, with what its router sees and what its losses weigh.
+
+    Args:
+        moe: what has the experts and the router; its parameters are the block's ``mlp.moe.*``.
+        router_input: ``modulated`` as the experts see the tokens, ``normed`` before the timestep modulates
+            them, or ``stream``, the block's tokens after the attention.
+        weights: of the losses that ``moe`` returns, by name; others count nothing.
+        inject: whether they are added to the gradient with factor one in the place of the loss, see
+            :func:`switch_moe.balance.add_gradient_of`.
+    """
+
+    def __init__(
+        self, moe: TokenMoE, weights: dict[str, float], router_input: str = "modulated", inject: bool = False
+    ) -> None:
+        super().__init__()
+        self.moe, self.weights, self.router_input, self.inject = moe, weights, router_input, inject
+
+    def forward(
+        self, z: Tensor, normed: Tensor, stream: Tensor, time_embedding: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, T, D]``, and the weighted losses of balance, a float32 scalar.
+
+        Args:
+            z: modulated tokens, normed: before that, stream: before the norm. time_embedding: ``[B, D]``.
+        """
+        seen = {"modulated": z, "normed": normed, "stream": stream}[self.router_input]
+        sees_time = self.moe.router.time_weight is not None
+        time = time_embedding.expand(len(z), -1) if sees_time else None
+        out, losses = self.moe(z, router_input=seen, time_embedding=time, with_losses=True)
+        loss = sum((self.weights[name] * losses[name] for name in self.weights), z.new_zeros(()).float())
+        if self.inject:
+            return add_gradient_of(loss, out), loss.detach() * 0
+        return out, loss
+
+
+def dense_or(shape: Shape, options: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:
+    """A block of DiT, whose feed-forward is a mixture in the last of every ``every`` blocks."""
+    is_mixture = shape.index % options["every"] == options["every"] - 1
+    mlp = make() if is_mixture else Mlp(shape.hidden_size, shape.inner_size)
+    return Block(shape.hidden_size, shape.num_heads, shape.mlp_ratio, None, mlp)
+
+
+def _dit_moe(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    def make() -> Mixture:
+        moe = TokenMoE(
+            shape.hidden_size, shape.num_experts, shape.top_k, expert_hidden_size=shape.inner_size,
+            shared_hidden_size=int(options["shared_ratio"] * shape.hidden_size),
+            normalise=options["normalise"], backend=shape.backend,
+        )  # fmt: skip
+        weights = {"load_balance": options["load_balance"], "z": options["z_loss"]}
+        return Mixture(moe, weights, inject=options["inject"])
+
+    return dense_or(shape, options, make)
+
+
+def _ec_dit(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    def make() -> Mixture:
+        moe = TokenMoE(
+            shape.hidden_size, shape.num_experts, shape.top_k, capacity=options["capacity"],
+            pool=options["pool"], activation=options["activation"], bias=options["bias"],
+            expert_hidden_size=shape.inner_size,
+            shared_hidden_size=int(options["shared_ratio"] * shape.hidden_size), backend=shape.backend,
+        )  # fmt: skip
+        return Mixture(moe, {"z": options["z_loss"]}, options["router_input"])
+
+    return dense_or(shape, options, make)
+
+
+SYSTEMS = {
+    "dit_moe": System(
+        "DiT-MoE, arXiv 2407.11633",
+        {"shared_ratio": 2.0, "load_balance": 0.01, "z_loss": 0.0, "normalise": False, "inject": False,
+         "every": 1},
+        _dit_moe,
+    ),
+    "ec_dit": System(
+        "EC-DIT, arXiv 2410.02098",
+        {"capacity": 2.0, "pool": 1, "activation": "gelu", "bias": True, "shared_ratio": 0.0, "z_loss": 0.0,
+         "router_input": "modulated", "every": 2},
+        _ec_dit,
+    ),
+}  # fmt: skip
+"""By the name of ``routing``. ``every``: the mixtures are in the last of every so many blocks."""
+
+
+def options_of(routing: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    """All options of a system, those given and the defaults.
+
+    ``ValueError`` or ``TypeError`` for an option that the system does not have, or of another type.
+    """
+    system, given = SYSTEMS.get(routing), dict(given or {})
+    if system is None:
+        if given:
+            raise ValueError(f"mixture holds {min(given)!r}; routing {routing!r} has no such options")
+        return {}
+    for name, value in given.items():
+        if name not in system.options:
+            known = ", ".join(system.options)
+            raise ValueError(f"mixture holds {name!r}; the options of {routing!r} are {known}")
+        wanted = type(system.options[name])
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            given[name] = float(value)
+        elif type(value) is not wanted:
+            raise TypeError(f"mixture's {name} is {value!r}; it must be of type {wanted.__name__}")
+    return {**system.options, **given}
+
+
+def parsed_options(routing: str, texts: tuple[str, ...]) -> dict[str, Any]:
+    """Options written as ``NAME=VALUE``; errors as in :func:`options_of`."""
+    of_type = {bool: _as_flag, int: int, float: float, str: str}
+    given: dict[str, Any] = {}
+    known = SYSTEMS[routing].options if routing in SYSTEMS else {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"mixture holds {text!r}; it must be NAME=VALUE")
+        try:
+            given[name] = of_type[type(known.get(name, ""))](value)
+        except ValueError:
+            wanted = type(known[name]).__name__
+            raise ValueError(f"mixture holds {text!r}; its value must be of type {wanted}") from None
+    return options_of(routing, given)
+
+
+def _as_flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
