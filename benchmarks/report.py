@@ -336,6 +336,7 @@ def write(root: Path) -> list[Path]:
             expert_mlp=times_table(reports, "expert_mlp"),
             small=times_table(reports, *SMALL),
             steps=times_table(reports, "train_step", "sample_step", passes=("train", "sample")),
+            family=times_table(reports, "family_step", passes=("train",)),
             memory=memory_table(reports),
             slower="\n".join(slower(reports)) or "Nowhere.",
             calibration="\n".join(calibration_section(report) for report in reports if report.machine["gpu"]),

@@ -240,7 +240,7 @@ class TokenMoE(nn.Module):
             rows, self.weight_in, self.bias_in, self.weight_out, self.bias_out, routes, self.activation,
             base=base, backend=self.backend,
         )  # fmt: skip
-        return out.view(*x.shape[:2], -1)
+        return out.view(x.shape)
 
     def extra_repr(self) -> str:
         chosen = f"top_k={self.top_k}" if self.capacity is None else f"capacity={self.capacity}"
