@@ -76,12 +76,13 @@ def test_a_run_of_each_system_goes_down(routing: str, tmp_path: Path) -> None:
 
 def test_options() -> None:
     assert options_of("dit_moe", {"load_balance": 1})["load_balance"] == 1.0
-    assert options_of("switch", None) == {}
+    assert options_of("switch", None) == {"load_balance": 0.0, "z_loss": 0.0}
     assert parsed_options("ec_dit", ("capacity=1.5", "bias=False", "router_input=stream")) == {
-        **SYSTEMS["ec_dit"].options, "capacity": 1.5, "bias": False, "router_input": "stream",
+        "capacity": 1.5, "bias": False, "router_input": "stream",
     }  # fmt: skip
     for routing, texts, message in (
-        ("switch", ("capacity=1",), "mixture holds 'capacity'; routing 'switch' has no such options"),
+        ("switch", ("capacity=1",), "mixture holds 'capacity'; the options of 'switch' are load_balance, "),
+        ("dtr", ("capacity=1",), "mixture holds 'capacity'; the options of 'dtr' are none"),
         ("ec_dit", ("capacity",), "mixture holds 'capacity'; it must be NAME=VALUE"),
         ("ec_dit", ("capacity=many",), "mixture holds 'capacity=many'; its value must be of type float"),
         ("ec_dit", ("bias=1",), "mixture holds 'bias=1'; its value must be of type bool"),
@@ -99,6 +100,27 @@ def test_routing_names_are_those_of_the_models() -> None:
     from switch_dit.model import ROUTINGS
 
     assert set(ROUTINGS) <= set(get_args(get_type_hints(TrainConfig)["routing"]))
+
+
+def test_losses_of_balance_beside_the_prior() -> None:
+    settings = {"num_experts": 4, "top_k": 2, "class_dropout_prob": 0.0}
+    plain = random_model(**settings)
+    x, t, y = torch.randn(6, 3, 8, 8), torch.arange(6) * 150, torch.arange(6) % 5
+    ties = torch.rand(2, len(plain.assignment))
+    prior = plain(x, t, y, with_prior=True, ties=ties)[1]
+    routing = plain.route(plain.t_embedder(t))
+    expected = {"load_balance": 0.0, "z_loss": 0.0}
+    for block in routing.blocks():
+        chosen = torch.nn.functional.one_hot(block.expert_index.long(), 4).sum(1).float()  # [B, M]
+        expected["load_balance"] += 4 * (chosen.mean(0) / 2 * block.probs.mean(0)).sum() / 2
+    logits = torch.einsum("bd,lmd->lbm", torch.nn.functional.silu(plain.t_embedder(t)), plain.router.weight)
+    expected["z_loss"] = (logits + plain.router.bias[:, None]).logsumexp(-1).square().mean()
+    for name, value in expected.items():
+        model = random_model(**settings, mixture={name: 0.5})
+        found = model(x, t, y, with_prior=True, ties=ties)[1]
+        torch.testing.assert_close(found - prior, 0.5 * value)
+        found.backward()
+        assert model.router.weight.grad.any()
 
 
 def test_active_parameters() -> None:

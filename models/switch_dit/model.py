@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from switch_dit.layers import Block, ChannelMask, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from switch_dit.systems import SYSTEMS, Shape, options_of
 from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE, TokenMoE
+from switch_moe.balance import load_balance_loss, z_loss
 from switch_moe.ops._backend import BACKENDS
 from switch_moe.ops._checks import (
     FLOATS,
@@ -174,7 +175,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             "dtr": ChannelMask,
             "none": lambda: None,
         }
-        options = options_of(routing, mixture)
+        self.options = options = options_of(routing, mixture)
 
         def make_block(index: int) -> nn.Module:
             if routing in SYSTEMS:
@@ -363,6 +364,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             with SideStream(x.device) as side:
                 prior_loss = self.diffusion_prior_loss(routing, t, match, ties)
         balance: list[Tensor] = []
+        if with_prior and routing is not None:
+            balance += self.switch_balance(routing, e)
         routings = prepared.routings if prepared else self.block_routings(routing, t, e)
         out = self.denoise(x, c, routings, balance)
         if not with_prior:
@@ -438,6 +441,21 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             self.assignment.copy_(self.prior.match(selected, ties=ties))
         probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
         return self.prior.loss(probs, table_row(t), self.assignment)
+
+    def switch_balance(self, routing: Routing, time_embedding: Tensor) -> list[Tensor]:
+        """The losses of balance of Switch-DiT's routers, means over the blocks, where they have a weight."""
+        found = []
+        if weight := self.options["load_balance"]:
+            probs = routing.probs  # [L, B, M]
+            load = routing.selected().view(len(time_embedding), *probs.shape[::2]).sum(0)  # [L, M]
+            of_blocks = zip(load, probs.sum(1), strict=True)
+            losses = [load_balance_loss(*of_block, probs.shape[1]) for of_block in of_blocks]
+            found.append(weight * torch.stack(losses).mean())
+        if weight := self.options["z_loss"]:
+            hidden = nn.functional.silu(time_embedding.float())
+            logits = torch.einsum("bd,lmd->lbm", hidden, self.router.weight.float())
+            found.append(weight * z_loss(logits + self.router.bias.float()[:, None]))
+        return found
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Patches [B, T, p*p*C_out] to images [B, C_out, H, W]."""

@@ -130,33 +130,37 @@ SYSTEMS = {
 """By the name of ``routing``. ``every``: the mixtures are in the last of every so many blocks."""
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "switch": {"load_balance": 0.0, "z_loss": 0.0},
+    **{name: system.options for name, system in SYSTEMS.items()},
+}
+"""What ``mixture`` may hold for a routing, with the defaults. Switch-DiT has none of these losses; they can
+be added to its diffusion prior."""
+
+
 def options_of(routing: str, given: dict[str, Any] | None) -> dict[str, Any]:
-    """All options of a system, those given and the defaults.
+    """All options of a routing, those given and the defaults.
 
     ``ValueError`` or ``TypeError`` for an option that the system does not have, or of another type.
     """
-    system, given = SYSTEMS.get(routing), dict(given or {})
-    if system is None:
-        if given:
-            raise ValueError(f"mixture holds {min(given)!r}; routing {routing!r} has no such options")
-        return {}
+    defaults, given = OPTIONS.get(routing, {}), dict(given or {})
     for name, value in given.items():
-        if name not in system.options:
-            known = ", ".join(system.options)
+        if name not in defaults:
+            known = ", ".join(defaults) or "none"
             raise ValueError(f"mixture holds {name!r}; the options of {routing!r} are {known}")
-        wanted = type(system.options[name])
+        wanted = type(defaults[name])
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             given[name] = float(value)
         elif type(value) is not wanted:
             raise TypeError(f"mixture's {name} is {value!r}; it must be of type {wanted.__name__}")
-    return {**system.options, **given}
+    return {**defaults, **given}
 
 
 def parsed_options(routing: str, texts: tuple[str, ...]) -> dict[str, Any]:
-    """Options written as ``NAME=VALUE``; errors as in :func:`options_of`."""
+    """Options written as ``NAME=VALUE``, those alone; errors as in :func:`options_of`."""
     of_type = {bool: _as_flag, int: int, float: float, str: str}
     given: dict[str, Any] = {}
-    known = SYSTEMS[routing].options if routing in SYSTEMS else {}
+    known = OPTIONS.get(routing, {})
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
@@ -166,7 +170,8 @@ def parsed_options(routing: str, texts: tuple[str, ...]) -> dict[str, Any]:
         except ValueError:
             wanted = type(known[name]).__name__
             raise ValueError(f"mixture holds {text!r}; its value must be of type {wanted}") from None
-    return options_of(routing, given)
+    options = options_of(routing, given)
+    return {name: options[name] for name in given}
 
 
 def _as_flag(text: str) -> bool:

@@ -28,7 +28,7 @@ from switch_dit.randomness import Stream, normal
 from switch_dit.resume import Checkpoints
 from switch_dit.sampling import sample
 from switch_dit.settings import TrainConfig, objective_of, process_of, sampler_of
-from switch_dit.systems import parsed_options
+from switch_dit.systems import options_of, parsed_options
 from switch_dit.timesteps import Curriculum, CurriculumState
 from switch_dit.weightings import UncertaintyWeighting
 
@@ -170,6 +170,13 @@ class Trainer:
         process = load_settings(folder)["objective"]
         ours = {**PRESETS[self.config.model]._asdict(), **self.create.keywords}
         theirs = {name: model.settings[name] for name in ours}
+        carried = {name: model.settings[name] for name in CARRIED}
+        if self.config.mixture:
+            for settings in (ours, theirs):
+                settings["mixture"] = options_of(settings["routing"], settings["mixture"])
+        else:  # the options of the start, whatever they are
+            carried["mixture"] = theirs["mixture"]
+            del ours["mixture"]
         own_process = process_of(self.config)
         for name in ("name", "schedule", "num_timesteps"):
             ours[name] = own_process[name]
@@ -181,7 +188,7 @@ class Trainer:
                     f"start_from is {folder}; its {name} is {theirs[name]!r} and that of this run {value!r}, "
                     f"{how}"
                 )
-        return {name: model.settings[name] for name in CARRIED}, model.state_dict()
+        return carried, model.state_dict()
 
     def _check_processes(self) -> None:
         config, size = self.config, self.world.size
