@@ -4,7 +4,7 @@ from . import ops
 from .layer import SwitchMoE
 from .merged import MergedExperts
 from .prior import DiffusionPrior
-from .router import Router, Routing
+from .router import Router, Routing, set_top_k
 from .routes import Routes
 from .token_moe import TokenMoE, TokenRouter
 from .warm_up import warm_up
@@ -21,5 +21,6 @@ __all__ = [
     "TokenMoE",
     "TokenRouter",
     "ops",
+    "set_top_k",
     "warm_up",
 ]

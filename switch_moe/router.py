@@ -11,6 +11,7 @@ from .ops._backend import BACKENDS, runs_triton
 from .ops._checks import check_choice, check_integers, check_top_k
 from .ops.dispatch import dispatch
 from .ops.timestep_gate import selected_experts, timestep_gate
+from .prior import DiffusionPrior
 
 
 class Routing(NamedTuple):
@@ -98,7 +99,7 @@ class Router(nn.Module):
         check_integers(depth=depth, hidden_size=hidden_size)
         check_top_k(top_k, num_experts)
         check_choice("backend", backend, BACKENDS)
-        self.top_k, self.backend = top_k, backend
+        self.num_experts, self.top_k, self.backend = num_experts, top_k, backend
         self.weight = nn.Parameter(torch.empty(depth, num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(depth, num_experts))
         self.reset_parameters()
@@ -122,3 +123,25 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         depth, num_experts, hidden_size = self.weight.shape
         return f"depth={depth}, hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}"
+
+
+def set_top_k(model: nn.Module, top_k: int) -> None:
+    """Lets every router and mixture of experts in ``model`` choose ``top_k`` experts from now on.
+
+    Sparse experts may keep, or gain, quality when more or fewer of them are evaluated than in training (Zhao
+    et al., arXiv 2410.13964). Gates are not renormalised by a router of timesteps, so a larger k adds terms to
+    the sum of the experts and a smaller one leaves terms out; none of the others changes.
+
+    Weights and a :class:`switch_moe.DiffusionPrior`, which is about training, stay as they are.
+
+    Raises ``ValueError`` or ``TypeError``, and changes nothing, where top_k is not between 1 and the number of
+    experts of every layer, or where there is none.
+    """
+    layers = [layer for layer in model.modules() if hasattr(layer, "top_k") and hasattr(layer, "num_experts")]
+    layers = [layer for layer in layers if not isinstance(layer, DiffusionPrior)]
+    if not layers:
+        raise ValueError(f"model is a {type(model).__name__} without a layer that chooses top_k experts")
+    for layer in layers:
+        check_top_k(top_k, layer.num_experts)
+    for layer in layers:
+        layer.top_k = top_k

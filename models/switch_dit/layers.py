@@ -67,10 +67,10 @@ class TimestepEmbedder(nn.Module):
             angle = time[:, None] * self.rates
             hidden = torch.cat([angle.cos(), angle.sin()], dim=-1)
             first, activation, last = self.mlp
-            return _linear_in_float32(last, activation(_linear_in_float32(first, hidden)))
+            return linear_in_float32(last, activation(linear_in_float32(first, hidden)))
 
 
-def _linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+def linear_in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
     """``layer(x)`` in float32 at least, whatever the type of the weights."""
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from switch_dit.layers import Block, ChannelMask, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from switch_dit.systems import SYSTEMS, Shape, options_of
-from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE, TokenMoE
+from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE, TokenMoE, set_top_k
 from switch_moe.balance import load_balance_loss, z_loss
 from switch_moe.ops._backend import BACKENDS
 from switch_moe.ops._checks import (
@@ -297,6 +297,14 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             return [(time_embedding,)] * len(self.blocks)
         return [(self.dtr_mask[table_row(t)],) if self.routing == "dtr" else ()] * len(self.blocks)
 
+    def set_top_k(self, top_k: int) -> None:
+        """Chooses k experts from now on, see :func:`switch_moe.set_top_k`.
+
+        The config keeps the k that the model was trained with: ``set_top_k(model.config.top_k)`` takes it
+        back.
+        """
+        set_top_k(self, top_k)
+
     def route(self, time_embedding: Tensor) -> Routing:
         """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
         self._check_switch()
@@ -436,11 +444,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         """The diffusion prior loss, a scalar, of the routing at t; with ``match``, of a new assignment."""
         if routing is None:
             return torch.zeros((), device=t.device)
-        if match:
-            selected = self.route_all_timesteps().selected()
-            self.assignment.copy_(self.prior.match(selected, ties=ties))
-        probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
-        return self.prior.loss(probs, table_row(t), self.assignment)
+        return matched_prior_loss(self, routing, table_row(t), match, ties)
 
     def switch_balance(self, routing: Routing, time_embedding: Tensor) -> list[Tensor]:
         """The losses of balance of Switch-DiT's routers, means over the blocks, where they have a weight."""
@@ -491,6 +495,21 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         with_label, without = noise.chunk(2)
         guided = without + cfg_scale * (with_label - without)
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+def matched_prior_loss(
+    model: Any, routing: Routing, row: Tensor, match: bool, ties: Tensor | None = None
+) -> Tensor:
+    """The diffusion prior loss, a scalar, of a routing of timesteps in the rows [B] of the prior's table.
+
+    The model has ``prior``, ``assignment`` and ``route_all_timesteps``; with ``match`` it gets a new
+    assignment.
+    """
+    if match:
+        selected = model.route_all_timesteps().selected()
+        model.assignment.copy_(model.prior.match(selected, ties=ties))
+    probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
+    return model.prior.loss(probs, row, model.assignment)
 
 
 def table_row(t: Tensor) -> Tensor:
