@@ -63,6 +63,9 @@ class SampleConfig:
     """The number of channels that are guided. By default all are; the published DiT guides 3 of 4."""
     guide: Path | None = None
     """A second run, smaller or less trained, whose prediction takes the place of the one without a label."""
+    top_k: int | None = None
+    """Each block chooses this many experts. By default it is as many as in training; sweep_top_k.py measures
+    others."""
     seed: int = 0
     """The first image has this seed, and each image the next one."""
     weights: Literal["ema", "model"] = "ema"
@@ -93,6 +96,8 @@ def run(config: SampleConfig, rank: int = 0, world_size: int = 1) -> Path:
         raise ValueError(f"{what}; output must then be a folder or an .npz file, and is {path}")
     pipeline = load_pipeline(config).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    if config.top_k is not None:
+        pipeline.transformer.set_top_k(config.top_k)
     classes = _classes(config, pipeline.transformer.num_classes)
     if is_grid:
         return _draw_grid(config, pipeline, classes, path)
@@ -155,6 +160,7 @@ def _draw_grid(
         name += f"/{config.weights_folder}"
     scheduler = type(pipeline.scheduler).__name__.removesuffix("Scheduler")
     title = f"{name}: {scheduler}, {config.steps} steps, guidance {config.guidance:g}"
+    title += "" if config.top_k is None else f", k = {config.top_k}"
     images = images * 2 - 1 if decoded else images
     plot_samples(path, images.cpu(), labels, config.count, title)
     print(f"{count} samples in {path}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,17 +128,20 @@ class Router(nn.Module):
 def set_top_k(model: nn.Module, top_k: int) -> None:
     """Lets every router and mixture of experts in ``model`` choose ``top_k`` experts from now on.
 
-    Sparse experts may keep, or gain, quality when more or fewer of them are evaluated than in training (Zhao
-    et al., arXiv 2410.13964). Gates are not renormalised by a router of timesteps, so a larger k adds terms to
-    the sum of the experts and a smaller one leaves terms out; none of the others changes.
+    The best k of a trained model need not be that of its training: Zhao et al. (arXiv 2410.13964) find that
+    harder tasks want more experts. A router of timesteps does not renormalise its gates, so a larger k adds
+    terms to the sum of the experts, a smaller one leaves some out, and the others stay what they are.
 
-    Weights and a :class:`switch_moe.DiffusionPrior`, which is about training, stay as they are.
+    Weights and a :class:`switch_moe.DiffusionPrior`, which is about training, keep what they have.
 
-    Raises ``ValueError`` or ``TypeError``, and changes nothing, where top_k is not between 1 and the number of
-    experts of every layer, or where there is none.
+    Raises ``ValueError`` or ``TypeError``, and changes nothing, where top_k is not between 1 and the number
+    of experts of every layer, or where there is none.
     """
-    layers = [layer for layer in model.modules() if hasattr(layer, "top_k") and hasattr(layer, "num_experts")]
-    layers = [layer for layer in layers if not isinstance(layer, DiffusionPrior)]
+    layers: list[Any] = [
+        layer
+        for layer in model.modules()
+        if hasattr(layer, "top_k") and hasattr(layer, "num_experts") and not isinstance(layer, DiffusionPrior)
+    ]
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without a layer that chooses top_k experts")
     for layer in layers:

@@ -169,10 +169,10 @@ class SwitchSD3(nn.Module):
         num_timesteps: N; timesteps are in [0, N].
         backend: see :class:`switch_moe.SwitchMoE`.
 
-    The state_dict has the transformer's as ``transformer.*``, ``router.*`` and, of each block, ``experts.i.*``.
-    Routers and what they see are computed in float32 at least. The experts take the type of the transformer.
-    ``transformer.enable_gradient_checkpointing()`` works for blocks with their experts. Its hooks on the whole
-    transformer do not run, for the blocks are driven from here.
+    The state_dict has the transformer's as ``transformer.*``, ``router.*`` and, of block i,
+    ``experts.i.*``. Routers and what they see are computed in float32 at least; the experts take the
+    type of the transformer. ``transformer.enable_gradient_checkpointing()`` is for blocks with their experts.
+    Hooks of the transformer as a whole do not run, those of its parts do: its blocks are driven from here.
 
     Raises ``ValueError`` or ``TypeError`` for a setting that does not fit.
     """
@@ -215,7 +215,7 @@ class SwitchSD3(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The transformer's, which pipelines of diffusers read."""
+        """The transformer's."""
         return self.transformer.config
 
     @property
@@ -327,6 +327,6 @@ class SwitchSD3(nn.Module):
         unknown = {"scale", "ip_adapter_image_embeds"} & set(joint_attention_kwargs or ())
         if unknown:
             raise ValueError(
-                f"joint_attention_kwargs has {sorted(unknown)[0]!r}; it must have neither a scale of LoRA nor "
-                "images of an IP-Adapter"
+                f"joint_attention_kwargs has {min(unknown)!r}; a scale of LoRA and images of an IP-Adapter "
+                "are not supported"
             )
