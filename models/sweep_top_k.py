@@ -6,9 +6,9 @@ looks at the digits model that is in here, and
 
     python models/sweep_top_k.py --run runs/digits
 
-at that of a run. All k draw from the same noise. A router's gates are not renormalised: a larger k than that of
-training adds the experts that training left out, a smaller one leaves some out, and the other terms of the sum
-stay what they are.
+at that of a run. All k draw from the same noise. A router's gates are not renormalised: a larger k than that
+of training adds the experts that training left out, a smaller one leaves some out, and the other terms of the
+sum stay what they are.
 
 It prints a table and writes top-k.json, which has all numbers, and top-k.png. Draw samples with the k that is
 best by sample_switch_dit.py --top-k.
@@ -69,7 +69,7 @@ class SweepConfig:
 
 
 def run(config: SweepConfig) -> dict[int, Metrics]:
-    """Draws and measures, writes and prints, and returns the measures of each k. Wrong settings raise first."""
+    """Draws, measures, prints and writes; returns the measures of each k. Wrong settings raise first."""
     check_integers(2, images=config.images)
     check_integers(steps=config.steps, batch_size=config.batch_size)
     check_integers(0, seed=config.seed)
@@ -84,23 +84,17 @@ def run(config: SweepConfig) -> dict[int, Metrics]:
     images = _real_images(config, model)
     folder = _folder(config)
     evaluator, found = Evaluator(images), {}
+    print(f"{'k':>3}  {'accuracy':>8}  {'Frechet distance':>16}  {'MIND':>8}")
     for k in numbers:
         model.set_top_k(k)
         found[k] = evaluator(*_draw(config, pipeline))
-        print(_row(k, found[k], trained=k == model.config.top_k) if found.keys() - {k} else
-              f"{_HEAD}\n{_row(k, found[k], trained=k == model.config.top_k)}", flush=True)  # fmt: skip
+        accuracy, distance, mind = found[k].conditional_accuracy, found[k].frechet_distance, found[k].mind
+        note = "  as in training" if k == model.config.top_k else ""
+        print(f"{k:3}  {accuracy:8.3f}  {distance:16.3f}  {mind:8.4f}{note}", flush=True)
     model.set_top_k(model.config.top_k)
     write(folder, config, found, model.config.top_k)
     print(f"\nwritten to {folder}/: top-k.json, top-k.png")
     return found
-
-
-_HEAD = f"{'k':>3}  {'accuracy':>8}  {'Frechet distance':>16}  {'MIND':>8}"
-
-
-def _row(k: int, metrics: Metrics, trained: bool) -> str:
-    numbers = f"{metrics.conditional_accuracy:8.3f}  {metrics.frechet_distance:16.3f}  {metrics.mind:8.4f}"
-    return f"{k:3}  {numbers}{'  as in training' if trained else ''}"
 
 
 def _real_images(config: SweepConfig, model: Any) -> Images:

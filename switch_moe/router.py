@@ -137,10 +137,11 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
     Raises ``ValueError`` or ``TypeError``, and changes nothing, where top_k is not between 1 and the number
     of experts of every layer, or where there is none.
     """
+    # Those that have both as their own attributes; a model of diffusers has its config as attributes, too.
     layers: list[Any] = [
         layer
         for layer in model.modules()
-        if hasattr(layer, "top_k") and hasattr(layer, "num_experts") and not isinstance(layer, DiffusionPrior)
+        if {"top_k", "num_experts"} <= vars(layer).keys() and not isinstance(layer, DiffusionPrior)
     ]
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without a layer that chooses top_k experts")
