@@ -129,10 +129,11 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
     """Lets every router and mixture of experts in ``model`` choose ``top_k`` experts from now on.
 
     The best k of a trained model need not be that of its training: Zhao et al. (arXiv 2410.13964) find that
-    harder tasks want more experts. A router of timesteps does not renormalise its gates, so a larger k adds
-    terms to the sum of the experts, a smaller one leaves some out, and the others stay what they are.
+    harder tasks want more experts. Where gates are not renormalised, as in Switch-DiT, a larger k adds terms
+    to the sum of the experts, a smaller one leaves some out, and the others stay what they are.
 
-    Weights and a :class:`switch_moe.DiffusionPrior`, which is about training, keep what they have.
+    Weights and a :class:`switch_moe.DiffusionPrior`, which is about training, keep what they have. Layers
+    whose experts choose their tokens have no k.
 
     Raises ``ValueError`` or ``TypeError``, and changes nothing, where top_k is not between 1 and the number
     of experts of every layer, or where there is none.
@@ -141,7 +142,9 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
     layers: list[Any] = [
         layer
         for layer in model.modules()
-        if {"top_k", "num_experts"} <= vars(layer).keys() and not isinstance(layer, DiffusionPrior)
+        if {"top_k", "num_experts"} <= vars(layer).keys()
+        and not isinstance(layer, DiffusionPrior)
+        and vars(layer).get("capacity") is None
     ]
     if not layers:
         raise ValueError(f"model is a {type(model).__name__} without a layer that chooses top_k experts")
