@@ -169,7 +169,7 @@ def main() -> None:
     config = tyro.cli(SweepConfig, description=__doc__)
     try:
         run(config)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 
