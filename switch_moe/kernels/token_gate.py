@@ -75,24 +75,33 @@ def _scores_kernel(
     MP: tl.constexpr = GP * PP
     PER_GROUP: tl.constexpr = M // GROUPS
     column = tl.arange(0, MP)
-    expert = column // PP * PER_GROUP + column % PP
-    real = (column % PP < PER_GROUP) & (column // PP < GROUPS)
+    expert = column
+    real = expert < M
+    if GROUPS > 1:
+        expert = column // PP * PER_GROUP + column % PP
+        real = (column % PP < PER_GROUP) & (column // PP < GROUPS)
     sample = tl.program_id(0) % batch
     begin = tl.program_id(0) // batch * span
     end = tl.minimum(begin + span, tokens)
     first = sample.to(tl.int64) * tokens
+    logits_ptr += first * M
+    probs_ptr += first * M
     shift = tl.zeros([MP], tl.float32)
     if BIAS:
         shift += tl.load(bias_ptr + expert, mask=real, other=0.0).to(tl.float32)
     if SAMPLE:
         shift += tl.load(sample_ptr + sample * M + expert, mask=real, other=0.0).to(tl.float32)
+    if BY_EXPERT:
+        key_ptr += first + expert[None, :].to(tl.int64) * batch * tokens
+    else:
+        chosen_ptr += first * count
+        gate_ptr += first * count
     load = tl.zeros([MP], tl.float32)
     importance = tl.zeros([MP], tl.float32)
     for start in range(begin, end, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        row = first + token
-        mask = (token < end)[:, None] & real[None, :]
-        place = row[:, None] * M + expert[None, :]
+        token = start + tl.arange(0, BLOCK)[:, None]
+        mask = (token < end) & real[None, :]
+        place = token * M + expert[None, :]
         logits = tl.load(logits_ptr + place, mask=mask, other=0.0).to(tl.float32) + shift[None, :]
         if SCORE == "softmax":
             logits = tl.where(real[None, :], logits, float("-inf"))
@@ -108,8 +117,7 @@ def _scores_kernel(
         if SELECTION:
             ranked += tl.load(selection_ptr + expert, mask=real, other=0.0).to(tl.float32)[None, :]
         if BY_EXPERT:
-            place = expert[None, :].to(tl.int64) * batch * tokens + row[:, None]
-            tl.store(key_ptr + place, _key(ranked), mask=mask)
+            tl.store(key_ptr + token, _key(ranked), mask=mask)
         else:
             if GROUPS > 1:
                 inside = _in_best_groups(ranked, real[None, :], top_groups, BLOCK, GROUPS, PER_GROUP, GP, PP)
@@ -119,7 +127,7 @@ def _scores_kernel(
             gate = probs
             if NORMALISE:
                 gate = probs / (tl.sum(tl.where(mask, probs, 0.0), 1) + _TINY)[:, None]
-            place = row[:, None] * count + rank
+            place = token * count + rank
             tl.store(chosen_ptr + place, tl.broadcast_to(expert[None, :], [BLOCK, MP]), mask=mask)
             tl.store(gate_ptr + place, gate * scale, mask=mask)
             load += tl.sum(mask.to(tl.float32), 0)
@@ -190,8 +198,8 @@ def _select_kernel(
     before_ties = tl.zeros([], tl.int32)
     for start in range(0, length, BLOCK_SCAN):
         mask = lane < length - start
-        key = tl.load(key_ptr + start + lane, mask=mask, other=_LOWEST)
-        larger, tie = (key > last).to(tl.int32), (key == last).to(tl.int32)
+        scanned = tl.load(key_ptr + start + lane, mask=mask, other=_LOWEST)
+        larger, tie = (scanned > last).to(tl.int32), (scanned == last).to(tl.int32)
         both = tl.cumsum(larger + (tie << 16), 0)  # both numbers fit into 16 bits
         number, number_tie = (both & 0xFFFF) - larger + before, (both >> 16) - tie + before_ties
         take = (larger > 0) | ((tie > 0) & (number_tie < ties))
@@ -247,31 +255,38 @@ def _backward_kernel(
     begin = tl.program_id(0) // batch * span
     end = tl.minimum(begin + span, tokens)
     first = sample.to(tl.int64) * tokens
-    of_pool = (sample // pool).to(tl.int64) * M
+    grad_probs_ptr += first * M
+    probs_ptr += first * M
+    grad_logits_ptr += first * M
+    if BY_EXPERT:
+        chosen_ptr += first + expert.to(tl.int64) * batch * tokens
+        grad_gate_ptr += ((sample // pool).to(tl.int64) * M + expert) * count
+    else:
+        chosen_ptr += first * count
+        grad_gate_ptr += first * count
     total = tl.zeros([MP], tl.float32)
     common = tl.zeros([1, MP], tl.float32)
     if FROM_IMPORTANCE:
         common += tl.load(grad_importance_ptr + expert, mask=expert < M, other=0.0)
     for start in range(begin, end, BLOCK):
         token = start + tl.arange(0, BLOCK)[:, None]
-        row = first + token
         mask = (token < end) & (expert < M)
-        probs = tl.load(probs_ptr + row * M + expert, mask=mask, other=0.0)
+        place = token * M + expert
+        probs = tl.load(probs_ptr + place, mask=mask, other=0.0)
         grad = tl.zeros([BLOCK, MP], tl.float32) + common
         if FROM_PROBS:
-            grad += tl.load(grad_probs_ptr + row * M + expert, mask=mask, other=0.0)
+            grad += tl.load(grad_probs_ptr + place, mask=mask, other=0.0)
         if FROM_GATE:
             if BY_EXPERT:
-                place_ptr = chosen_ptr + expert.to(tl.int64) * batch * tokens + row
-                place = tl.load(place_ptr, mask=mask, other=-1)
-                taken = place >= 0
-                h = tl.load(grad_gate_ptr + (of_pool + expert) * count + place, mask=taken, other=0.0)
+                number = tl.load(chosen_ptr + token, mask=mask, other=-1)
+                taken = number >= 0
+                h = tl.load(grad_gate_ptr + number, mask=taken, other=0.0)
             else:
                 taken = mask & (expert < 0)
                 h = tl.zeros([BLOCK, MP], tl.float32)
                 for j in range(count):
-                    index = tl.load(chosen_ptr + row * count + j, mask=token < end, other=-1)
-                    h_j = tl.load(grad_gate_ptr + row * count + j, mask=token < end, other=0.0)
+                    index = tl.load(chosen_ptr + token * count + j, mask=token < end, other=-1)
+                    h_j = tl.load(grad_gate_ptr + token * count + j, mask=token < end, other=0.0)
                     taken |= expert == index
                     h += tl.where(expert == index, h_j, 0.0)
             if NORMALISE:
@@ -283,7 +298,6 @@ def _backward_kernel(
             grad = probs * (grad - tl.sum(grad * probs, 1)[:, None])
         elif SCORE == "sigmoid":
             grad = grad * probs * (1 - probs)
-        place = row * M + expert
         tl.store(grad_logits_ptr + place, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
         if SUMS:
             total += tl.sum(tl.where(mask, grad, 0.0), 0)
@@ -292,8 +306,9 @@ def _backward_kernel(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * M + expert, total, mask=expert < M)
 
 
-_NUMBERS = 2048  # of a tile of tokens and experts: 16 for a thread
+_NUMBERS = 1024  # of a tile of tokens and experts: 8 for a thread
 _ON_CHIP = 32768  # keys that the registers of a program hold
+_AT_A_TIME = 8192  # keys that a program reads together where there are more
 _PROGRAMS = 1024  # several for each multiprocessor; more of them would leave more partial sums
 
 
@@ -303,7 +318,7 @@ def _tokens(tokens: int, samples: int, columns: int) -> tuple[int, int, dict[str
     blocks = cdiv(tokens, block)
     parts = min(blocks, max(1, cdiv(_PROGRAMS, samples)))
     span = cdiv(blocks, parts) * block
-    return cdiv(tokens, span), span, {"BLOCK": block, "num_warps": max(1, min(4, block * columns // 512))}
+    return cdiv(tokens, span), span, {"BLOCK": block, "num_warps": max(1, min(4, block * columns // 256))}
 
 
 def forward(
@@ -335,7 +350,7 @@ def forward(
     on_chip = length <= block
     launch(
         _select_kernel, chosen.shape[0] * experts, places, probs, chosen, gate, total, length, count, scale,
-        M=experts, GATES=not choice.normalise, ON_CHIP=on_chip, BLOCK=block if on_chip else 8192,
+        M=experts, GATES=not choice.normalise, ON_CHIP=on_chip, BLOCK=block if on_chip else _AT_A_TIME,
         BLOCK_SCAN=min(block, 4096), num_warps=max(1, min(16, block // 512)), num_stages=1,
     )  # fmt: skip
     if choice.normalise:
