@@ -98,11 +98,11 @@ class TokenChoice(NamedTuple):
             return (batch // self.pool, num_experts, self.quota)
         return (batch, tokens, self.quota)
 
-    def empty_outputs(self, logits: Tensor, places: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def empty_outputs(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Scores ``[B, T, M]``, choices and gates, load and importance ``[2, M]``, and places.
 
         The places ``[M, B * T]`` int32 say which of an expert's C tokens each token is, -1 for none. They are
-        empty where tokens choose, or where the backend does without.
+        empty where tokens choose.
         """
         batch, tokens, num_experts = logits.shape
         chosen = self.chosen_shape(logits)
@@ -112,7 +112,7 @@ class TokenChoice(NamedTuple):
             torch.empty(chosen, dtype=index, device=device),
             torch.empty(chosen, dtype=single, device=device),
             torch.empty((2, num_experts), dtype=single, device=device),
-            torch.empty((num_experts, batch * tokens) if places else 0, dtype=index, device=device),
+            torch.empty((num_experts, batch * tokens) if self.by_expert else 0, dtype=index, device=device),
         )
 
 

@@ -327,7 +327,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scores, choices, gates, load and importance [2, M], and where experts choose the tokens' places."""
     batch, tokens, experts = logits.shape
-    outputs = choice.empty_outputs(logits, choice.by_expert)
+    outputs = choice.empty_outputs(logits)
     probs, chosen, gate, totals, places = outputs
     groups = choice.groups
     padded, per_group = triton.next_power_of_2(groups), triton.next_power_of_2(experts // groups)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..experts import TokenChoice
-from ..reference.token_gate import TINY, by_pool, gates, scores, sums
+from ..reference.token_gate import gates, scores, sums
 from ..reference.token_gate import token_gate as reference_token_gate
-from ..torch_compat import exporting_onnx, softmax_backward, transforming
 from ._backend import KERNEL_DTYPES, choose, operation
 from ._checks import (
     FLOATS,
@@ -80,8 +79,7 @@ def token_gate(
         scale: factor of all gates, after that.
         groups: experts form this many groups of neighbours, and a token chooses within its ``top_groups``
             best (arXiv 2412.19437). Only with ``top_k``.
-        backend: ``auto``, ``triton`` or ``reference``. On a CPU ``auto`` is plain PyTorch with its gradient
-            written out, ``reference`` plain PyTorch throughout.
+        backend: ``auto``, ``triton`` or ``reference``, which is plain PyTorch.
 
     Returns:
         A :class:`TokenGate`, differentiable from ``probs``, ``gate`` and ``importance``. Nothing waits for
@@ -107,16 +105,14 @@ def token_gate(
         if tensor is not None:
             check_tensors(**{name: tensor})
     _check(*tensors, choice)
+    if backend == "triton":
+        check_dtype("logits", logits, *KERNEL_DTYPES)
     path = choose(_OPERATION, backend, logits)
-    if logits.dtype == torch.float64:
-        if backend == "triton":
-            check_dtype("logits", logits, *KERNEL_DTYPES)
-        backend = "reference"
-    if backend == "reference" or transforming() or exporting_onnx():
+    if path == "reference" or logits.dtype == torch.float64:
         with without_autocast(logits.device):
             probs, chosen, gate = reference_token_gate(*tensors, choice)
             return TokenGate(probs, chosen, gate, *sums(probs, chosen, choice.by_expert))
-    return TokenGate(*_TokenGate.apply(*tensors, *choice, path))
+    return TokenGate(*_TokenGate.apply(*tensors, *choice))
 
 
 def _check(
@@ -171,7 +167,7 @@ class _TokenGate(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         probs, chosen, gate, totals, places = _forward(logits, *arguments)
         load, importance = totals
-        sample_logits, bias, _, *settings, ctx.path = arguments
+        sample_logits, bias, _, *settings = arguments
         ctx.choice = TokenChoice(*settings)
         ctx.save_for_backward(logits, sample_logits, bias, probs, chosen, places)
         ctx.mark_non_differentiable(chosen, load)
@@ -182,7 +178,7 @@ class _TokenGate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_probs, _, grad_gate, _, grad_importance = grads
         given = grad_probs, grad_gate, grad_importance
-        absent: tuple[None, ...] = (None,) * (1 + len(ctx.choice) + 1)
+        absent: tuple[None, ...] = (None,) * (1 + len(ctx.choice))
         if all(grad is None for grad in given):
             return (None, None, None, *absent)
         *inputs, probs, chosen, places = ctx.saved_tensors
@@ -198,7 +194,7 @@ class _TokenGate(torch.autograd.Function):
         logits, sample_logits, bias = inputs
         wanted = [ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
         grad_logits, grad_sample, grad_bias = _backward(
-            *given, logits, probs, chosen, places, wanted, *ctx.choice, ctx.path
+            *given, logits, probs, chosen, places, wanted, *ctx.choice
         )
         return (
             grad_logits,
@@ -209,31 +205,26 @@ class _TokenGate(torch.autograd.Function):
 
 
 def _fake_forward(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    sample_logits, bias, selection_bias, *settings, backend = arguments
+    sample_logits, bias, selection_bias, *settings = arguments
     choice = TokenChoice(*settings)
     _check(logits, sample_logits, bias, selection_bias, choice)
-    return choice.empty_outputs(logits, choice.by_expert and backend == "triton")
+    return choice.empty_outputs(logits)
 
 
 @operator("token_gate", fake=_fake_forward, autocast=0)
 def _forward(
     logits: Tensor, sample_logits: Tensor | None, bias: Tensor | None, selection_bias: Tensor | None,
     quota: int, by_expert: bool, score: str, pool: int, normalise: bool, scale: float, groups: int,
-    top_groups: int, backend: str,
+    top_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Scores, choices, gates, load and importance in one tensor, and places."""
+    """Scores, choices, gates, load and importance in one tensor, and places, by the Triton kernels."""
+    from ..kernels import token_gate as kernels
+
     choice = TokenChoice(quota, by_expert, score, pool, normalise, scale, groups, top_groups)
     tensors = logits, sample_logits, bias, selection_bias
     _check(*tensors, choice)
-    if backend == "triton":
-        from ..kernels import token_gate as kernels
-
-        logits, sample_logits, bias, selection_bias = contiguous(*tensors, aligned=True)
-        return kernels.forward(logits, sample_logits, bias, selection_bias, choice)
-    probs, chosen, gate = reference_token_gate(*tensors, choice)
-    totals = torch.stack(sums(probs, chosen, by_expert)).float()
-    probs, chosen, gate = contiguous(probs.float(), chosen, gate.float())
-    return probs, chosen, gate, totals, chosen.new_empty(0)
+    logits, sample_logits, bias, selection_bias = contiguous(*tensors, aligned=True)
+    return kernels.forward(logits, sample_logits, bias, selection_bias, choice)
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,9 +241,11 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(
     grad_probs: Tensor | None, grad_gate: Tensor | None, grad_importance: Tensor | None, logits: Tensor,
     probs: Tensor, chosen: Tensor, places: Tensor, wanted: list[bool], quota: int, by_expert: bool,
-    score: str, pool: int, normalise: bool, scale: float, groups: int, top_groups: int, backend: str,
+    score: str, pool: int, normalise: bool, scale: float, groups: int, top_groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of logits, sample_logits and bias, the last two in float32, and empty where not wanted."""
+    from ..kernels import token_gate as kernels
+
     choice = TokenChoice(quota, by_expert, score, pool, normalise, scale, groups, top_groups)
     _check(logits, None, None, None, choice)
     batch, tokens, num_experts = logits.shape
@@ -260,7 +253,7 @@ def _backward(
     check_dtype("probs", probs, torch.float32)
     of_choice = choice.chosen_shape(logits)
     check_like("chosen", chosen, probs.new_empty(0, dtype=torch.int32), of_choice)
-    check_shape("places", places, (num_experts, batch * tokens) if places.dim() == 2 else (0,))
+    check_like("places", places, chosen, (num_experts, batch * tokens) if by_expert else (0,))
     for name, grad, shape in (
         ("grad_probs", grad_probs, (batch, tokens, num_experts)),
         ("grad_gate", grad_gate, of_choice),
@@ -268,40 +261,9 @@ def _backward(
     ):
         if grad is not None:
             check_like(name, grad, probs, shape)
-    if backend == "triton":
-        from ..kernels import token_gate as kernels
-
-        given = grad_probs, grad_gate, grad_importance, logits, probs, chosen, places
-        *grads, logits, probs, chosen, places = contiguous(*given, aligned=True)
-        return kernels.backward(grads, logits, probs, chosen, places, wanted, choice)
-    total = torch.zeros_like(probs) if grad_probs is None else grad_probs
-    if grad_importance is not None:
-        total = total + grad_importance
-    if grad_gate is not None:
-        total = total + _grad_chosen(grad_gate, probs, chosen.long(), choice)
-    if score == "softmax":
-        total = softmax_backward(total.contiguous(), probs)
-    elif score == "sigmoid":
-        total = total * probs * (1 - probs)
-    grad_sample = total.sum(1) if wanted[0] else total.new_empty(0)
-    grad_bias = total.sum((0, 1)) if wanted[1] else total.new_empty(0)
-    return total.to(logits.dtype, copy=True).contiguous(), grad_sample, grad_bias
-
-
-def _grad_chosen(grad_gate: Tensor, probs: Tensor, chosen: Tensor, choice: TokenChoice) -> Tensor:
-    """The gradient of all scores ``[B, T, M]`` that comes from the gates."""
-    shape = probs.shape
-    axis = -1
-    if choice.by_expert:
-        probs, axis = by_pool(probs, choice.pool), 1
-    grad = torch.zeros_like(probs).scatter(-1, chosen, grad_gate * choice.scale)
-    if choice.normalise:
-        taken = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, chosen, True)
-        kept = torch.where(taken, probs, 0.0)
-        total = kept.sum(axis, keepdim=True) + TINY
-        inner = (grad * kept).sum(axis, keepdim=True) / total
-        grad = torch.where(taken, (grad - inner) / total, 0.0)
-    return grad.transpose(1, 2).reshape(shape) if choice.by_expert else grad
+    given = grad_probs, grad_gate, grad_importance, logits, probs, chosen, places
+    *grads, logits, probs, chosen, places = contiguous(*given, aligned=True)
+    return kernels.backward(grads, logits, probs, chosen, places, wanted, choice)
 
 
 torch.serialization.add_safe_globals([TokenGate])  # for torch.load with weights_only

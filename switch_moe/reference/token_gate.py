@@ -99,5 +99,5 @@ def sums(probs: Tensor, chosen: Tensor, by_expert: bool) -> tuple[Tensor, Tensor
     if by_expert:
         load = torch.full((num_experts,), chosen.shape[0] * chosen.shape[2], device=probs.device)
     else:
-        load = (chosen.flatten()[:, None] == torch.arange(num_experts, device=chosen.device)).sum(0)
+        load = torch.zeros_like(probs).scatter(-1, chosen.long(), 1.0).sum((0, 1))
     return load.to(probs.dtype), probs.sum((0, 1))
