@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_moe.experts import LinearExperts, MLPExperts
+from switch_moe.experts import LinearExperts, MLPExperts, TokenChoice
 
 DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 28}  # L of the published sizes, by D
 DTYPES = ("float16", "bfloat16", "float32", "tf32")  # tf32: float32 of a user who allows TF32
 TOKENS = (16, 32, 64, 128, 256)
 EXPERTS = ((3, 2), (4, 4), (8, 8))  # M, k: kernels unroll a few of the k experts and loop over more
+SCORES = ("softmax", "sigmoid", "identity")
 ODD = (771, 770, 100)  # D of which no row, or not every row, is a multiple of 16 bytes
 MORE_EXPERTS = ((3, 1), (3, 3), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4))
 
@@ -98,6 +99,22 @@ def diffusion_prior(dtype: torch.dtype, batch: int, depth: int, experts: int, to
     forward(empty(dtype, batch, slots), empty(dtype, 1000, slots), t, assignment, depth, depth * top_k)
 
 
+def token_gate(dtype: torch.dtype, shape: tuple[int, int, int], *settings: Any) -> None:
+    """``shape`` is that of the logits; the settings are those of TokenChoice."""
+    from switch_moe.kernels.token_gate import backward, forward
+
+    choice, logits, single = TokenChoice(*settings), empty(dtype, *shape), torch.float32
+    biases = [empty(single, *size) for size in ((shape[0], shape[2]), shape[2:], shape[2:])]
+    probs, chosen, gate, totals, places = forward(logits, *biases, choice)
+    backward([probs, gate, totals[0]], logits, probs, chosen, places, [True, True], choice)
+
+
+def route_pairs(dtype: torch.dtype, rows: int, slots: int, experts: int) -> None:
+    from switch_moe.kernels.route_pairs import route_pairs as sort
+
+    sort(empty(dtype, rows, slots), experts)
+
+
 def calls(everything: bool) -> Iterator[Callable[[], None]]:
     """Every operation where its tile or its branches change, or at all the shapes above."""
     for dtype, size, tokens in itertools.product(DTYPES, DEPTHS, TOKENS):
@@ -121,3 +138,12 @@ def calls(everything: bool) -> Iterator[Callable[[], None]]:
             for dtype in DTYPES[:3] if everything or experts < 64 else ("bfloat16",):
                 yield typed(timestep_gate, dtype, 1128, size, experts, top_k, True)
             yield typed(diffusion_prior, "float32", 128, depth, experts, top_k)
+    for experts in (1, 3, 8, 16, 64, 256) if everything else (3, 64, 256):
+        for normalise, score in itertools.product((False, True), SCORES if everything else SCORES[:1]):
+            groups = 4 if normalise and experts % 4 == 0 else 1
+            of_tokens = (min(2, experts), False, score, 1, normalise, 1.0, groups, min(2, groups))
+            yield typed(token_gate, "bfloat16", (64, 256, experts), *of_tokens)
+            for tokens in (256, 4096, 32768, 65536) if everything or experts == 64 else (256,):
+                of_experts = (tokens // 8, True, score, 1, normalise, 1.0, 1, 1)
+                yield typed(token_gate, "bfloat16", (2, tokens, experts), *of_experts)
+        yield typed(route_pairs, "int32", 65536, 2, experts)

@@ -22,7 +22,14 @@ from benchmarks.peers import OFFICIAL
 
 BLOCK = re.compile(r"(<!-- benchmarks: .*? -->\n).*?(<!-- end of benchmarks -->)", re.DOTALL)
 LOOP, GROUPED, DENSE, STRUCTURE = "expert loop", "grouped_mm", "dense DiT", "official structure"
-SMALL = ("timestep_gate", "matching", "matching + prior loss", "linear_assignment")
+SMALL = (
+    "timestep_gate",
+    "token_gate",
+    "route_pairs",
+    "matching",
+    "matching + prior loss",
+    "linear_assignment",
+)
 TEMPLATE = Path(__file__).parent / "page.md"
 README_ROWS = 8
 MARGIN = 1.02  # what is slower by less is not called slower

@@ -79,6 +79,43 @@ class RoutedExperts(NamedTuple):
         return empty_gradients(wanted, x, *self[:4], self.gate)
 
 
+class TokenChoice(NamedTuple):
+    """Settings of ``token_gate``: what is a score, who chooses by it, and how gates follow."""
+
+    quota: int  # experts of a token, k, or tokens of an expert, C
+    by_expert: bool  # whether experts choose tokens
+    score: str
+    pool: int
+    normalise: bool
+    scale: float
+    groups: int
+    top_groups: int
+
+    def chosen_shape(self, logits: Tensor) -> tuple[int, int, int]:
+        """``[B, T, k]``, or ``[B / pool, M, C]``."""
+        batch, tokens, num_experts = logits.shape
+        if self.by_expert:
+            return (batch // self.pool, num_experts, self.quota)
+        return (batch, tokens, self.quota)
+
+    def empty_outputs(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Scores ``[B, T, M]``, choices and gates, load and importance ``[2, M]``, and places.
+
+        The places ``[M, B * T]`` int32 say which of an expert's C tokens each token is, -1 for none. They are
+        empty where tokens choose.
+        """
+        batch, tokens, num_experts = logits.shape
+        chosen = self.chosen_shape(logits)
+        single, index, device = torch.float32, torch.int32, logits.device
+        return (
+            torch.empty(logits.shape, dtype=single, device=device),
+            torch.empty(chosen, dtype=index, device=device),
+            torch.empty(chosen, dtype=single, device=device),
+            torch.empty((2, num_experts), dtype=single, device=device),
+            torch.empty((num_experts, batch * tokens) if self.by_expert else 0, dtype=index, device=device),
+        )
+
+
 def empty_gradients(wanted: Iterable[bool], first: Tensor, *others: Tensor | None) -> list[Tensor]:
     """An uninitialised gradient for each input; one that is not wanted, or has no input, is empty."""
     inputs = (first, *(first if tensor is None else tensor for tensor in others))

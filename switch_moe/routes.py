@@ -7,7 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops._checks import as_gate, check_dtype, check_integers, check_range, check_shape, check_tensors
+from .ops._checks import (
+    FLOATS,
+    as_gate,
+    check_device,
+    check_dtype,
+    check_integers,
+    check_range,
+    check_shape,
+    check_tensors,
+)
 from .ops.route_pairs import route_pairs
 
 
@@ -44,7 +53,7 @@ class Routes(NamedTuple):
         """
         check_tensors(expert_index=expert_index, expert_gate=expert_gate)
         check_shape("expert_index", expert_index, ("R", "S"))
-        check_shape("expert_gate", expert_gate, tuple(expert_index.shape))
+        _check_gate(expert_gate, expert_index)
         offsets, pair, slot = route_pairs(expert_index, num_experts, backend=backend)
         gate = expert_gate.flatten().index_select(0, pair)
         return Routes(offsets, pair // max(1, expert_index.shape[1]), slot, as_gate(gate, gate))
@@ -62,7 +71,7 @@ class Routes(NamedTuple):
         """
         check_tensors(row_index=row_index, expert_gate=expert_gate)
         check_shape("row_index", row_index, ("M", "C"))
-        check_shape("expert_gate", expert_gate, tuple(row_index.shape))
+        _check_gate(expert_gate, row_index)
         check_dtype("row_index", row_index, torch.int32, torch.int64)
         check_integers(0, rows=rows)
         check_range("row_index", row_index, rows, "the rows")
@@ -81,10 +90,18 @@ class Routes(NamedTuple):
     @staticmethod
     def to_one(x: Tensor) -> Routes:
         """Every row of ``x [R, D]`` to the only expert, with a gate of one: a dense layer."""
+        check_tensors(x=x)
+        check_shape("x", x, ("R", "D"))
         rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
         offsets = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]
         gate = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
         return Routes(offsets, rows, rows[:, None], gate)
+
+
+def _check_gate(expert_gate: Tensor, index: Tensor) -> None:
+    check_shape("expert_gate", expert_gate, tuple(index.shape))
+    check_dtype("expert_gate", expert_gate, *FLOATS)
+    check_device("expert_gate", expert_gate, index.device)
 
 
 torch.serialization.add_safe_globals([Routes])  # for torch.load with weights_only

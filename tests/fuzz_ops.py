@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from switch_moe import DiffusionPrior, Router, SwitchMoE, native, ops
+from switch_moe import DiffusionPrior, Router, Routes, SwitchMoE, native, ops
 from switch_moe.cpu import expert_linear as cpu
 from switch_moe.ops import _backend
 
@@ -134,6 +134,33 @@ def timestep_gate(r: Chooser) -> tuple[Function, Arguments]:
     }  # fmt: skip
 
 
+def token_gate(r: Chooser) -> tuple[Function, Arguments]:
+    batch, tokens, experts = r.choice(SIZES[:5]), r.choice(SIZES), r.randint(1, 9)
+    groups = r.choice([size for size in range(1, experts + 1) if experts % size == 0])
+    top_groups = r.randint(1, groups)
+    choice = {"top_k": r.randint(1, top_groups * experts // groups), "groups": groups}
+    choice["top_groups"] = top_groups
+    if tokens and r.random() < 0.5:
+        pool = r.choice([size for size in range(1, max(2, batch + 1)) if batch % size == 0])
+        choice = {"capacity": r.randint(1, pool * tokens), "pool": pool}
+
+    def differentiable(**options: Any) -> tuple[Tensor, ...]:
+        out = ops.token_gate(**options)
+        return out.probs, out.gate, out.importance
+
+    score = r.choice(("softmax", "sigmoid", "identity"))
+    biases = {"sample_logits": (batch, experts), "bias": (experts,), "selection_bias": (experts,)}
+    kinds = {name: r.choice((*FLOATS, torch.float32)) for name in ("logits", *biases)}
+    return differentiable, {
+        "logits": r.tensor(batch, tokens, experts, dtype=kinds["logits"]),
+        **{n: r.tensor(*s, dtype=kinds[n]) for n, s in biases.items() if r.random() < 0.5},
+        # The sum of an identity's scores may be near zero.
+        **choice, "score": score, "normalise": score != "identity" and r.random() < 0.5,
+        "scale": r.choice((1.0, 2.5)),
+        "backend": backend(r, ("auto", "reference"), 20 * batch * tokens * experts, torch.float32),
+    }  # fmt: skip
+
+
 def diffusion_prior_loss(r: Chooser) -> tuple[Function, Arguments]:
     batch, depth, experts, steps = r.randint(1, 9), r.randint(1, 3), r.randint(1, 5), r.randint(1, 30)
     slots, active = depth * experts, depth * r.randint(1, experts)
@@ -168,7 +195,9 @@ def layer(r: Chooser) -> tuple[Function, Arguments]:
     return call, {"x": r.tensor(batch, r.choice(TOKENS), size), "time_embedding": r.tensor(batch, size)}
 
 
-OPERATIONS = (expert_linear, expert_linear, expert_mlp, timestep_gate, diffusion_prior_loss, layer)
+OPERATIONS = (
+    expert_linear, expert_linear, expert_mlp, timestep_gate, token_gate, diffusion_prior_loss, layer
+)  # fmt: skip
 
 
 def backend(r: Chooser, names: tuple[str, ...], work: int, dtype: torch.dtype) -> str:
@@ -257,7 +286,9 @@ def check_values(r: Chooser) -> str:
     }
     mode = r.choice(("grad", "grad", "grad", "inference", "no_grad"))
     floats = [
-        n for n, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point() and n != "table"
+        n
+        for n, v in arguments.items()
+        if isinstance(v, Tensor) and v.is_floating_point() and n not in ("table", "selection_bias")
     ]
     wanted = r.sample(floats, r.randint(1, len(floats))) if mode == "grad" else []
     what = ", ".join(f"{n}={shown(v)}" for n, v in arguments.items()) + f"; {mode}, gradients of {wanted}"
@@ -328,6 +359,28 @@ def check_assignment(r: Chooser) -> str:
     return what
 
 
+def check_routes(r: Chooser) -> str:
+    """The rows of every expert in their order, with their gates, and the slots of every row."""
+    rows, slots, experts = r.choice(SIZES), r.randint(1, 3), r.randint(1, 9)
+    index = r.layout(r.integers(-1, experts, rows, slots, dtype=r.choice((torch.int32, torch.int64))))
+    gate, path = r.layout(r.tensor(rows, slots)), backend(r, ("auto", "reference"), 100, torch.float32)
+    routes = Routes.of_rows(index, gate, experts, backend=path)
+    what = f"Routes.of_rows({shown(index)}, {shown(gate)}, {experts}, backend={path!r})"
+    for e in range(experts):
+        first, last = routes.offsets[e : e + 2].tolist()
+        right = [index == e, torch.arange(rows)[:, None].expand(rows, slots)]
+        if not torch.equal(routes.row[first:last], right[1][right[0]].int()):
+            raise Fault(f"expert {e} has rows {routes.row[first:last].tolist()}: {what}")
+        if not torch.equal(routes.gate[first:last], gate[right[0]]):
+            raise Fault(f"expert {e} has gates {routes.gate[first:last].tolist()}: {what}")
+    if not torch.equal(routes.slot >= 0, index >= 0):
+        raise Fault(f"slots are {routes.slot.tolist()}: {what}")
+    taken = routes.slot[index >= 0].long()
+    if not torch.equal(routes.gate[taken], gate[index >= 0]):
+        raise Fault(f"slots name other pairs: {what}")
+    return what
+
+
 def check_modules(r: Chooser) -> str:
     """Router and prior: shapes, sums to one, a finite loss."""
     depth, experts, size, rows = r.randint(1, 4), r.randint(1, 6), r.choice(SIZES[1:]), r.choice(SIZES[1:])
@@ -349,7 +402,8 @@ def check_modules(r: Chooser) -> str:
 
 def check_refusal(r: Chooser) -> str:
     """One argument of a valid call is spoiled; the error must be of the right type and name it."""
-    function, arguments = r.choice((expert_linear, expert_mlp, timestep_gate, diffusion_prior_loss))(r)
+    operations = (expert_linear, expert_mlp, timestep_gate, token_gate, diffusion_prior_loss)
+    function, arguments = r.choice(operations)(r)
     tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
     name = r.choice(tensors)
     value = arguments[name]
@@ -358,7 +412,7 @@ def check_refusal(r: Chooser) -> str:
         "one dimension more": value[None], "no dimension": value.sum(),
         "complex": value.to(torch.complex64), "bool": value > 0, "on meta": value.to("meta"),
     }  # fmt: skip
-    if "bias" not in name:
+    if "bias" not in name and name != "sample_logits":
         spoilt["None"] = None
     if value.dim() > 1 and value.numel():
         spoilt["sparse"] = value.to_sparse()
@@ -371,7 +425,7 @@ def check_refusal(r: Chooser) -> str:
         spoilt.pop("bool")
         if value.numel():
             spoilt["with 0.5"] = torch.where(torch.ones_like(value) > 0, 0.5, value).to(value.dtype)
-    if name in ("x", "embedding", "probs"):
+    if name in ("x", "embedding", "logits", "probs"):
         spoilt.pop("on meta")  # then the others are elsewhere
     kind = r.choice(sorted(spoilt))
     what = f"{name} {kind}: " + ", ".join(f"{n}={shown(v)}" for n, v in arguments.items())
@@ -392,7 +446,15 @@ def shown(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} strides {list(value.stride())}"
 
 
-CHECKS = (check_values, check_values, check_values, check_refusal, check_assignment, check_modules)
+CHECKS = (
+    check_values,
+    check_values,
+    check_values,
+    check_refusal,
+    check_assignment,
+    check_routes,
+    check_modules,
+)
 
 
 def call(seed: int) -> str:

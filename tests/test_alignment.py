@@ -57,6 +57,21 @@ def timestep_gate(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [probs, gate, *torch.autograd.grad([probs, gate], leaves, grads)]
 
 
+def token_gate(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    found = []
+    for options in ({"top_k": 2}, {"capacity": 5, "pool": 2, "normalise": True}):
+        leaves = [place(torch.randn(shape)).requires_grad_() for shape in ((2, 7, 3), (2, 3), (3,))]
+        out = ops.token_gate(leaves[0], sample_logits=leaves[1], bias=leaves[2], **options, backend="triton")
+        outputs = [out.probs, out.gate, out.importance]
+        grads = [place(torch.randn(output.shape)) for output in outputs]
+        found += [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
+    return found
+
+
+def route_pairs(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    return list(ops.route_pairs(place(torch.randint(-1, 5, (9, 3), dtype=torch.int32)), 5, backend="triton"))
+
+
 def diffusion_prior_loss(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
     probs = place(torch.rand(3, 6)).requires_grad_()
     table, t = place((torch.randn(9, 6) > 0).float()), place(torch.tensor([0, 8, 3]))
@@ -66,7 +81,8 @@ def diffusion_prior_loss(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter; a GPU runs the same code")
 @pytest.mark.parametrize(
-    "call", [expert_linear, expert_mlp, merge_experts, timestep_gate, diffusion_prior_loss]
+    "call",
+    [expert_linear, expert_mlp, merge_experts, timestep_gate, token_gate, route_pairs, diffusion_prior_loss],
 )
 def test_slices_at_odd_places(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from switch_moe.kernels import _launch
@@ -78,8 +94,8 @@ def test_slices_at_odd_places(call: Callable[..., Any], monkeypatch: pytest.Monk
         addresses.extend(arg.data_ptr() for arg in args if isinstance(arg, Tensor))
         original(kernel, programs, *args, **meta)
 
-    stems = "_tile dispatch expert_linear expert_mlp merge_experts timestep_gate diffusion_prior"
-    for name in stems.split():
+    stems = "_tile dispatch expert_linear expert_mlp merge_experts timestep_gate token_gate route_pairs"
+    for name in (*stems.split(), "diffusion_prior"):
         monkeypatch.setattr(f"switch_moe.kernels.{name}.launch", launch)
     torch.manual_seed(0)
     expected = call(lambda tensor: tensor)

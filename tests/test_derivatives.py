@@ -67,12 +67,27 @@ def prior(backend: str, _: bool) -> Callable[..., Tensor]:
     return call
 
 
+def token(backend: str, by_expert: bool) -> Callable[..., Tensor]:
+    """Scores and gates that are divided by their sum, one way or the other."""
+    options = {"capacity": 4, "pool": 2} if by_expert else {"top_k": K, "score": "sigmoid"}
+
+    def call(logits: Tensor, sample_logits: Tensor, bias: Tensor) -> Tensor:
+        out = ops.token_gate(
+            logits, **options, sample_logits=sample_logits, bias=bias, normalise=True, backend=backend
+        )
+        squares = out.probs.square(), out.gate.square()  # their own sums are constant
+        return torch.cat([*(t.flatten() for t in squares), out.importance])
+
+    return call
+
+
 OPERATIONS: dict[str, tuple[Callable[..., Any], list[Tensor], tuple[str, ...]]] = {
     "expert_linear": (linear, leaves((B, T, D), (M, D, D), (M, D), (B, K)), ("native", "triton", "auto")),
     "expert_mlp": (
         mlp, leaves((B, T, D), (M, D, 2 * H), (M, 2 * H), (M, H, D), (M, D), (B, K)), ("triton", "auto"),
     ),
     "timestep_gate": (gate, leaves((B, D), (2, M, D), (2, M)), ("triton", "auto")),
+    "token_gate": (token, leaves((B, T, M), (B, M), (M,)), ("triton", "auto")),
     "diffusion_prior_loss": (prior, leaves((B, 4)), ("triton", "auto")),
 }  # fmt: skip
 CASES = [(name, backend) for name, (_, _, backends) in OPERATIONS.items() for backend in backends]

@@ -17,8 +17,11 @@ from switch_dit import GaussianDiffusion, SwitchDiT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.counts import WAITS
+from switch_moe import Routes, ops
 
-OPERATIONS = ("timestep_gate", "expert_linear", "diffusion_prior", "linear_assignment")
+OPERATIONS = (
+    "timestep_gate", "expert_linear", "diffusion_prior", "linear_assignment", "token_gate", "route_pairs"
+)  # fmt: skip
 
 
 class HostWaits(TorchDispatchMode):
@@ -76,6 +79,27 @@ def test_on_meta_tensors(as_on_a_gpu) -> None:
     step(random_model(in_channels=1).to("meta").train(), "meta")
 
 
+def routes(device: str) -> None:
+    """Both ways to route tokens and what follows from them, with gradients; and the route to one expert."""
+    logits = torch.randn(4, 8, 3, device=device).requires_grad_()
+    with HostWaits(device) as waits:
+        by_tokens = ops.token_gate(logits, 2, normalise=True)
+        found = Routes.of_rows(by_tokens.chosen.flatten(0, 1), by_tokens.gate.flatten(0, 1), 3)
+        by_experts = ops.token_gate(logits, capacity=5, pool=4)
+        chosen = Routes.of_experts(by_experts.chosen[0], by_experts.gate[0], 32)
+        one = Routes.to_one(logits.flatten(0, 1))
+        loss = found.gate.sum() + chosen.gate.sum() + (by_tokens.load * by_tokens.importance).sum()
+        loss.backward()
+    assert waits.found == []
+    assert {"token_gate", "token_gate_backward", "route_pairs"} <= waits.seen
+    assert logits.grad is not None
+    assert one.slot.shape == (32, 1)
+
+
+def test_routes_on_meta_tensors(as_on_a_gpu) -> None:
+    routes("meta")
+
+
 def test_a_planted_wait_is_seen() -> None:
     with HostWaits("meta") as waits:
         x = torch.randn(3, device="meta")
@@ -90,8 +114,10 @@ def test_a_planted_wait_is_seen() -> None:
 def test_on_a_gpu() -> None:
     model = random_model(in_channels=1).cuda().train()
     step(model, "cuda")  # the first step compiles, and may wait
+    routes("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(model, "cuda")
+        routes("cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")

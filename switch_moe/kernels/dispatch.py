@@ -16,6 +16,9 @@ _BLOCK = 32
 def dispatch(expert_index: Tensor, num_experts: int) -> Tensor:
     """Sorts on the device, into shapes that do not depend on the routing.
 
+    Every pair is compared with every other, which is one launch and pays for the few hundred samples of a
+    batch; for tokens, by the thousand, there is :func:`switch_moe.kernels.route_pairs.route_pairs`.
+
     Args:
         expert_index: ``[B, k]`` int32, or ``[L, B, k]`` of L blocks; contiguous.
         num_experts: M. Indices out of range count as expert 0, as everywhere in the kernels.

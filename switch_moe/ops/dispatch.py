@@ -24,7 +24,8 @@ def dispatch(expert_index: Tensor, num_experts: int) -> Tensor:
     """The ``schedule`` that :func:`expert_linear` and :func:`expert_mlp` take, in one launch for all blocks.
 
     Their Triton kernels read samples in an order in which neighbours share experts, and know which samples
-    chose an expert. Without a schedule every call makes its own, which is one launch more.
+    chose an expert. Without a schedule every call makes its own, which is one launch more. The work grows
+    with the square of B*k: for tokens see :func:`route_pairs`.
 
     Args:
         expert_index: chosen experts, ``[B, k]`` or of L blocks ``[L, B, k]``, int32 (int64 is converted), on

@@ -10,7 +10,7 @@ from ._backend import choose, operation
 from ._checks import check_dtype, check_integers, check_shape, check_tensors, has_values
 from ._operator import contiguous, operator
 
-_OPERATION = operation("route_pairs", differentiable=False)
+_OPERATION = operation("route_pairs", triton=True, differentiable=False)
 
 
 def route_pairs(
@@ -21,7 +21,7 @@ def route_pairs(
     Args:
         expert_index: the experts of each row, ``[R, S]`` int32 or int64 in ``[0, M)``; -1 is none.
         num_experts: M.
-        backend: ``auto`` or ``reference``.
+        backend: ``auto``, ``triton`` or ``reference``.
 
     Returns:
         ``offsets [M + 1]``: expert e has the sorted pairs ``offsets[e]`` up to ``offsets[e + 1]``;
@@ -64,5 +64,10 @@ def _fake(expert_index: Tensor, num_experts: int, backend: str) -> tuple[Tensor,
 @operator("route_pairs", fake=_fake)
 def _route_pairs(expert_index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     _check(expert_index, num_experts)
+    if backend == "triton":
+        from ..kernels.route_pairs import route_pairs as launch_route_pairs
+
+        (expert_index,) = contiguous(expert_index, aligned=True)
+        return launch_route_pairs(expert_index, num_experts)
     (expert_index,) = contiguous(expert_index)
     return reference_route_pairs(expert_index, num_experts)
