@@ -29,7 +29,7 @@ from ._operator import autocast_dtype, cast, contiguous, operator
 
 ACTIVATIONS = ("gelu", "gelu_erf", "relu", "swiglu", "swiglu_second")
 
-_OPERATION = operation("routed_mlp", native=("cpu",), dtypes=KERNEL_DTYPES)
+_OPERATION = operation("routed_mlp", native=("cpu",), triton=True, dtypes=KERNEL_DTYPES)
 
 
 def routed_mlp(
@@ -58,8 +58,9 @@ def routed_mlp(
         activation: ``gelu`` (tanh), ``gelu_erf``, ``relu``, or SwiGLU (arXiv 2002.05202) of the halves
             ``[a, b]`` of the hidden layer: ``swiglu`` is ``SiLU(a) * b``, ``swiglu_second`` ``a * SiLU(b)``.
         base: ``[R, D]``, what is added to, for example the output of a shared expert.
-        backend: ``auto`` or ``reference`` (plain PyTorch, any device, also float64: every expert on every
-            row). On CUDA tensors routes are not checked, which would wait for the host.
+        backend: ``auto``, ``native`` (a CPU), ``triton`` (CUDA; on a CPU in Triton's interpreter only) or
+            ``reference`` (plain PyTorch, any device, also float64: every expert on every row). On CUDA
+            tensors routes are not checked, which would wait for the host.
 
     Returns:
         ``[R, D]`` in the type of ``x``, differentiable in all floating arguments and in ``routes.gate``. Of
