@@ -26,6 +26,7 @@ from ._tile import (
     mlp_tile,
     pair_splits,
     product,
+    quarters,
     sum_partials,
 )
 
@@ -299,11 +300,11 @@ def _hidden_grad_kernel(
     )  # fmt: skip
     gate = tl.load(gate_ptr + pair + p, mask=p < count, other=0.0)
     grad_gate = tl.zeros([BLOCK_M], tl.float32)
-    # Each half of the columns is finished before the next begins, for fewer registers are alive then.
-    parts = halves(dh, BLOCK_M, BLOCK_N)
-    for half in tl.static_range(2):
-        dh = parts[half]
-        n = col_tile * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    # Each quarter of the columns is finished before the next begins, for fewer registers are alive then.
+    parts = quarters(dh, BLOCK_M, BLOCK_N)
+    for quarter in tl.static_range(4):
+        dh = parts[quarter]
+        n = col_tile * BLOCK_N + quarter * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
         mask = (p < count)[:, None] & (n < H)[None, :]
         pre = pair * W + p[:, None] * W + n[None, :]
         a = tl.load(pre_ptr + pre, mask=mask, other=0.0).to(tl.float32)
@@ -313,8 +314,8 @@ def _hidden_grad_kernel(
         # The units are formed again from the kept input of the activation: the forward need not keep both.
         units, slope_a, slope_b = activated(a, b, ACTIVATION)
         if UNITS:
-            place = units_ptr + pair * H + p[:, None] * H + n[None, :]
-            tl.store(place, (gate[:, None] * units).to(units_ptr.dtype.element_ty), mask=mask)
+            of_units = units_ptr + pair * H + p[:, None] * H + n[None, :]
+            tl.store(of_units, (gate[:, None] * units).to(units_ptr.dtype.element_ty), mask=mask)
         if GRAD_GATE:
             grad_gate += tl.sum(units * dh, 1)  # dh is not yet scaled: dg is the gradient of the gate itself
         dh *= gate[:, None]
@@ -337,8 +338,8 @@ def _hidden_grad_kernel(
                 c = tl.load(bias_ptr + expert * D + d, mask=d < D, other=0.0).to(tl.float32)
                 grad_gate += tl.sum(dy * c[None, :], 1)
             if SUMS_OUT:
-                sums = tl.sum(gate[:, None] * dy, 0)
-                tl.store(sums_out_ptr + row_tile.to(tl.int64) * D + d, sums, mask=d < D)
+                total = tl.sum(gate[:, None] * dy, 0)
+                tl.store(sums_out_ptr + row_tile.to(tl.int64) * D + d, total, mask=d < D)
     if GRAD_GATE:
         place = grad_gate_ptr + col_tile.to(tl.int64) * pairs + pair + p
         tl.store(place, grad_gate, mask=p < count)

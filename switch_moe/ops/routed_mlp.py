@@ -118,6 +118,8 @@ class _RoutedMLP(torch.autograd.Function):
             again = differentiable_gradients(function, inputs, [grad_out], needed[:9])
             return (*again, grad_base, None, None, None)
         wanted = [*needed[:5], needed[8]]
+        if not any(wanted):  # of the base alone: then the hidden layer was not kept
+            return (*[None] * 9, grad_base, None, None, None)
         found = _backward(grad_out, *inputs, hidden, ctx.activation, wanted, ctx.path)
         grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         return (*grads[:5], None, None, None, grads[5], grad_base, None, None, None)
