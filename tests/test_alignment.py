@@ -10,7 +10,7 @@ import torch
 from helpers import assert_close
 from torch import Tensor
 
-from switch_moe import ops
+from switch_moe import Routes, ops
 
 pytest.importorskip("triton")
 
@@ -44,6 +44,16 @@ def expert_mlp(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, [*leaves, gate], place(torch.randn(3, 5, 16)))]
 
 
+def routed_mlp(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    shapes = (5, 16), (3, 16, 8), (3, 8), (3, 8, 16), (3, 16)
+    leaves = [place(torch.randn(shape)).requires_grad_() for shape in shapes]
+    index = torch.tensor([[0, 1], [2, 1], [-1, -1], [0, -1], [1, 0]])
+    routes = Routes(*(place(t) for t in Routes.of_rows(index, torch.rand(5, 2), 3)))
+    gate, base = routes.gate.requires_grad_(), place(torch.randn(5, 16))
+    out = ops.routed_mlp(*leaves, routes._replace(gate=gate), base=base, backend="triton")
+    return [out, *torch.autograd.grad(out, [*leaves, gate], place(torch.randn(5, 16)))]
+
+
 def merge_experts(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
     weight, bias, gate = (place(torch.randn(shape)) for shape in ((3, 16, 8), (3, 8), (3, 2)))
     index = place(torch.tensor([[0, 1], [2, 1], [0, 2]], dtype=torch.int32))
@@ -66,7 +76,7 @@ def diffusion_prior_loss(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter; a GPU runs the same code")
 @pytest.mark.parametrize(
-    "call", [expert_linear, expert_mlp, merge_experts, timestep_gate, diffusion_prior_loss]
+    "call", [expert_linear, expert_mlp, routed_mlp, merge_experts, timestep_gate, diffusion_prior_loss]
 )
 def test_slices_at_odd_places(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from switch_moe.kernels import _launch
@@ -78,7 +88,7 @@ def test_slices_at_odd_places(call: Callable[..., Any], monkeypatch: pytest.Monk
         addresses.extend(arg.data_ptr() for arg in args if isinstance(arg, Tensor))
         original(kernel, programs, *args, **meta)
 
-    stems = "_tile dispatch expert_linear expert_mlp merge_experts timestep_gate diffusion_prior"
+    stems = "_tile dispatch expert_linear expert_mlp routed_mlp merge_experts timestep_gate diffusion_prior"
     for name in stems.split():
         monkeypatch.setattr(f"switch_moe.kernels.{name}.launch", launch)
     torch.manual_seed(0)

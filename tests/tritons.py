@@ -25,7 +25,7 @@ TRITONS = {
 }
 STEMS = (
     "alignment", "compiled_kernels", "diffusion_prior", "dispatch", "expert_linear_kernels", "expert_mlp",
-    "interpreter_bfloat16", "merge_experts", "timestep_gate", "warm_up",
+    "interpreter_bfloat16", "merge_experts", "routed_mlp_kernels", "timestep_gate", "warm_up",
 )  # fmt: skip
 
 
