@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_moe.experts import LinearExperts, MLPExperts, TokenChoice
+from switch_moe.experts import LinearExperts, MLPExperts, RoutedExperts, TokenChoice
+from switch_moe.ops.routed_mlp import ACTIVATIONS
 
 DEPTHS = {384: 12, 768: 12, 1024: 24, 1152: 28}  # L of the published sizes, by D
 DTYPES = ("float16", "bfloat16", "float32", "tf32")  # tf32: float32 of a user who allows TF32
@@ -18,6 +19,10 @@ EXPERTS = ((3, 2), (4, 4), (8, 8))  # M, k: kernels unroll a few of the k expert
 SCORES = ("softmax", "sigmoid", "identity")
 ODD = (771, 770, 100)  # D of which no row, or not every row, is a multiple of 16 bytes
 MORE_EXPERTS = ((3, 1), (3, 3), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4))
+
+# D, H, M, k at which the best published products over ragged routes are timed, with 5,034 rows; fewer rows
+# leave 64, 32 and 16 of them to an expert on average.
+ROUTED, ROWS = (2048, 768, 128, 8), (5034, 1024, 512, 256)
 
 
 def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -72,6 +77,23 @@ def expert_mlp(
     schedule = dispatch(index, experts)
     _, hidden_layer = forward(x, chosen, gated, True, schedule)
     backward(torch.empty_like(x), x, chosen, hidden_layer, gated, [True] * 6, schedule)
+
+
+def routed_mlp(
+    dtype: torch.dtype, rows: int, size: int, hidden: int, experts: int, top_k: int, activation: str
+) -> None:
+    from switch_moe.kernels.routed_mlp import backward, forward
+
+    width, pairs = hidden * (1 + activation.startswith("swiglu")), rows * top_k
+    x = empty(dtype, rows, size)
+    weight_in, bias_in = empty(dtype, experts, size, width), empty(dtype, experts, width)
+    weight_out, bias_out = empty(dtype, experts, hidden, size), empty(dtype, experts, size)
+    offsets, row, slot = (empty(torch.int32, *shape) for shape in ((experts + 1,), (pairs,), (rows, top_k)))
+    chosen = RoutedExperts(
+        weight_in, bias_in, weight_out, bias_out, offsets, row, slot, empty(torch.float32, pairs)
+    )
+    _, pre = forward(x, chosen, torch.empty_like(x), activation, True)
+    backward(torch.empty_like(x), x, chosen, pre, activation, [True] * 6)
 
 
 def merge_experts(dtype: torch.dtype, routes: int, size: int, experts: int, top_k: int) -> None:
@@ -131,6 +153,12 @@ def calls(everything: bool) -> Iterator[Callable[[], None]]:
             yield typed(expert_linear, dtype, 64, tokens, size, experts, top_k, True, True)
         for gated in (False, True):
             yield typed(expert_mlp, dtype, 64, tokens, size, 8, 2, gated)
+    activations = ACTIVATIONS if everything else ("gelu_erf", "swiglu")  # which take the most registers
+    for activation in activations:
+        for dtype, rows in itertools.product(DTYPES, ROWS):
+            yield typed(routed_mlp, dtype, rows, *ROUTED, activation)
+        for dtype, size, rows in itertools.product(("bfloat16", "float32", "tf32"), ODD, (50, 256)):
+            yield typed(routed_mlp, dtype, 16 * rows, size, 4 * size, 32, 2, activation)
     for dtype, size, (experts, top_k) in itertools.product(("bfloat16", "float32"), (1152, 770), EXPERTS):
         yield typed(merge_experts, dtype, 1, size, experts, top_k)
     for size, depth in DEPTHS.items():

@@ -64,14 +64,20 @@ def assert_error_rule(
 def break_kernels(
     name: str, right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ModuleType:
-    """switch_moe.kernels.<name> with ``right`` in its source replaced by ``wrong``, in the place of it."""
+    """switch_moe.kernels.<name> with ``right`` replaced by ``wrong``, in the place of it.
+
+    Either its own source has it, or that of the device code that all share: then it gets a copy of that.
+    """
     import switch_moe.kernels
 
     qualified = f"switch_moe.kernels.{name}"
     source = Path(importlib.import_module(qualified).__file__).read_text()
+    if right not in source and name != "_tile":
+        break_kernels("_tile", right, wrong, folder, monkeypatch)
+        right = wrong = ""
     assert right in source, "the mutation no longer applies to the kernel"
     path = folder / f"{name}.py"
-    path.write_text(source.replace(right, wrong))
+    path.write_text(source.replace(right, wrong) if right else source)
     spec = importlib.util.spec_from_file_location(qualified, path)
     broken = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(broken)

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_close
 from torch import Tensor
 
-from switch_moe import ops
+from switch_moe import Routes, ops
 
 pytest.importorskip("triton")
 
@@ -42,6 +42,16 @@ def expert_mlp(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
     index = place(torch.tensor([[0, 1], [2, 1], [0, 2]], dtype=torch.int32))
     out = ops.expert_mlp(*leaves, index, gate, backend="triton")
     return [out, *torch.autograd.grad(out, [*leaves, gate], place(torch.randn(3, 5, 16)))]
+
+
+def routed_mlp(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    shapes = (5, 16), (3, 16, 8), (3, 8), (3, 8, 16), (3, 16)
+    leaves = [place(torch.randn(shape)).requires_grad_() for shape in shapes]
+    index = torch.tensor([[0, 1], [2, 1], [-1, -1], [0, -1], [1, 0]])
+    routes = Routes(*(place(t) for t in Routes.of_rows(index, torch.rand(5, 2), 3)))
+    gate, base = routes.gate.requires_grad_(), place(torch.randn(5, 16))
+    out = ops.routed_mlp(*leaves, routes._replace(gate=gate), base=base, backend="triton")
+    return [out, *torch.autograd.grad(out, [*leaves, gate], place(torch.randn(5, 16)))]
 
 
 def merge_experts(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -82,7 +92,16 @@ def diffusion_prior_loss(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter; a GPU runs the same code")
 @pytest.mark.parametrize(
     "call",
-    [expert_linear, expert_mlp, merge_experts, timestep_gate, token_gate, route_pairs, diffusion_prior_loss],
+    [
+        expert_linear,
+        expert_mlp,
+        routed_mlp,
+        merge_experts,
+        timestep_gate,
+        token_gate,
+        route_pairs,
+        diffusion_prior_loss,
+    ],  # fmt: skip
 )
 def test_slices_at_odd_places(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from switch_moe.kernels import _launch
@@ -94,8 +113,8 @@ def test_slices_at_odd_places(call: Callable[..., Any], monkeypatch: pytest.Monk
         addresses.extend(arg.data_ptr() for arg in args if isinstance(arg, Tensor))
         original(kernel, programs, *args, **meta)
 
-    stems = "_tile dispatch expert_linear expert_mlp merge_experts timestep_gate token_gate route_pairs"
-    for name in (*stems.split(), "diffusion_prior"):
+    stems = "_tile dispatch expert_linear expert_mlp routed_mlp merge_experts timestep_gate token_gate"
+    for name in (*stems.split(), "route_pairs", "diffusion_prior"):
         monkeypatch.setattr(f"switch_moe.kernels.{name}.launch", launch)
     torch.manual_seed(0)
     expected = call(lambda tensor: tensor)

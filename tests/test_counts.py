@@ -406,6 +406,15 @@ class TestLaunches:
         backward = ["hidden_grad", "mixture", *["weight_grad"] * 2, *["bias_grad"] * 2]
         assert self.names("expert_mlp", 128, 256, 384, 8, top_k, gated) == [*forward, *backward, "sum"]
 
+    @pytest.mark.parametrize("activation", ["relu", "swiglu"])
+    def test_routed_mlp(self, activation: str) -> None:
+        product = ["product", "combine"]
+        backward = ["hidden_grad", *product, *["weight_grad"] * 2, *["bias_grad"] * 2, "sum"]
+        shape = 5034, *kernel_calls.ROUTED, activation
+        assert self.names("routed_mlp", *shape) == ["hidden", *product, *backward]
+        programs = self.of("routed_mlp", *shape)[0].programs  # tiles of 128 pairs, one more for each expert
+        assert programs == (5034 * 8 // 128 + 128) * (768 // 128)
+
     @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
     @pytest.mark.parametrize("experts", [4, 8])
     def test_routing_and_prior(self, experts: int, top_k: int) -> None:

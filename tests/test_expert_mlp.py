@@ -42,8 +42,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def use_small_tiles(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles in little data, and pairs of an expert split between two programs."""
-    monkeypatch.setattr(kernels, "_tiles", lambda *_: kernels.Tile(16, 16, 16, 4, 2))
-    monkeypatch.setattr(kernels, "_pair_splits", lambda *_: 2)
+    tile = importlib.import_module("switch_moe.kernels._tile").Tile(16, 16, 16, 4, 2)
+    monkeypatch.setattr(kernels, "mlp_tile", lambda *_: tile)
+    monkeypatch.setattr(kernels, "pair_splits", lambda *_: 2)
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_shipped_tiles(shape: tuple[int, ...], gated: bool, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_pairs_split_between_programs(splits: int, device: str, small_tiles, monkeypatch) -> None:
-    monkeypatch.setattr(small_tiles, "_pair_splits", lambda *_: splits)
+    monkeypatch.setattr(small_tiles, "pair_splits", lambda *_: splits)
     for batch in (1, 4):  # fewer pairs than programs, and more
         check(*make_inputs((batch, 18, 8, 8, 3, 2), False, torch.float32, device), False)
 
@@ -353,7 +354,7 @@ def test_a_broken_kernel_fails(mutation: str, tmp_path: Path, device: str, monke
     broken = break_kernels("expert_mlp", *MUTATIONS[mutation], tmp_path, monkeypatch)
     use_small_tiles(broken, monkeypatch)
     if mutation != "forgets a split":
-        monkeypatch.setattr(broken, "_pair_splits", lambda *_: 1)
+        monkeypatch.setattr(broken, "pair_splits", lambda *_: 1)
     gated = mutation == "swaps the halves"
     with pytest.raises(AssertionError, match="relative RMS"):
         check(*make_inputs((2, 5, 16, 20, 2, 2), gated, torch.float32, device), gated)

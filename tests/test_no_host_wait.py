@@ -100,6 +100,21 @@ def test_routes_on_meta_tensors(as_on_a_gpu) -> None:
     routes("meta")
 
 
+def test_routed_mlp_on_meta_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("switch_moe.ops.routed_mlp")
+    monkeypatch.setattr(module, "choose", lambda *_, **__: "triton")
+    shapes = (6, 8), (3, 8, 4), (3, 4), (3, 4, 8), (3, 8)
+    leaves = [torch.randn(shape, device="meta", requires_grad=True) for shape in shapes]
+    gate = torch.rand(6, 2, device="meta", requires_grad=True)
+    index = torch.zeros(6, 2, dtype=torch.int32, device="meta")
+    with HostWaits("meta") as waits:
+        out = module.routed_mlp(*leaves, Routes.of_rows(index, gate, 3))
+        found = torch.autograd.grad(out.sum(), [*leaves, gate])
+    assert waits.found == []
+    assert {"routed_mlp", "routed_mlp_backward"} <= waits.seen
+    assert [grad.shape for grad in found] == [leaf.shape for leaf in (*leaves, gate)]
+
+
 def test_a_planted_wait_is_seen() -> None:
     with HostWaits("meta") as waits:
         x = torch.randn(3, device="meta")

@@ -25,7 +25,8 @@ TRITONS = {
 }
 STEMS = (
     "alignment", "compiled_kernels", "diffusion_prior", "dispatch", "expert_linear_kernels", "expert_mlp",
-    "interpreter_bfloat16", "merge_experts", "route_pairs", "timestep_gate", "token_gate", "warm_up",
+    "interpreter_bfloat16", "merge_experts", "route_pairs", "routed_mlp_kernels", "timestep_gate",
+    "token_gate", "warm_up",
 )  # fmt: skip
 
 

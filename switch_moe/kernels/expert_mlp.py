@@ -7,7 +7,6 @@ W is H, the hidden width, or 2H for SwiGLU, where a program forms both halves of
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,40 +16,19 @@ from torch import Tensor
 
 from ..experts import MLPExperts
 from ._launch import PRECISIONS, Kind, cdiv, kind, launch
-from ._tile import PARTIAL_BYTES, Tile, chosen, constants, halves, narrow, sum_partials
+from ._tile import (
+    activated,
+    chosen,
+    constants,
+    expert_at,
+    grouped_tile,
+    halves,
+    mlp_tile,
+    pair_splits,
+    product,
+    sum_partials,
+)
 from .dispatch import dispatch, pairs_of
-
-
-@functools.cache
-def _tiles(kernel: str, of_x: Kind, tokens: int, inner: int, columns: int, gated: bool = False) -> Tile:
-    """The tile of ``kernel`` (hidden, mixture, hidden_grad or weight_grad) for rows of these sizes.
-
-    Chosen from the compiled code: nothing spills, and on sm_90 two programs of GELU's hidden, of mixture and
-    of weight_grad fit an SM, so that one multiplies while the other writes.
-    """
-    arch, in_float32 = of_x.architecture, of_x.precision != "half"
-    large_epilogue = gated and kernel in ("hidden", "hidden_grad")
-    if narrow(of_x.precision, inner, columns):
-        tile = Tile(64, 64, 16 if in_float32 else 32, 8, 2)
-    elif in_float32:
-        tile = Tile(64, 64, 16, 8, 3) if of_x.precision == "ieee" else Tile(128, 128, 32, 8, 3)
-    elif arch < 90 or arch >= 120:  # at most 99 KB of shared memory, no asynchronous tensor cores
-        tile = Tile(128, 64 if large_epilogue else 128, 32, 8, 4)
-    else:
-        tile = Tile(128, 128, 64, 8, 3)
-    if kernel == "weight_grad":
-        return tile._replace(BLOCK_K=min(tile.BLOCK_K, max(16, triton.next_power_of_2(tokens))))
-    if tile.BLOCK_M > 64 >= tokens:
-        half = large_epilogue or (in_float32 and kernel == "hidden_grad")
-        return tile._replace(BLOCK_M=64, BLOCK_N=64 if half else 128, num_warps=4)
-    return tile
-
-
-def _pair_splits(of_x: Kind, tiles: int, pairs: int, size: int) -> int:
-    """Into how many parts the pairs of an expert are split, by shapes and the device alone: enough programs
-    for the device, about four for each multiprocessor, and at most PARTIAL_BYTES of ``size`` numbers.
-    """
-    return max(1, min(16, pairs, 4 * of_x.multiprocessors // tiles, PARTIAL_BYTES // (4 * size)))
 
 
 def forward(
@@ -70,7 +48,7 @@ def forward(
         schedule = dispatch(index, num_experts)
     of_x = kind(x)
     units = torch.empty((batch, top_k, tokens, hidden), dtype=x.dtype, device=x.device)
-    tile = _tiles("hidden", of_x, tokens, size, hidden, gated)
+    tile = mlp_tile("hidden", of_x, tokens, size, hidden, gated)
     launch(
         _hidden_kernel, batch * top_k * cdiv(tokens, tile.BLOCK_M) * cdiv(hidden, tile.BLOCK_N),
         x, weight_in, weight_in if bias_in is None else bias_in, index, gate, schedule,
@@ -98,7 +76,7 @@ def backward(
     if schedule is None:
         schedule = dispatch(index, num_experts)
     of_x = kind(x)
-    tile = _tiles("hidden_grad", of_x, tokens, size, hidden, gated)
+    tile = mlp_tile("hidden_grad", of_x, tokens, size, hidden, gated)
     blocks_t, blocks_n = cdiv(tokens, tile.BLOCK_M), cdiv(hidden, tile.BLOCK_N)
     grad_pre = x.new_empty((batch, top_k, tokens, width) if want_x or want_in else 0)
     units = x.new_empty((batch, top_k, tokens, hidden) if want_out else 0)
@@ -137,7 +115,7 @@ def _mixture(
     """``sum_j a_bj W_e (+ g_bj c_e)``: a [B, k, T, K], weight [M, K, N] or, transposed, [M, N, K]."""
     batch, top_k, tokens, inner = a.shape
     size = out.shape[2]
-    tile = _tiles("mixture", of_x, tokens, inner, size)
+    tile = mlp_tile("mixture", of_x, tokens, inner, size)
     launch(
         _mixture_kernel, batch * cdiv(tokens, tile.BLOCK_M) * cdiv(size, tile.BLOCK_N),
         a, weight, weight if bias is None else bias, index, gate, schedule, out, tokens, batch,
@@ -156,9 +134,9 @@ def _weight_grad(
     """
     num_experts, rows, cols = out.shape
     tokens = left.shape[-2]
-    tile = _tiles("weight_grad", of_x, tokens, rows, cols)
+    tile = mlp_tile("weight_grad", of_x, tokens, rows, cols)
     tiles = num_experts * cdiv(rows, tile.BLOCK_M) * cdiv(cols, tile.BLOCK_N)
-    splits = _pair_splits(of_x, tiles, batch * top_k, out.numel())
+    splits = pair_splits(of_x, tiles, batch * top_k, out.numel())
     partial = out
     if splits > 1:
         partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
@@ -183,78 +161,6 @@ def _bias_grad(
     )  # fmt: skip
 
 
-@triton.jit
-def _grouped_tile(pid, row_tiles, COL_TILES: tl.constexpr):
-    """Row and column tile of a program: groups of 8 row tiles pass over the columns, so that weights and rows
-    that are read at the same time fit the L2 cache."""
-    group = pid // (8 * COL_TILES)
-    rows = tl.minimum(8, row_tiles - group * 8)
-    inside = pid - group * (8 * COL_TILES)
-    return group * 8 + inside % rows, inside // rows
-
-
-@triton.jit
-def _expert_at(index_ptr, M: tl.constexpr):
-    return tl.minimum(tl.maximum(tl.load(index_ptr), 0), M - 1).to(tl.int64)
-
-
-@triton.jit
-def _product(
-    a_ptr, a_rows, a_slot, weight_ptr, columns, column_mask, index_ptr,
-    K: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_N: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    M: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``sum_j a_j W_e(j)`` over the slots, a tile [BLOCK_M, BLOCK_N] of it in float32; with HALF > 0 also
-    for the columns HALF further on.
-
-    a_j [.., K] begins ``j * a_slot`` after a_ptr. The expert e(j) is at index_ptr + j; its weight has SIZE
-    numbers, STRIDE_K and STRIDE_N apart along the inner and the column axis. All slots share a single loop.
-    Each step loads the expert of the next; if it loaded its own, the pipeline of tiles would lose a stage.
-    """
-    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    r, i = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    row_mask = (r < a_rows)[:, None]
-    a_tile = r[:, None] * K + i[None, :]
-    weight_tile = i[:, None] * STRIDE_K + columns[None, :] * STRIDE_N
-    first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    second = first
-    expert = _expert_at(index_ptr, M)
-    for step in range(SLOTS * STEPS):
-        slot = step // STEPS
-        k0 = (step % STEPS) * BLOCK_K
-        a_mask, weight_mask = row_mask, column_mask[None, :]
-        if K % BLOCK_K != 0:
-            a_mask = row_mask & (i < K - k0)[None, :]
-            weight_mask = weight_mask & (i < K - k0)[:, None]
-        a = tl.load(a_ptr + slot * a_slot + k0 + a_tile, mask=a_mask, other=0.0)
-        w_ptr = weight_ptr + expert * SIZE + k0 * STRIDE_K + weight_tile
-        first = tl.dot(a, tl.load(w_ptr, mask=weight_mask, other=0.0), first, input_precision=PRECISION)
-        if HALF > 0:
-            w = tl.load(w_ptr + HALF * STRIDE_N, mask=weight_mask, other=0.0)
-            second = tl.dot(a, w, second, input_precision=PRECISION)
-        if SLOTS > 1:
-            expert = _expert_at(index_ptr + tl.minimum((step + 1) // STEPS, SLOTS - 1), M)
-    return first, second
-
-
-@triton.jit
-def _activation(a, b, GATED: tl.constexpr):
-    """``act`` and its derivatives in a and b, in float32: SiLU(a) b, or GELU(a) in its tanh form."""
-    if GATED:
-        s = tl.sigmoid(a)
-        value = a * s * b
-        slope_a = (s + a * s * (1 - s)) * b
-        slope_b = a * s
-    else:
-        # 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2/pi) (a + 0.044715 a^3)
-        s = tl.sigmoid(a * (1.5957691216057308 + 0.07135481282553837 * a * a))
-        value = a * s
-        slope_a = s + a * s * (1 - s) * (1.5957691216057308 + 0.21406443847661511 * a * a)
-        slope_b = slope_a
-    return value, slope_a, slope_b
-
-
 @triton.jit(do_not_specialize=["tokens", "num_pairs"])
 def _hidden_kernel(
     x_ptr, weight_ptr, bias_ptr, index_ptr, gate_ptr, schedule_ptr, pre_ptr, units_ptr, tokens, num_pairs,
@@ -268,19 +174,18 @@ def _hidden_kernel(
     """
     W: tl.constexpr = 2 * H if GATED else H
     blocks_t = tl.cdiv(tokens, BLOCK_M)
-    row_tile, col_tile = _grouped_tile(tl.program_id(0), num_pairs * blocks_t, (H + BLOCK_N - 1) // BLOCK_N)
+    row_tile, col_tile = grouped_tile(tl.program_id(0), num_pairs * blocks_t, (H + BLOCK_N - 1) // BLOCK_N)
     pairs_ptr, _ = pairs_of(schedule_ptr, num_pairs // TOP_K, TOP_K)
     pair = tl.load(pairs_ptr + row_tile // blocks_t).to(tl.int64)
     t0 = (row_tile % blocks_t) * BLOCK_M
     expert, gate = chosen(index_ptr, gate_ptr, pair, M)
-    n = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    a, b = _product(
-        x_ptr + ((pair // TOP_K) * tokens + t0) * D, tokens - t0, 0, weight_ptr, n, n < H, index_ptr + pair,
-        D, W, 1, D * W, H if GATED else 0, M, 1, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    t, n = tl.arange(0, BLOCK_M), col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    a, b = product(
+        x_ptr + ((pair // TOP_K) * tokens + t0) * D, t * D, t < tokens - t0, 0, weight_ptr + expert * (D * W),
+        n, n < H, index_ptr, D, W, 1, D * W, H if GATED else 0, M, 1, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     row = pair * tokens + t0
     halves_a, halves_b = halves(a, BLOCK_M, BLOCK_N), halves(b, BLOCK_M, BLOCK_N)
-    t = tl.arange(0, BLOCK_M)
     for half in tl.static_range(2):
         a, b = halves_a[half], halves_b[half]
         n = col_tile * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -294,7 +199,7 @@ def _hidden_kernel(
             tl.store(pre, a.to(pre_ptr.dtype.element_ty), mask=mask)
             if GATED:
                 tl.store(pre + H, b.to(pre_ptr.dtype.element_ty), mask=mask)
-        units, _, _ = _activation(a, b, GATED)
+        units, _, _ = activated(a, b, "swiglu" if GATED else "gelu")
         place = units_ptr + row * H + t[:, None] * H + n[None, :]
         tl.store(place, (gate * units).to(units_ptr.dtype.element_ty), mask=mask)
 
@@ -312,14 +217,16 @@ def _mixture_kernel(
     BLOCK_M tokens by BLOCK_N outputs of a sample; its one accumulator takes the k experts in turn.
     """
     blocks_t = tl.cdiv(tokens, BLOCK_M)
-    row_tile, col_tile = _grouped_tile(tl.program_id(0), batch * blocks_t, (N + BLOCK_N - 1) // BLOCK_N)
+    row_tile, col_tile = grouped_tile(tl.program_id(0), batch * blocks_t, (N + BLOCK_N - 1) // BLOCK_N)
     sample = tl.load(schedule_ptr + row_tile // blocks_t).to(tl.int64)
     t0 = (row_tile % blocks_t) * BLOCK_M
     t, n = tl.arange(0, BLOCK_M), col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    out, _ = _product(
-        a_ptr + (sample * TOP_K * tokens + t0) * K, tokens - t0, tl.cast(tokens, tl.int64) * K, weight_ptr, n,
-        n < N, index_ptr + sample * TOP_K, K, 1 if TRANSPOSED else N, K if TRANSPOSED else 1, K * N, 0, M,
-        TOP_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    if TOP_K == 1:
+        weight_ptr += expert_at(index_ptr + sample, M) * (K * N)
+    out, _ = product(
+        a_ptr + (sample * TOP_K * tokens + t0) * K, t * K, t < tokens - t0, tl.cast(tokens, tl.int64) * K,
+        weight_ptr, n, n < N, index_ptr + sample * TOP_K, K, 1 if TRANSPOSED else N, K if TRANSPOSED else 1,
+        K * N, 0, M, TOP_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if BIAS:
         for j in range(TOP_K):
@@ -348,7 +255,7 @@ def _hidden_grad_kernel(
     W: tl.constexpr = 2 * H if GATED else H
     BLOCKS_N: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     blocks_t = tl.cdiv(tokens, BLOCK_M)
-    row_tile, col_tile = _grouped_tile(tl.program_id(0), num_pairs * blocks_t, BLOCKS_N)
+    row_tile, col_tile = grouped_tile(tl.program_id(0), num_pairs * blocks_t, BLOCKS_N)
     pairs_ptr, _ = pairs_of(schedule_ptr, num_pairs // TOP_K, TOP_K)
     pair = tl.load(pairs_ptr + row_tile // blocks_t).to(tl.int64)
     token_tile = row_tile % blocks_t
@@ -356,12 +263,11 @@ def _hidden_grad_kernel(
     expert, gate = chosen(index_ptr, gate_ptr, pair, M)
     sample = pair // TOP_K
     grad_ptr += (sample * tokens + t0) * D
-    n = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    dh, _ = _product(
-        grad_ptr, tokens - t0, 0, weight_ptr, n, n < H, index_ptr + pair,
+    t, n = tl.arange(0, BLOCK_M), col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    dh, _ = product(
+        grad_ptr, t * D, t < tokens - t0, 0, weight_ptr + expert * (H * D), n, n < H, index_ptr,
         D, 1, D, H * D, 0, M, 1, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    t = tl.arange(0, BLOCK_M)
     row = pair * tokens + t0
     grad_gate = 0.0
     # Each half of the columns is finished before the next begins, for fewer registers are alive then.
@@ -376,7 +282,7 @@ def _hidden_grad_kernel(
         if GATED:
             b = tl.load(pre_ptr + pre + H, mask=mask, other=0.0).to(tl.float32)
         # The units are formed again from the kept input of the activation: the forward need not keep both.
-        units, slope_a, slope_b = _activation(a, b, GATED)
+        units, slope_a, slope_b = activated(a, b, "swiglu" if GATED else "gelu")
         if UNITS:
             place = units_ptr + row * H + t[:, None] * H + n[None, :]
             tl.store(place, (gate * units).to(units_ptr.dtype.element_ty), mask=mask)
@@ -428,7 +334,7 @@ def _weight_grad_kernel(
     BLOCKS_O: tl.constexpr = (D_RIGHT + BLOCK_N - 1) // BLOCK_N
     TILES: tl.constexpr = BLOCKS_I * BLOCKS_O
     part = tl.program_id(0) // TILES
-    row_tile, col_tile = _grouped_tile(tl.program_id(0) % TILES, BLOCKS_I, BLOCKS_O)
+    row_tile, col_tile = grouped_tile(tl.program_id(0) % TILES, BLOCKS_I, BLOCKS_O)
     expert, split = part % M, part // M
     i, o = row_tile * BLOCK_M + tl.arange(0, BLOCK_M), col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_K)
