@@ -152,4 +152,6 @@ PYBIND11_MODULE(_cpu, m) {
                      at<float>(out));
         },
         WithoutGil());
+    m.def("prefer_huge_pages",
+          [](uintptr_t memory, int64_t bytes) { prefer_huge_pages(at<void>(memory), bytes); });
 }

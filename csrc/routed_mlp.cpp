@@ -5,6 +5,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "parallel.h"
 
 #define SWITCH_MOE_INLINED inline __attribute__((always_inline))
@@ -299,6 +303,16 @@ void add_dots(const void* rows, const void* bias, int64_t count, int64_t columns
             add_dots_of(static_cast<const T*>(rows), static_cast<const T*>(bias), begin, end, columns, out);
         });
     });
+}
+
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page =
+        1 << 21;  // a smaller one is not huge; a larger page's address is a multiple too
+    const auto begin = reinterpret_cast<uintptr_t>(memory), end = begin + static_cast<uintptr_t>(bytes);
+    const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only a wish
+#endif
 }
 
 }  // namespace switch_moe

@@ -67,4 +67,8 @@ void add_dots(const void* rows,  // [n, D] dtype
               float* out  // [n]
 );
 
+// Asks the system to back fresh memory by huge pages, where it knows such a thing (Linux). Writing 100 MB for
+// the first time then took 11 instead of 40 ms, most of them in the system.
+void prefer_huge_pages(void* memory, int64_t bytes);
+
 }  // namespace switch_moe
