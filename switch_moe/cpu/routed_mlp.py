@@ -36,7 +36,7 @@ def forward(
         out, pre = forward(x.float(), _in_float32(experts), wide, activation, keep)
         return out.half(), pre.half()
     out, pre = experts.empty_outputs(x, keep)
-    _prefer_huge_pages(pre)
+    native.cpu.require().prefer_huge_pages(address(pre, pre.dtype, pre.numel()), pre.nbytes)
     total = _sums_of(out)
     total.zero_() if base is None else total.copy_(base)
     _, units, size = experts.weight_out.shape
@@ -61,7 +61,6 @@ def backward(
         found = backward(grad.float(), x.float(), _in_float32(experts), pre.float(), activation, wanted)
         return (*(gradient.half() for gradient in found[:5]), found[5])
     grads = experts.empty_gradients(x, wanted)
-    _prefer_huge_pages(grads[1], grads[3])
     (_, units, size), width = experts.weight_out.shape, experts.weight_in.shape[2]
     parts, room = _parts(experts, size, size, units, width, size)
     of_x, of_bias_in, of_bias_out = sums = [_sums_of(grads[i]).zero_() for i in (0, 2, 4)]
@@ -232,8 +231,3 @@ def _add_dots(rows: Tensor, bias: Tensor, out: Tensor) -> None:
         address(rows, rows.dtype, rows.numel()), address(bias, rows.dtype, columns), count, columns,
         DTYPE_CODE[rows.dtype], torch.get_num_threads(), address(out, torch.float32, count),
     )  # fmt: skip
-
-
-def _prefer_huge_pages(*fresh: Tensor) -> None:
-    for tensor in fresh:
-        native.cpu.require().prefer_huge_pages(address(tensor, tensor.dtype, tensor.numel()), tensor.nbytes)
