@@ -37,6 +37,7 @@ CPU_SOURCES = [
     "linear_assignment.cpp",
     "match_columns.cpp",
     "parallel.cpp",
+    "routed_mlp.cpp",
 ]
 CUDA_SOURCES = ["bindings_cuda.cpp", "linear_assignment.cu"]
 CPU = Extension("switch_moe._cpu", [f"csrc/{name}" for name in CPU_SOURCES])

@@ -4,6 +4,7 @@
 #include "expert_linear.h"
 #include "linear_assignment.h"
 #include "match_columns.h"
+#include "routed_mlp.h"
 
 namespace py = pybind11;
 using namespace switch_moe;
@@ -23,6 +24,10 @@ Experts experts_at(uintptr_t weight, int64_t num_experts, int64_t inputs, int64_
 
 Routes routes_at(uintptr_t index, uintptr_t gate, int64_t num_routes, int64_t top_k) {
     return {num_routes, top_k, at<int32_t>(index), at<float>(gate)};
+}
+
+Pairs pairs_at(int64_t count, uintptr_t row, uintptr_t gate) {
+    return {count, at<int32_t>(row), at<float>(gate)};
 }
 
 }  // namespace
@@ -98,4 +103,55 @@ PYBIND11_MODULE(_cpu, m) {
                                  at<int64_t>(match));
         },
         WithoutGil());
+    m.def(
+        "gather_rows",
+        [](uintptr_t x, int64_t pairs, uintptr_t row, int64_t columns, int dtype, int threads,
+           uintptr_t out) {
+            gather_rows(at<void>(x), pairs_at(pairs, row, 0), columns, static_cast<DType>(dtype), threads,
+                        at<void>(out));
+        },
+        WithoutGil());
+    m.def(
+        "add_rows",
+        [](uintptr_t y, uintptr_t bias, int64_t pairs, uintptr_t row, uintptr_t gate, int64_t columns,
+           int dtype, int threads, uintptr_t out) {
+            add_rows(at<void>(y), at<void>(bias), pairs_at(pairs, row, gate), columns,
+                     static_cast<DType>(dtype), threads, at<float>(out));
+        },
+        WithoutGil());
+    m.def(
+        "activate",
+        [](uintptr_t bias, int64_t count, int64_t units, int activation, int dtype, int threads,
+           uintptr_t hidden, uintptr_t out) {
+            activate(at<void>(bias), count, units, static_cast<Activation>(activation),
+                     static_cast<DType>(dtype), threads, at<void>(hidden), at<void>(out));
+        },
+        WithoutGil());
+    m.def(
+        "activate_backward",
+        [](uintptr_t hidden, int64_t pairs, uintptr_t gate, int64_t units, int activation, int dtype,
+           int threads, uintptr_t of_units, uintptr_t of_hidden, uintptr_t of_gate) {
+            activate_backward(at<void>(hidden), pairs_at(pairs, 0, gate), units,
+                              static_cast<Activation>(activation), static_cast<DType>(dtype), threads,
+                              at<void>(of_units), at<void>(of_hidden), at<float>(of_gate));
+        },
+        WithoutGil());
+    m.def(
+        "sum_rows",
+        [](uintptr_t rows, int64_t pairs, uintptr_t gate, int64_t columns, int dtype, int threads,
+           uintptr_t out) {
+            sum_rows(at<void>(rows), pairs_at(pairs, 0, gate), columns, static_cast<DType>(dtype), threads,
+                     at<float>(out));
+        },
+        WithoutGil());
+    m.def(
+        "add_dots",
+        [](uintptr_t rows, uintptr_t bias, int64_t count, int64_t columns, int dtype, int threads,
+           uintptr_t out) {
+            add_dots(at<void>(rows), at<void>(bias), count, columns, static_cast<DType>(dtype), threads,
+                     at<float>(out));
+        },
+        WithoutGil());
+    m.def("prefer_huge_pages",
+          [](uintptr_t memory, int64_t bytes) { prefer_huge_pages(at<void>(memory), bytes); });
 }

@@ -213,7 +213,7 @@ def surroundings(r: Chooser) -> Iterator[None]:
     torch.set_num_threads(r.choice((1, 2, 3)))
 
     def narrower(dtype: torch.dtype) -> int:
-        code = cpu._DTYPE_CODE.get(dtype)
+        code = cpu.DTYPE_CODE.get(dtype)
         takes = code is not None and width and native.cpu.require().fused_product_takes(code, width)
         return width if takes else 0
 

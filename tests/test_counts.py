@@ -277,7 +277,7 @@ class TestPeakBytes:
         if not width:
             return D * D * dtype.itemsize
         size: int = native.cpu.require().fused_product_workspace(
-            tokens, experts, D, D, cpu._DTYPE_CODE[dtype], width
+            tokens, experts, D, D, cpu.DTYPE_CODE[dtype], width
         )
         return size
 

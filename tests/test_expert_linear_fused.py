@@ -42,7 +42,7 @@ KERNELS = [(torch.float32, 8), (torch.float32, 16), (torch.bfloat16, 16)]
 def widest(dtype: torch.dtype) -> int:
     """Floats of the widest vector of this processor that the kernels of a type use."""
     lanes = cpu._VECTOR_WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
-    built = native.cpu.require().fused_product_takes(cpu._DTYPE_CODE[dtype], lanes)
+    built = native.cpu.require().fused_product_takes(cpu.DTYPE_CODE[dtype], lanes)
     return lanes if built and (dtype == torch.float32 or cpu_has("avx512_bf16")) else 0
 
 
@@ -107,7 +107,7 @@ def test_widths_that_exist() -> None:
     takes = native.cpu.require().fused_product_takes
     old = re.match(r"[4-9]\.", native.cpu.require().compiler)  # GCC 10 is the first that knows AVX512-BF16
     expected = (KERNELS[:2] if old else KERNELS) if platform.machine() in ("x86_64", "AMD64") else []
-    found = [(dtype, n) for dtype, code in cpu._DTYPE_CODE.items() for n in range(65) if takes(code, n)]
+    found = [(dtype, n) for dtype, code in cpu.DTYPE_CODE.items() for n in range(65) if takes(code, n)]
     assert found == expected
     assert cpu.vector_width(torch.float32) == widest(torch.float32)
     assert cpu.vector_width(torch.float16) == 0
@@ -117,7 +117,7 @@ def test_widths_that_exist() -> None:
     ("features", "taken"), [((), False), (("avx512_bf16",), True), (("avx512_bf16", "amx_tile"), False)]
 )
 def test_amx_is_for_torch(features: tuple[str, ...], taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not native.cpu.require().fused_product_takes(cpu._DTYPE_CODE[torch.bfloat16], widest(torch.float32)):
+    if not native.cpu.require().fused_product_takes(cpu.DTYPE_CODE[torch.bfloat16], widest(torch.float32)):
         pytest.skip("this build, or this processor, has no such products of bfloat16")
     monkeypatch.setattr(cpu, "cpu_has", lambda feature: feature in features)
     monkeypatch.setattr(cpu, "vector_width", cpu.vector_width.__wrapped__)
@@ -130,7 +130,7 @@ def test_rounds_of_the_backward(samples: int, kernel: Kernel, monkeypatch: pytes
     inputs = make_inputs((5, 20, 50, 60, 5, 2), kernel[0])
     at_once = forward_backward(expert_linear, *inputs, False)
     dtype, lanes = kernel
-    size = native.cpu.require().fused_product_workspace(20, 5, 50, 60, cpu._DTYPE_CODE[dtype], lanes)
+    size = native.cpu.require().fused_product_workspace(20, 5, 50, 60, cpu.DTYPE_CODE[dtype], lanes)
     monkeypatch.setattr(cpu, "WORKSPACE_BYTES", samples * size)
     for a, b in zip(forward_backward(expert_linear, *inputs, False), at_once, strict=True):
         assert torch.equal(a, b)

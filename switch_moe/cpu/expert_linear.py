@@ -21,7 +21,7 @@ from ..native import address
 from ..torch_compat import cpu_has
 
 _VECTOR_WIDTHS = {"AVX512": 16, "AVX2": 8}  # floats of a vector
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # DType of csrc
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # DType of csrc
 
 # A workspace is kept from call to call: fresh memory cost more than what is done in it (12.7 against 2.5 ms
 # for the merged weights of a training step, 19 MB). It holds merged weights, or packed tokens and gradients,
@@ -76,7 +76,7 @@ def vector_width(dtype: torch.dtype) -> int:
     where a processor has it, bfloat16 is left to torch's products, which do.
     """
     width = _VECTOR_WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 0)
-    if dtype not in _DTYPE_CODE or not native.cpu.require().fused_product_takes(_DTYPE_CODE[dtype], width):
+    if dtype not in DTYPE_CODE or not native.cpu.require().fused_product_takes(DTYPE_CODE[dtype], width):
         return 0
     if dtype == torch.bfloat16 and (cpu_has("amx_tile") or not cpu_has("avx512_bf16")):
         return 0
@@ -198,7 +198,7 @@ def _merge(weight: Tensor, index: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     dtype, experts, size, (routes, top_k) = weight.dtype, weight.shape[0], weight[0].numel(), index.shape
     native.cpu.require().merge_experts(
         address(weight, dtype, experts * size), experts, size, *_routes(index, gate), routes, top_k,
-        _DTYPE_CODE[dtype], torch.get_num_threads(), address(out, dtype, routes * size),
+        DTYPE_CODE[dtype], torch.get_num_threads(), address(out, dtype, routes * size),
     )  # fmt: skip
     return out
 
@@ -217,7 +217,7 @@ def _merged_bias(experts: LinearExperts) -> Tensor | None:
     return _merge(bias, index, experts.expert_gate, bias.new_empty(index.shape[0], bias.shape[1]))
 
 
-def _workspace(dtype: torch.dtype, size: int, most: int) -> Tensor:
+def workspace(dtype: torch.dtype, size: int, most: int) -> Tensor:
     """``[n, size]``, kept from call to call: n = most, or what fits WORKSPACE_BYTES, but at least one."""
     count = max(1, min(most, WORKSPACE_BYTES // (size * dtype.itemsize)))
     kept: Tensor | None = getattr(_workspaces, str(dtype), None)
@@ -230,7 +230,7 @@ def _workspace(dtype: torch.dtype, size: int, most: int) -> Tensor:
 
 def _merged_buffer(weight: Tensor, routes: int) -> Tensor:
     """Room for the merged weights of one round of routes, ``[n, I, O]``."""
-    rows = _workspace(weight.dtype, weight[0].numel(), min(routes, ROUTES_PER_EXPERT * weight.shape[0]))
+    rows = workspace(weight.dtype, weight[0].numel(), min(routes, ROUTES_PER_EXPERT * weight.shape[0]))
     return rows.view(-1, *weight.shape[1:])
 
 
@@ -260,10 +260,10 @@ def _merged_forward(x: Tensor, experts: LinearExperts, counts: list[int]) -> Ten
 def _fused_forward(x: Tensor, experts: LinearExperts, counts: list[int]) -> Tensor:
     """The same, with the merged weights in cache only."""
     out = experts.empty_outputs(x, keep=False)[0]
-    return _fused_product(x, experts, _merged_bias(experts), counts, False, out)
+    return fused_product(x, experts, _merged_bias(experts), counts, False, out)
 
 
-def _fused_product(
+def fused_product(
     x: Tensor, experts: LinearExperts, bias: Tensor | None, counts: list[int], transposed: bool, out: Tensor
 ) -> Tensor:
     """``out = x V_r + bias_r``, or ``x V_r^T`` if transposed; bias is [R, Dout]."""
@@ -276,7 +276,7 @@ def _fused_product(
         address(x, dtype, rows * (d_out if transposed else d_in)), num_experts, d_in, d_out,
         address(weight, dtype, num_experts * d_in * d_out), routes, top_k, *_routes(index, gate),
         address(starts, torch.int64, routes + 1), address(bias, dtype, routes * d_out), transposed,
-        _DTYPE_CODE[dtype], vector_width(dtype), torch.get_num_threads(),
+        DTYPE_CODE[dtype], vector_width(dtype), torch.get_num_threads(),
         address(out, dtype, rows * (d_in if transposed else d_out)),
     )  # fmt: skip
     return out
@@ -353,7 +353,7 @@ def _merged_backward(
             native.cpu.require().merge_experts_backward(
                 address(p_BIO, dtype, routes * weight[0].numel()), address(weight, dtype, numbers),
                 weight.shape[0], weight[0].numel(), *_routes(index[chunk], gate[chunk]), routes, top_k,
-                number == 0, number + 1 == len(rounds), _DTYPE_CODE[dtype], torch.get_num_threads(),
+                number == 0, number + 1 == len(rounds), DTYPE_CODE[dtype], torch.get_num_threads(),
                 address(carry, torch.float32, numbers if len(rounds) > 1 else 0),
                 address(grad_weight, dtype, numbers),
                 address(grad_gate[chunk], torch.float32, routes * top_k),
@@ -371,12 +371,12 @@ def _fused_backward(
     grad_weight = torch.empty_like(weight) if of_experts else weight.new_empty(0)
     grad_gate = torch.empty_like(gate) if of_experts else gate.new_empty(0)
     if wanted[0]:
-        _fused_product(grad, experts, None, [1] * x.shape[0], True, grad_x)
+        fused_product(grad, experts, None, [1] * x.shape[0], True, grad_x)
     if of_experts:
         module = native.cpu.require()
-        code, width = _DTYPE_CODE[x.dtype], vector_width(x.dtype)
+        code, width = DTYPE_CODE[x.dtype], vector_width(x.dtype)
         size = module.fused_product_workspace(x.shape[1], *weight.shape, code, width)
-        packed = _workspace(torch.float32, size // 4, x.shape[0])
+        packed = workspace(torch.float32, size // 4, x.shape[0])
         samples = packed.shape[0]  # of a round
         carried = x.dtype != torch.float32 and samples < x.shape[0]
         carry = torch.empty(weight.shape, dtype=torch.float32, device=x.device) if carried else None
