@@ -42,7 +42,7 @@ class CapacityPredictor(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier's uniform weights and zero biases; with thresholds of zero every token is worth an expert."""
+        """Xavier's uniform weights, zero biases, and thresholds of zero: every token is worth an expert."""
         for layer in (self.first, self.last):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -154,7 +154,7 @@ class TokenMoE(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier's uniform weights, as for DiT's MLPs, zero biases and a small random router."""
         for module in self.children():
-            module.reset_parameters()
+            module.reset_parameters()  # type: ignore[operator]
         for name, parameter in self.named_parameters(recurse=False):
             if "bias" in name:
                 nn.init.zeros_(parameter)

@@ -84,15 +84,28 @@ def from_official_names(
         if dense and system != "dit_moe":
             continue
         with_mixture.append(number)
-        own, options, sizes = _Part(prefix, found).own(system)
+        own, options, sizes = mixture_from_official(system, found, prefix)
         found |= {f"blocks.{number}.mlp.moe.{name}": value for name, value in own.items()}
         settings = settings or {"routing": system, **sizes, "mixture": options}
     every = with_mixture[0] + 1 if with_mixture else 0
     if not with_mixture or with_mixture != [number for number in blocks if number % every == every - 1]:
-        raise ValueError(f"state_dict holds mixtures in the blocks {with_mixture}; they must be evenly spaced")
+        raise ValueError(
+            f"state_dict holds mixtures in the blocks {with_mixture}; they must be at equal steps"
+        )
     given = {} if capacity is None else {"capacity": capacity}
     settings["mixture"] = options_of(system, {**settings["mixture"], "every": every, **given})
     return found, settings | {"top_k": 2 if top_k is None else top_k}
+
+
+def mixture_from_official(
+    system: str, state: dict[str, Tensor], prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Takes a mixture, whose names begin with ``prefix``, out of a state_dict.
+
+    Returns its tensors by the names of a TokenMoE, the options of the system that they tell, and
+    ``num_experts`` and ``inner_size``. ``ValueError`` names a key that is missing or unknown.
+    """
+    return _Part(prefix, state).own(system)
 
 
 class _Part:
@@ -137,7 +150,10 @@ class _Part:
         """The two layers of an expert as rows times columns."""
         if gated:
             first = [self.take(f"{owner}.{name}_proj.weight") for name in ("gate", "up")]
-            return {"weight_in": torch.cat(first).t(), "weight_out": self.take(f"{owner}.down_proj.weight").t()}
+            return {
+                "weight_in": torch.cat(first).t(),
+                "weight_out": self.take(f"{owner}.down_proj.weight").t(),
+            }
         return {
             "weight_in": self.take(f"{owner}.fc1.weight").t(), "bias_in": self.take(f"{owner}.fc1.bias"),
             "weight_out": self.take(f"{owner}.fc2.weight").t(), "bias_out": self.take(f"{owner}.fc2.bias"),
@@ -170,7 +186,7 @@ def to_official(model: SwitchDiT, *, unused_channels: bool = True) -> dict[str, 
     names, settings, options = NAMES[model.routing], model.settings, model.options
     for name, wanted in _COMPUTED[model.routing].items():
         if options[name] != wanted:
-            raise ValueError(f"model has {name} {options[name]!r}; the code of {model.routing} has {wanted!r}")
+            raise ValueError(f"model has {name} {options[name]!r}; {model.routing}'s code has {wanted!r}")
     kind = {name: options[name] for name in _GELU}
     if kind not in (_GELU, _SWIGLU):
         raise ValueError(
@@ -191,15 +207,16 @@ def to_official(model: SwitchDiT, *, unused_channels: bool = True) -> dict[str, 
         if moe is not None:
             own = {name: state.pop(f"blocks.{number}.mlp.moe.{name}") for name in moe.state_dict()}
             prefix = f"blocks.{number}.{names.mixture}."
-            state |= {prefix + name: value for name, value in _official_part(moe, own, names).items()}
+            official = mixture_to_official(model.routing, moe, own)
+            state |= {prefix + name: value for name, value in official.items()}
     if time == of_flow:
         _to_official_velocity(state, model, flow.sign, unused_channels)
     return {name: value.contiguous() for name, value in state.items()}
 
 
-def _official_part(moe: TokenMoE, own: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """A mixture's tensors by the names of a code."""
-    found = {names.router: own["router.weight"]}
+def mixture_to_official(system: str, moe: TokenMoE, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of ``moe``'s state_dict (weights, or their gradients) by those of a code."""
+    found = {NAMES[system].router: own["router.weight"]}
     gated = moe.activation == "swiglu"
     for number in range(moe.num_experts):
         parts = {name: own[name][number] for name in ("weight_in", "bias_in", "weight_out", "bias_out")

@@ -67,7 +67,7 @@ class Mixture(nn.Module):
     def forward(
         self, z: Tensor, normed: Tensor, stream: Tensor, time_embedding: Tensor
     ) -> tuple[Tensor, ...]:
-        """Tokens ``[B, T, D]``, the weighted losses of balance, a float32 scalar, and what :meth:`learn` takes.
+        """Tokens ``[B, T, D]``, the weighted losses, a float32 scalar, and what :meth:`learn` takes.
 
         Args:
             z: modulated tokens, normed: before that, stream: before the norm. time_embedding: ``[B, D]``.
