@@ -31,6 +31,7 @@ from switch_dit.checkpoint import load_checkpoint, load_settings, save_weights
 from switch_dit.files import first_line
 from switch_dit.model import SwitchDiT
 from switch_dit.official import FLOWS
+from switch_dit.systems import SYSTEMS
 from switch_dit.upcycle import detect, from_official, schedule_of_config, told_by_config, upcycle
 
 
@@ -53,7 +54,7 @@ class UpcycleConfig:
     top_k: int = 2
     """The router chooses this many experts for a sample, or for a token."""
     capacity: float | None = None
-    """Mean experts of a token, of the weights of ec_dit (2 by default) and diffmoe (1), which do not tell it."""
+    """Mean experts of a token, which weights of ec_dit (2 by default) and diffmoe (1) do not tell."""
     process: Literal["auto", "flow", "eps"] = "auto"
     """What the weights of a mixture were trained for: auto is flow; some of DiT-MoE's are eps, as DiT."""
     num_heads: int | None = None
@@ -66,8 +67,8 @@ class UpcycleConfig:
     """How timesteps are embedded: auto is as the code of the system does. A checkpoint of DiT that was
     converted to diffusers was trained with dit."""
     schedule: Literal["auto", "linear", "cosine"] = "auto"
-    """The noise schedule that a model of the noise was trained with; flows have none. auto is that of a pipeline of diffusers,
-    and linear, DiT's own, for others."""
+    """The noise schedule that a model of the noise was trained with; flows have none. auto is that of a
+    pipeline of diffusers, and linear, DiT's own, for others."""
     dense: bool = False
     """Whether to write the dense model itself instead of a mixture."""
     seed: int = 0
@@ -98,7 +99,26 @@ def run(config: UpcycleConfig) -> Path:
     decode = "" if model.in_channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema"
     program = Path(sys.argv[0]).parent / "sample_switch_dit.py"
     print(f"samples: python {program} --run {config.output}{decode}")
+    start = f"python {program.with_name('train_switch_dit.py')} --start-from {folder}"
+    print(f"training: {start} {training(model, objective)}")
     return folder
+
+
+def training(model: SwitchDiT, objective: dict[str, Any]) -> str:
+    """The settings of a training run that goes on with a model, but those that every run has."""
+    given = {
+        "routing": model.routing, "num-experts": model.settings["num_experts"],
+        "top-k": model.settings["top_k"], "objective": objective["name"],
+    }  # fmt: skip
+    defaults = SYSTEMS[model.routing].options if model.routing in SYSTEMS else {}
+    options = [
+        f"{name}={model.options[name]}" for name, value in defaults.items() if model.options[name] != value
+    ]
+    texts = [f"--{name} {value}" for name, value in given.items()]
+    if objective["name"] == "eps":
+        texts += [f"--schedule {objective['schedule']}"] if objective.get("schedule") else []
+        texts += [] if model.learn_sigma else ["--no-learn-sigma"]
+    return " ".join([*texts, *(["--mixture", *options] if options else [])])
 
 
 def of_a_run(source: Path) -> Path | None:
