@@ -31,7 +31,6 @@ from switch_dit.checkpoint import load_checkpoint, load_settings, save_weights
 from switch_dit.files import first_line
 from switch_dit.model import SwitchDiT
 from switch_dit.official import FLOWS
-from switch_dit.systems import SYSTEMS
 from switch_dit.upcycle import detect, from_official, schedule_of_config, told_by_config, upcycle
 
 
@@ -110,15 +109,11 @@ def training(model: SwitchDiT, objective: dict[str, Any]) -> str:
         "routing": model.routing, "num-experts": model.settings["num_experts"],
         "top-k": model.settings["top_k"], "objective": objective["name"],
     }  # fmt: skip
-    defaults = SYSTEMS[model.routing].options if model.routing in SYSTEMS else {}
-    options = [
-        f"{name}={model.options[name]}" for name, value in defaults.items() if model.options[name] != value
-    ]
     texts = [f"--{name} {value}" for name, value in given.items()]
     if objective["name"] == "eps":
         texts += [f"--schedule {objective['schedule']}"] if objective.get("schedule") else []
         texts += [] if model.learn_sigma else ["--no-learn-sigma"]
-    return " ".join([*texts, *(["--mixture", *options] if options else [])])
+    return " ".join(texts)
 
 
 def of_a_run(source: Path) -> Path | None:

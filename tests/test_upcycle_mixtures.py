@@ -56,7 +56,9 @@ def test_what_does_not_fit() -> None:
     dense = random_model(routing="none")
     with pytest.raises(ValueError, match="mixture's normalise is False; an upcycled model has True"):
         upcycle(dense, routing="dit_moe", mixture={"normalise": False})
-    with pytest.raises(ValueError, match="mixture holds 'every'; routing 'switch' has no such options"):
+    with pytest.raises(
+        ValueError, match="mixture holds 'every'; the options of 'switch' are load_balance, z_loss"
+    ):
         upcycle(dense, mixture={"every": 2})
     with pytest.raises(ValueError, match="routing is 'ec_dit'; it must be one of switch, dit_moe"):
         upcycle(dense, routing="ec_dit")
