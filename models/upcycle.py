@@ -1,12 +1,17 @@
-"""Makes a Switch-DiT of a trained dense model: DiT, SiT, diffusers' or one trained here. It draws the same.
+"""Makes a mixture of a trained dense model: DiT, SiT, diffusers' or one trained here. It draws the same.
 
 python models/upcycle.py DiT-XL-2-256x256.pt runs/upcycled --system dit
 python models/upcycle.py SiT-XL-2-256.pt runs/upcycled --system sit
 python models/upcycle.py DiT-XL-2-256 runs/upcycled                    # a folder of diffusers
 python models/upcycle.py runs/dense runs/upcycled                      # of train_switch_dit.py --routing none
+python models/upcycle.py runs/dense runs/upcycled --routing dit_moe --num-experts 8
 
-The experts are zero and the router is new; training gives both their use:
+It becomes a Switch-DiT, whose experts are zero, or a DiT-MoE, whose experts are copies of the MLP; the router
+is new. Training gives both their use:
 python models/train_switch_dit.py --start-from runs/upcycled/weights --model XL/2 --data latents:DIR
+
+Weights of the codes of DiT-MoE, EC-DIT and DiffMoE are mixtures already, and become runs as they are:
+python models/upcycle.py dit_moe_xl.pt runs/dit-moe --system dit_moe
 """
 
 from __future__ import annotations
@@ -25,24 +30,32 @@ from safetensors.torch import load_file
 from switch_dit.checkpoint import load_checkpoint, load_settings, save_weights
 from switch_dit.files import first_line
 from switch_dit.model import SwitchDiT
+from switch_dit.official import FLOWS
 from switch_dit.upcycle import detect, from_official, schedule_of_config, told_by_config, upcycle
 
 
 @dataclass
 class UpcycleConfig:
-    """Make a Switch-DiT of a dense model."""
+    """Make a mixture of a dense model, or a run of the weights of a mixture."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """A file of weights (.pt, .pth, .safetensors), a folder of diffusers (a pipeline or its transformer), or
     the folder of a run of train_switch_dit.py."""
     output: Annotated[Path, tyro.conf.Positional]
     """The folder to write, which must not exist; sample_switch_dit.py takes it as --run."""
-    system: Literal["auto", "dit", "sit", "diffusers_dit"] = "auto"
-    """Whose weights they are. auto tells those of diffusers; DiT and SiT look alike."""
+    system: Literal["auto", "dit", "sit", "diffusers_dit", "dit_moe", "ec_dit", "diffmoe"] = "auto"
+    """Whose weights they are. auto tells those of diffusers and of mixtures; DiT and SiT look alike."""
+    routing: Literal["switch", "dit_moe"] = "switch"
+    """The mixture that a dense model becomes: experts that multiply the tokens, chosen for a sample by its
+    timestep, or copies of the MLP, chosen for each token."""
     num_experts: int = 3
-    """Each block gets this many experts."""
+    """Each block of a dense model gets this many experts."""
     top_k: int = 2
-    """The router chooses this many experts for a sample."""
+    """The router chooses this many experts for a sample, or for a token."""
+    capacity: float | None = None
+    """Mean experts of a token, which weights of ec_dit (2 by default) and diffmoe (1) do not tell."""
+    process: Literal["auto", "flow", "eps"] = "auto"
+    """What the weights of a mixture were trained for: auto is flow; some of DiT-MoE's are eps, as DiT."""
     num_heads: int | None = None
     """Attention heads, which the weights do not tell. By default those of the published sizes."""
     input_size: int | None = None
@@ -53,8 +66,8 @@ class UpcycleConfig:
     """How timesteps are embedded: auto is as the code of the system does. A checkpoint of DiT that was
     converted to diffusers was trained with dit."""
     schedule: Literal["auto", "linear", "cosine"] = "auto"
-    """The noise schedule that DiT was trained with; SiT has none. auto is that of a pipeline of diffusers,
-    and linear, DiT's own, for others."""
+    """The noise schedule that a model of the noise was trained with; flows have none. auto is that of a
+    pipeline of diffusers, and linear, DiT's own, for others."""
     dense: bool = False
     """Whether to write the dense model itself instead of a mixture."""
     seed: int = 0
@@ -68,8 +81,8 @@ def run(config: UpcycleConfig) -> Path:
     torch.manual_seed(config.seed)
     own = of_a_run(config.source)
     model, objective = of_other_code(config) if own is None else from_run(config, own)
-    if not config.dense:
-        model = upcycle(model, num_experts=config.num_experts, top_k=config.top_k)
+    if not config.dense and model.routing == "none":
+        model = upcycle(model, routing=config.routing, num_experts=config.num_experts, top_k=config.top_k)
     folder = config.output / "weights"
     config.output.mkdir(parents=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -85,7 +98,22 @@ def run(config: UpcycleConfig) -> Path:
     decode = "" if model.in_channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema"
     program = Path(sys.argv[0]).parent / "sample_switch_dit.py"
     print(f"samples: python {program} --run {config.output}{decode}")
+    start = f"python {program.with_name('train_switch_dit.py')} --start-from {folder}"
+    print(f"training: {start} {training(model, objective)}")
     return folder
+
+
+def training(model: SwitchDiT, objective: dict[str, Any]) -> str:
+    """The settings of a training run that goes on with a model, but those that every run has."""
+    given = {
+        "routing": model.routing, "num-experts": model.settings["num_experts"],
+        "top-k": model.settings["top_k"], "objective": objective["name"],
+    }  # fmt: skip
+    texts = [f"--{name} {value}" for name, value in given.items()]
+    if objective["name"] == "eps":
+        texts += [f"--schedule {objective['schedule']}"] if objective.get("schedule") else []
+        texts += [] if model.learn_sigma else ["--no-learn-sigma"]
+    return " ".join(texts)
 
 
 def of_a_run(source: Path) -> Path | None:
@@ -97,7 +125,8 @@ def of_a_run(source: Path) -> Path | None:
 def from_run(config: UpcycleConfig, folder: Path) -> tuple[SwitchDiT, dict[str, Any]]:
     """The averaged weights of a run, and its objective's settings; it needs none of ``config``'s."""
     defaults = UpcycleConfig(config.source, config.output)
-    for name in ("system", "num_heads", "input_size", "class_dropout_prob", "frequencies", "schedule"):
+    for name in ("system", "num_heads", "input_size", "class_dropout_prob", "frequencies", "schedule",
+                 "capacity", "process"):  # fmt: skip
         if getattr(config, name) != getattr(defaults, name):
             raise ValueError(f"{name} is given; {folder} tells it, leave it out")
     model, _ = load_checkpoint(folder)
@@ -116,6 +145,12 @@ def of_other_code(config: UpcycleConfig) -> tuple[SwitchDiT, dict[str, Any]]:
     if config.frequencies != "auto":
         settings["frequencies"] = config.frequencies
     system = detect(state) if config.system == "auto" else config.system
+    if config.capacity is not None:
+        settings["capacity"] = config.capacity
+    if config.process != "auto":
+        settings["process"] = config.process
+    if system == "dit_moe":
+        settings["top_k"] = config.top_k
     model = from_official(system, state, **settings)
     schedule = schedule_of(config.source)
     if schedule is not None and config.schedule not in ("auto", schedule):
@@ -124,12 +159,12 @@ def of_other_code(config: UpcycleConfig) -> tuple[SwitchDiT, dict[str, Any]]:
         )
     if schedule is None:
         schedule = "linear" if config.schedule == "auto" else config.schedule
-    return model, process(model, system, schedule)
+    return model, process(model, config.process != "eps" and system in FLOWS, schedule)
 
 
-def process(model: SwitchDiT, system: str, schedule: str) -> dict[str, Any]:
+def process(model: SwitchDiT, flow: bool, schedule: str) -> dict[str, Any]:
     """What create_objective takes."""
-    if system == "sit":
+    if flow:
         return {"name": "flow", "num_timesteps": model.num_timesteps}
     return {
         "name": "eps", "schedule": schedule, "learn_sigma": model.learn_sigma,

@@ -1,6 +1,7 @@
 """Timestep-routed mixtures of experts for diffusion transformers."""
 
 from . import ops
+from .diffmoe import CapacityPredictor, DiffMoE
 from .layer import SwitchMoE
 from .merged import MergedExperts
 from .prior import DiffusionPrior
@@ -12,6 +13,8 @@ from .warm_up import warm_up
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapacityPredictor",
+    "DiffMoE",
     "DiffusionPrior",
     "MergedExperts",
     "Router",

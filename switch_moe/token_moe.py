@@ -54,13 +54,13 @@ class TokenRouter(nn.Module):
             given = "None" if time_embedding is None else "given"
             raise ValueError(f"time_embedding is {given}; it must be {wanted} for this router")
         with without_autocast(x.device):
-            logits = _linear(x, self.weight, self.bias)
+            logits = linear_in_float32(x, self.weight, self.bias)
             if time_embedding is None or self.time_weight is None:
                 return logits, None
-            return logits, _linear(time_embedding, self.time_weight, None)
+            return logits, linear_in_float32(time_embedding, self.time_weight, None)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In float32, or in float64 with weights of that type."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -153,7 +153,8 @@ class TokenMoE(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Xavier's uniform weights, as for DiT's MLPs, zero biases and a small random router."""
-        self.router.reset_parameters()
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
         for name, parameter in self.named_parameters(recurse=False):
             if "bias" in name:
                 nn.init.zeros_(parameter)
@@ -201,18 +202,23 @@ class TokenMoE(nn.Module):
             with_losses: whether to return the losses of balance beside the output, scalars by name:
                 ``load_balance`` and ``z``, see :mod:`switch_moe.balance`. Nothing weights them.
         """
-        check_tensors(x=x)
-        check_shape("x", x, ("B", "T", self.hidden_size))
-        if router_input is not None:
-            check_tensors(router_input=router_input)
-            check_shape("router_input", router_input, tuple(x.shape))
-        gate, logits = self.route(x if router_input is None else router_input, time_embedding)
+        gate, logits = self.route(self._router_input(x, router_input), time_embedding)
         out = self.mix(x, self.routes(gate, x))
         if not with_losses:
             return out
         tokens = x.shape[0] * x.shape[1]
         balance = load_balance_loss(gate.load, gate.importance, tokens)
         return out, {"load_balance": balance, "z": z_loss(logits)}
+
+    def _router_input(self, x: Tensor, router_input: Tensor | None) -> Tensor:
+        """What the router sees; ``ValueError`` or ``TypeError`` unless both are ``[B, T, D]``."""
+        check_tensors(x=x)
+        check_shape("x", x, ("B", "T", self.hidden_size))
+        if router_input is None:
+            return x
+        check_tensors(router_input=router_input)
+        check_shape("router_input", router_input, tuple(x.shape))
+        return router_input
 
     def routes(self, gate: TokenGate, x: Tensor) -> Routes:
         """The routes of the rows of x ``[B, T, D]``, flattened to ``[B*T, D]``."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from helpers import random_model
 from switch_dit import GaussianDiffusion, SwitchDiT
+from switch_dit.distributed import World, shard
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,8 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+from switch_moe import CapacityPredictor, DiffMoE, TokenMoE, TokenRouter
 
 WORLD_SIZE = 2
 COLLECTIVE_TIMEOUT = timedelta(seconds=30)  # a rank whose partner died fails, it does not wait for ever
@@ -144,10 +148,56 @@ def fsdp_state(half: tuple[Tensor, ...]) -> dict[str, Any]:
     return {"state": state, "again": again, "guided": guided_noise(other)}
 
 
+def mixture(routing: str) -> SwitchDiT:
+    """The same small mixture of tokens in every process."""
+    settings = {"hidden_size": 32, "num_heads": 2, "class_dropout_prob": 0.0, "num_experts": 4}
+    return random_model(routing=routing, **settings).train()
+
+
+def mixtures(half: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Mixtures of tokens whose blocks compute in bfloat16: what their routers see, and what they learn."""
+    found: dict[str, Any] = {}
+    for routing in ("dit_moe", "diffmoe"):
+        model = mixture(routing)
+        shard(model, World(dist.get_rank(), WORLD_SIZE), torch.bfloat16)
+        seen = watched(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_and_backward(TrainingLoss(model), half)
+        grads = {name: p.grad.full_tensor() for name, p in trained(model).items() if p.grad is not None}
+        found[routing] = {"grads": grads, "seen": seen}
+    return found
+
+
+def watched(model: SwitchDiT) -> dict[str, Tensor]:
+    """Filled by a forward with the weights of routers, predictors and experts as they are used."""
+    seen: dict[str, Tensor] = {}
+    for name, module in model.blocks.named_modules():
+
+        def keep(module: nn.Module, _: Any, name: str = name) -> None:
+            own = module.named_parameters(recurse=isinstance(module, CapacityPredictor))
+            seen.update({f"{name}.{key}": p.detach().clone() for key, p in own if not isinstance(p, DTensor)})
+
+        if isinstance(module, (TokenRouter, CapacityPredictor, TokenMoE)):
+            module.register_forward_pre_hook(keep)
+    return seen
+
+
+def thresholds(half: tuple[Tensor, ...]) -> dict[str, Any]:
+    """What a layer sees of its process's half of a batch, and what it learns."""
+    torch.manual_seed(0)
+    layer, x = DiffMoE(64, 4), half[0].flatten(2)  # [B, 3, 64]
+    observed = layer(x, with_losses=True, observe=True)[2]
+    assert not layer.predictor.threshold.any()
+    layer(x)
+    return {"observed": observed, "threshold": layer.predictor.threshold}
+
+
 CASES: dict[str, Callable[[tuple[Tensor, ...]], dict[str, Any]]] = {
     "ddp": ddp,
     "fsdp": fsdp,
     "fsdp_state": fsdp_state,
+    "mixtures": mixtures,
+    "thresholds": thresholds,
 }
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from switch_moe.experts import LinearExperts
 
 GOLDEN = Path(__file__).parent / "golden"
+State = dict[str, Tensor]
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict]:
@@ -29,6 +30,13 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict]:
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+
+
+def case(name: str, prefix: str = "state_dict.") -> tuple[State, State, dict[str, Any]]:
+    """The tensors, the state_dict and the metadata of a golden file."""
+    tensors, metadata = golden(name)
+    state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+    return tensors, state, metadata
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:

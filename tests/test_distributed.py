@@ -114,6 +114,34 @@ def test_fsdp_state_dict_round_trip(single: dict[str, Any], tmp_path: Path) -> N
         assert_close("guided", found["guided"], worker.guided_noise(single["model"]), 1e-5)
 
 
+@pytest.mark.slow
+def test_routers_of_tokens_stay_in_float32(tmp_path: Path) -> None:
+    """Where the blocks of FSDP compute in bfloat16; every weight has a gradient."""
+    for found in run_ranks("mixtures", tmp_path):
+        for routing, of_system in found.items():
+            model, seen = worker.mixture(routing), of_system["seen"]
+            weights = dict(model.blocks.named_parameters())
+            mixtures = [name for name in weights if ".mlp.moe." in name]
+            assert seen.keys() == set(mixtures)
+            for name, used in seen.items():
+                kept = ".router." in name or ".predictor." in name
+                assert used.dtype == (torch.float32 if kept else torch.bfloat16), name
+                assert torch.equal(used, weights[name].to(used.dtype)), name
+            assert of_system["grads"].keys() == worker.trained(model).keys()
+            for name, gradient in of_system["grads"].items():
+                assert gradient.dtype == torch.float32
+                assert gradient.isfinite().all(), name
+
+
+@pytest.mark.slow
+def test_thresholds_are_the_mean_of_all_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks("thresholds", tmp_path)
+    assert not torch.equal(first["observed"], second["observed"])
+    expected = 0.05 * (first["observed"] + second["observed"]) / 2
+    for found in (first, second):
+        assert_close("thresholds", found["threshold"], expected, 1e-6)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("part", ["block", "moe"])
 def test_activation_checkpointing(part: str, autocast: bool) -> None:

@@ -25,8 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from switch_dit.devices import resolve_device
 from switch_dit.model import SwitchDiT
+from switch_moe import CapacityPredictor, SwitchMoE, TokenMoE, TokenRouter
 
 T = TypeVar("T")
+
+IN_FLOAT32 = (TokenRouter, CapacityPredictor)
+"""Modules of a block whose weights are float32 whatever the type of the products."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,10 @@ def joined(device: str = "auto") -> Iterator[World]:
 def shard(model: SwitchDiT, world: World, dtype: torch.dtype) -> None:
     """Leaves each process a share of every weight: of each block, then of the rest.
 
-    Weights and their gradients' sums are float32; the blocks gather them in ``dtype``. Embedders and router
-    compute in float32, so the rest is gathered as it is, by the forward that routes, and stays gathered until
-    the backward.
+    Weights and their gradients' sums are float32; the blocks gather them in ``dtype``, but for their own
+    routers: a choice by rounded weights would be another choice. Embedders and Switch-DiT's router compute in
+    float32, so the rest is gathered as it is, by the forward that routes, and stays gathered until the
+    backward.
     """
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (world.size,))
@@ -135,14 +140,17 @@ def shard(model: SwitchDiT, world: World, dtype: torch.dtype) -> None:
     policy = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
     of_experts = {
         parameter
-        for block in model.blocks
-        if block.moe is not None
-        for parameter in block.moe.parameters()
+        for module in model.blocks.modules()
+        if isinstance(module, (SwitchMoE, TokenMoE))
+        for parameter in module.parameters(recurse=False)
         # A share of the first dimension would be empty for some, and only even shares of others are allowed.
         if parameter.shape[0] < world.size and parameter.shape[1] % world.size == 0
     }
     place = lambda parameter: Shard(1) if parameter in of_experts else Shard(0)  # noqa: E731
     for block in model.blocks:
+        for module in [part for part in block.modules() if isinstance(part, IN_FLOAT32)]:
+            if precision is not None:
+                fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))
         of_block = MixedPrecisionPolicy(param_dtype=precision, **policy)
         fully_shard(block, mesh=mesh, mp_policy=of_block, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))

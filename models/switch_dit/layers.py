@@ -189,6 +189,10 @@ class Block(nn.Module):
         inner, *beside = self.mlp(z, normed, stream, routing[0])
         return x + attention + gate_mlp[:, None] * inner, *beside
 
+    def learn(self, observed: Tensor) -> None:
+        """Gives the mixture what it returned to learn from, see :mod:`switch_dit.systems`."""
+        self.mlp.learn(observed)
+
 
 class FinalLayer(nn.Module):
     """Tokens [B, T, D] to patches [B, T, p*p*C]."""

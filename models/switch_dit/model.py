@@ -400,9 +400,11 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             else:
                 h = block(h, c, *of_block)
             if isinstance(h, tuple):
-                h, loss, *_ = h
+                h, loss, *observed = h
                 if balance is not None:
                     balance.append(loss)
+                if observed:
+                    block.learn(*observed)
         return self.unpatchify(self.final_layer(h, c))
 
     def export_merged(self, timestep: int | float) -> nn.Module:

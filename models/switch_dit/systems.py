@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from switch_dit.layers import Block, Mlp
-from switch_moe import TokenMoE
+from switch_moe import DiffMoE, TokenMoE
 from switch_moe.balance import add_gradient_of
+from switch_moe.ops._checks import check_choice
 
 ROUTER_INPUTS = ("modulated", "normed", "stream")
 
@@ -60,12 +61,13 @@ class Mixture(nn.Module):
         self, moe: TokenMoE, weights: dict[str, float], router_input: str = "modulated", inject: bool = False
     ) -> None:
         super().__init__()
+        check_choice("router_input", router_input, ROUTER_INPUTS)
         self.moe, self.weights, self.router_input, self.inject = moe, weights, router_input, inject
 
     def forward(
         self, z: Tensor, normed: Tensor, stream: Tensor, time_embedding: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, T, D]``, and the weighted losses of balance, a float32 scalar.
+    ) -> tuple[Tensor, ...]:
+        """Tokens ``[B, T, D]``, the weighted losses, a float32 scalar, and what :meth:`learn` takes.
 
         Args:
             z: modulated tokens, normed: before that, stream: before the norm. time_embedding: ``[B, D]``.
@@ -73,11 +75,20 @@ class Mixture(nn.Module):
         seen = {"modulated": z, "normed": normed, "stream": stream}[self.router_input]
         sees_time = self.moe.router.time_weight is not None
         time = time_embedding.expand(len(z), -1) if sees_time else None
-        out, losses = self.moe(z, router_input=seen, time_embedding=time, with_losses=True)
-        loss = sum((self.weights[name] * losses[name] for name in self.weights), z.new_zeros(()).float())
+        more = {"observe": True} if isinstance(self.moe, DiffMoE) else {}
+        out, losses, *observed = self.moe(
+            z, router_input=seen, time_embedding=time, with_losses=True, **more
+        )  # fmt: skip
+        counting = (weight * losses[name] for name, weight in self.weights.items() if weight)
+        loss = sum(counting, z.new_zeros(()).float())
         if self.inject:
-            return add_gradient_of(loss, out), loss.detach() * 0
-        return out, loss
+            return (add_gradient_of(loss, out), loss.detach() * 0, *observed)
+        return (out, loss, *observed)
+
+    def learn(self, observed: Tensor) -> None:
+        """What thresholds learn from a step, once, after the forward, which checkpointing may run twice."""
+        assert isinstance(self.moe, DiffMoE)
+        self.moe.predictor.learn(observed)
 
 
 def dense_or(shape: Shape, options: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:
@@ -92,7 +103,8 @@ def _dit_moe(shape: Shape, options: dict[str, Any]) -> nn.Module:
         moe = TokenMoE(
             shape.hidden_size, shape.num_experts, shape.top_k, expert_hidden_size=shape.inner_size,
             shared_hidden_size=int(options["shared_ratio"] * shape.hidden_size),
-            normalise=options["normalise"], backend=shape.backend,
+            normalise=options["normalise"], activation=options["activation"], bias=options["bias"],
+            backend=shape.backend,
         )  # fmt: skip
         weights = {"load_balance": options["load_balance"], "z": options["z_loss"]}
         return Mixture(moe, weights, inject=options["inject"])
@@ -113,11 +125,24 @@ def _ec_dit(shape: Shape, options: dict[str, Any]) -> nn.Module:
     return dense_or(shape, options, make)
 
 
+def _diffmoe(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    def make() -> Mixture:
+        moe = DiffMoE(
+            shape.hidden_size, shape.num_experts, capacity=options["capacity"], decay=options["decay"],
+            activation=options["activation"], bias=options["bias"], expert_hidden_size=shape.inner_size,
+            shared_hidden_size=int(options["shared_ratio"] * shape.hidden_size), backend=shape.backend,
+        )  # fmt: skip
+        weights = {"capacity": options["capacity_loss"], "z": options["z_loss"]}
+        return Mixture(moe, weights, options["router_input"])
+
+    return dense_or(shape, options, make)
+
+
 SYSTEMS = {
     "dit_moe": System(
         "DiT-MoE, arXiv 2407.11633",
         {"shared_ratio": 2.0, "load_balance": 0.01, "z_loss": 0.0, "normalise": False, "inject": False,
-         "every": 1},
+         "activation": "swiglu", "bias": False, "every": 1},
         _dit_moe,
     ),
     "ec_dit": System(
@@ -125,6 +150,12 @@ SYSTEMS = {
         {"capacity": 2.0, "pool": 1, "activation": "gelu", "bias": True, "shared_ratio": 0.0, "z_loss": 0.0,
          "router_input": "modulated", "every": 2},
         _ec_dit,
+    ),
+    "diffmoe": System(
+        "DiffMoE, arXiv 2503.14487",
+        {"capacity": 1.0, "decay": 0.95, "capacity_loss": 1.0, "activation": "gelu", "bias": True,
+         "shared_ratio": 0.0, "z_loss": 0.0, "router_input": "modulated", "every": 2},
+        _diffmoe,
     ),
 }  # fmt: skip
 """By the name of ``routing``. ``every``: the mixtures are in the last of every so many blocks."""
