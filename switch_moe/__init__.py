@@ -1,8 +1,11 @@
 """Timestep-routed mixtures of experts for diffusion transformers."""
 
 from . import ops
+from .dense_to_sparse import DenseToSparseMoE
+from .falling_capacity import FallingCapacityMoE
 from .layer import SwitchMoE
 from .merged import MergedExperts
+from .noise_moe import NoiseMoE
 from .prior import DiffusionPrior
 from .router import Router, Routing, set_top_k
 from .routes import Routes
@@ -12,8 +15,11 @@ from .warm_up import warm_up
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenseToSparseMoE",
     "DiffusionPrior",
+    "FallingCapacityMoE",
     "MergedExperts",
+    "NoiseMoE",
     "Router",
     "Routes",
     "Routing",

@@ -31,6 +31,15 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict]:
         return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
 
 
+def case(
+    name: str, prefix: str = "state_dict."
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The tensors, the state_dict and the metadata of a golden file."""
+    tensors, metadata = golden(name)
+    state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+    return tensors, state, metadata
+
+
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """``||actual - expected|| / ||expected||`` in float64; 0 for two zero tensors, inf for NaN."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"

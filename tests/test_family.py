@@ -12,7 +12,7 @@ import pytest
 import torch
 import upcycle as upcycle_script
 from diffusers import DiTTransformer2DModel
-from helpers import assert_close, golden
+from helpers import assert_close, case
 from safetensors.torch import save_file
 from sample_switch_dit import SampleConfig, load_pipeline
 from switch_dit import SwitchDiT, from_official, upcycle
@@ -22,13 +22,6 @@ from torch import Tensor
 from upcycle import UpcycleConfig
 
 State = dict[str, Tensor]
-
-
-def case(name: str, prefix: str = "state_dict.") -> tuple[State, State, dict[str, Any]]:
-    """The tensors, the state_dict and the metadata of a golden file."""
-    tensors, metadata = golden(name)
-    state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-    return tensors, state, metadata
 
 
 def heads(metadata: dict[str, Any]) -> dict[str, int]:
