@@ -38,8 +38,8 @@ class Temperature(NamedTuple):
     def at(self, number: int, steps: int) -> float:
         """The temperature of an update: the highest of update 0, later ``f(n)`` and never below the lowest.
 
-        ``f(n)`` is ``highest (lowest / highest)^(n / F)``, exponential, or ``highest - n (highest - lowest) / F``,
-        linear.
+        ``f(n)`` is ``highest (lowest / highest)^(n / F)``, exponential, or linear,
+        ``highest - n (highest - lowest) / F``.
         """
         if number == 0 or self.decay == "constant":
             return self.highest
@@ -58,10 +58,10 @@ class Temperature(NamedTuple):
 class DenseToSparseMoE(TokenMoE):
     """Each token chooses all experts above a threshold, then one: EvoMoE's gate (arXiv 2112.14397).
 
-    With logits l of a token and Gumbel noise G, ``y = softmax((l + G) / temperature)``. The soft stage chooses
-    every expert with y above the threshold, the hard stage the largest y. Gates are ``softmax(l)`` of those
-    that are chosen, or their y with ``gumbel_gates``, not renormalised. In evaluation it is the largest
-    ``softmax(l)``. A temperature of zero or less means all experts, with ``softmax(l)``.
+    With logits l of a token and Gumbel noise G, ``y = softmax((l + G) / temperature)``. The soft stage
+    chooses every expert with y above the threshold, the hard stage the largest y. Gates are ``softmax(l)`` of
+    those that are chosen, or their y with ``gumbel_gates``, not renormalised. An evaluation chooses the
+    largest ``softmax(l)``. In training a temperature of zero or less means all experts, with ``softmax(l)``.
 
     :meth:`at_step` moves temperature and stage; a layer that nobody tells is at update 0.
 
@@ -71,10 +71,10 @@ class DenseToSparseMoE(TokenMoE):
             update 1 on.
         threshold: of y in the soft stage.
         gumbel_gates: see above.
-        eval_fraction: in evaluation an expert takes at most this share of all tokens of the batch, rounded up,
-            the first ones in their order, and the others get nothing. 0, the default, drops none: a dropped
-            token of an image would be left out of the denoising, and what an image becomes would depend on
-            its neighbours in the batch. EvoMoE's code has .25.
+        eval_fraction: in evaluation an expert takes at most this share of all tokens of the batch, rounded
+            up, the first ones in their order, and the others get nothing. 0, the default, drops none: a
+            dropped token of an image would be left out of the denoising, and what an image becomes would
+            depend on its neighbours in the batch. EvoMoE's code has .25.
         activation, expert_hidden_size, bias, router_bias, shared_hidden_size, backend: see
             :class:`TokenMoE`.
 
@@ -174,7 +174,7 @@ class DenseToSparseMoE(TokenMoE):
         place = rows.cumsum(0).gather(-1, index.flatten(0, -2)).view_as(index)  # from 1, of its expert's
         return torch.where(place <= math.ceil(self.eval_fraction * len(rows)), index, -1)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         *,

@@ -71,4 +71,5 @@ class FallingCapacityMoE(TokenMoE):
     def tokens_per_expert(self, tokens: int) -> int:
         """How many of a pool's ``tokens`` an expert takes."""
         # In this order, and in floating point, as diffusers' code of the model rounds it.
+        assert self.capacity is not None
         return min(tokens, max(1, math.ceil(self.capacity * tokens / self.num_experts)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class NoiseRouter(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, time_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities and logits, both ``[B, M]``, of time embeddings ``[B, D]``. The largest logit is 0."""
+        """Probabilities and logits ``[B, M]`` of time embeddings ``[B, D]``. The largest logit is 0."""
         dtype = torch.float64 if self.first.weight.dtype == torch.float64 else torch.float32
         with without_autocast(time_embedding.device):
             hidden = time_embedding.to(dtype)
@@ -54,8 +54,8 @@ class NoiseRouter(nn.Module):
 class NoiseGate(NamedTuple):
     """Which experts, per sample ``[B, k]``, or per token ``[B, T, k]`` where they are drawn."""
 
-    index: Tensor  # int64
-    gate: Tensor  # float32, the chosen probabilities over their sum
+    expert_index: Tensor  # int64
+    expert_gate: Tensor  # float32, the chosen probabilities over their sum
 
 
 class NoiseMoE(TokenMoE):
@@ -63,7 +63,8 @@ class NoiseMoE(TokenMoE):
 
     The router sees the time embedding alone. In evaluation all tokens of a sample have its k likeliest
     experts. In training, unless ``sample`` is False, every token draws k experts without replacement, by
-    those probabilities. For one noise level the experts of an evaluation are one wider MLP, see :meth:`merge_each`.
+    those probabilities. For one noise level the experts of an evaluation are one
+    wider MLP, see :meth:`merge_each`.
 
     Args:
         hidden_size: D. num_experts: M. top_k: k.
@@ -100,7 +101,7 @@ class NoiseMoE(TokenMoE):
         check_integers(time_size=self.time_size, router_hidden_size=of_router)
         check_flags(sample=sample)
         self.sample = sample
-        self.router: nn.Module = NoiseRouter(self.time_size, of_router, num_experts)
+        self.router: Any = NoiseRouter(self.time_size, of_router, num_experts)
 
     @property
     def draws(self) -> bool:
@@ -163,8 +164,7 @@ class NoiseMoE(TokenMoE):
                 found = self.choose(of_all, expert_index)
             else:
                 found = self.draw(of_all, self._noise(noise, of_all, tokens))
-            flat = (part.flatten(0, 1) for part in found)
-            out = self.mix(x, Routes.of_rows(*flat, self.num_experts))
+            out = self._by_token(x, found)
         else:
             found = self.likeliest(probs)
             out = self._by_sample(x, found)
@@ -179,13 +179,18 @@ class NoiseMoE(TokenMoE):
         check_device("noise", noise, probs.device)
         return noise
 
+    def _by_token(self, x: Tensor, found: NoiseGate) -> Tensor:
+        """The experts of each token."""
+        index, gate = found.expert_index.flatten(0, 1), found.expert_gate.flatten(0, 1)
+        return self.mix(x, Routes.of_rows(index, gate, self.num_experts))
+
     def _by_sample(self, x: Tensor, found: NoiseGate) -> Tensor:
         """The experts of each sample on all of its tokens."""
-        if len(found.index) == 1:
+        if len(found.expert_index) == 1:
             return self._merged(*found)(x)
         if self.backend == "native" or (self.backend == "auto" and x.device.type == "cpu"):
-            flat = (part.repeat_interleave(x.shape[1], dim=0) for part in found)
-            return self.mix(x, Routes.of_rows(*flat, self.num_experts))
+            of_tokens = (part[:, None].expand(-1, x.shape[1], -1) for part in found)
+            return self._by_token(x, NoiseGate(*of_tokens))
         out: Tensor = expert_mlp(
             x, self.weight_in, self.bias_in, self.weight_out, None, *found, True, backend=self.backend
         )

@@ -20,7 +20,12 @@ class ClampedRMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of one."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

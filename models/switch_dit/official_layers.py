@@ -49,9 +49,8 @@ def layer_from_official(system: str, state_dict: Mapping[str, Any], **settings: 
     own = module.state_dict()
     for name, value in state.items():
         if value.shape != own[name].shape:
-            raise ValueError(
-                f"state_dict makes a {name} of shape {tuple(value.shape)}; it must be {tuple(own[name].shape)}"
-            )
+            wanted = tuple(own[name].shape)
+            raise ValueError(f"state_dict makes a {name} of shape {tuple(value.shape)}; it must be {wanted}")
     module.load_state_dict(state)
     return module
 
@@ -95,7 +94,8 @@ def _stacked(state: State, name: str) -> Tensor:
         parts.append(state[key])
         e += 1
     if len({part.shape for part in parts}) > 1:
-        raise ValueError(f"state_dict holds {name.replace('{e}', '*')} of several shapes; they must be alike")
+        of_all = name.replace("{e}", "*")
+        raise ValueError(f"state_dict holds {of_all} of several shapes; they must be alike")
     return torch.stack(parts)
 
 
