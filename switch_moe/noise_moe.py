@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,18 @@ from torch.nn import functional as F
 
 from .gumbel import gumbel_like
 from .merged import MergedExperts, merge_mlp
-from .ops._checks import check_device, check_dtype, check_flags, check_integers, check_shape, check_tensors
+from .ops._checks import (
+    check_device,
+    check_dtype,
+    check_flags,
+    check_integers,
+    check_range,
+    check_shape,
+    check_tensors,
+)
 from .ops._operator import without_autocast
 from .ops.expert_mlp import expert_mlp
+from .router import Routing
 from .routes import Routes
 from .token_moe import TokenMoE
 
@@ -49,13 +58,6 @@ class NoiseRouter(nn.Module):
                 hidden = F.linear(hidden, layer.weight.to(dtype), layer.bias.to(dtype))
             logits = hidden - hidden.amax(-1, keepdim=True)
             return logits.softmax(-1).clamp(min=SMALLEST), logits
-
-
-class NoiseGate(NamedTuple):
-    """Which experts, per sample ``[B, k]``, or per token ``[B, T, k]`` where they are drawn."""
-
-    expert_index: Tensor  # int64
-    expert_gate: Tensor  # float32, the chosen probabilities over their sum
 
 
 class NoiseMoE(TokenMoE):
@@ -108,19 +110,27 @@ class NoiseMoE(TokenMoE):
         """Whether a forward draws random numbers."""
         return self.training and self.sample
 
-    def choose(self, probs: Tensor, expert_index: Tensor) -> NoiseGate:
-        """The gates of chosen experts ``[B, k]`` or ``[B, T, k]`` by the probabilities ``[B, M]``."""
+    def choose(self, probs: Tensor, expert_index: Tensor) -> Routing:
+        """The gates of chosen experts ``[B, k]`` or ``[B, T, k]`` by the probabilities ``[B, M]``: those of
+        the chosen ones over their sum.
+        """
         index = expert_index.long()
         of_all = probs if index.dim() == 2 else probs[:, None].expand(-1, index.shape[1], -1)
         gate = of_all.gather(-1, index)
-        return NoiseGate(index, gate / gate.sum(-1, keepdim=True))
+        return Routing(probs, index.to(torch.int32), gate / gate.sum(-1, keepdim=True))
 
-    def likeliest(self, probs: Tensor) -> NoiseGate:
+    def likeliest(self, probs: Tensor) -> Routing:
         """The k likeliest experts of each sample. The lowest index wins a tie."""
         order = torch.sort(probs.detach(), dim=-1, descending=True, stable=True).indices
         return self.choose(probs, order[:, : self.top_k])
 
-    def draw(self, probs: Tensor, noise: Tensor) -> NoiseGate:
+    def route(self, time_embedding: Tensor) -> Routing:  # type: ignore[override]
+        """The routing of an evaluation at noise levels ``[R, time_size]``, without a block dimension."""
+        check_tensors(time_embedding=time_embedding)
+        check_shape("time_embedding", time_embedding, ("R", self.time_size))
+        return self.likeliest(self.router(time_embedding)[0])
+
+    def draw(self, probs: Tensor, noise: Tensor) -> Routing:
         """k experts for each token, without replacement, by Gumbel noise ``[B, T, M]``."""
         perturbed = probs.detach().log()[:, None] + noise
         return self.choose(probs, perturbed.topk(self.top_k, dim=-1).indices)
@@ -161,6 +171,7 @@ class NoiseMoE(TokenMoE):
                 check_shape("expert_index", expert_index, (batch, tokens, self.top_k))
                 check_dtype("expert_index", expert_index, torch.int32, torch.int64)
                 check_device("expert_index", expert_index, x.device)
+                check_range("expert_index", expert_index, self.num_experts, "the experts")
                 found = self.choose(of_all, expert_index)
             else:
                 found = self.draw(of_all, self._noise(noise, of_all, tokens))
@@ -179,44 +190,46 @@ class NoiseMoE(TokenMoE):
         check_device("noise", noise, probs.device)
         return noise
 
-    def _by_token(self, x: Tensor, found: NoiseGate) -> Tensor:
+    def _by_token(self, x: Tensor, found: Routing) -> Tensor:
         """The experts of each token."""
         index, gate = found.expert_index.flatten(0, 1), found.expert_gate.flatten(0, 1)
         return self.mix(x, Routes.of_rows(index, gate, self.num_experts))
 
-    def _by_sample(self, x: Tensor, found: NoiseGate) -> Tensor:
+    def _by_sample(self, x: Tensor, found: Routing) -> Tensor:
         """The experts of each sample on all of its tokens."""
         if len(found.expert_index) == 1:
-            return self._merged(*found)(x)
+            return self._merged(*found[1:3])(x)
         if self.backend == "native" or (self.backend == "auto" and x.device.type == "cpu"):
-            of_tokens = (part[:, None].expand(-1, x.shape[1], -1) for part in found)
-            return self._by_token(x, NoiseGate(*of_tokens))
+            index, gate = (part[:, None].expand(-1, x.shape[1], -1) for part in found[1:3])
+            return self._by_token(x, Routing(found.probs, index, gate))
         out: Tensor = expert_mlp(
-            x, self.weight_in, self.bias_in, self.weight_out, None, *found, True, backend=self.backend
+            x, self.weight_in, self.bias_in, self.weight_out, None, *found[1:3], True, backend=self.backend
         )
         return out
 
     def _merged(self, index: Tensor, gate: Tensor) -> MergedExperts:
         return merge_mlp(self.weight_in, self.bias_in, self.weight_out, None, index, gate, True)
 
-    def merge_each(self, time_embedding: Tensor) -> list[MergedExperts]:
-        """For each noise level ``[R, time_size]`` its k likeliest experts as one MLP of width k H.
+    def merge_each(self, routing: Routing) -> list[MergedExperts]:
+        """The experts of each noise level of :meth:`route` as one MLP of width k H.
 
-        ``layer.merge_each(embedding)[0](x)`` is, up to rounding, what the layer returns in evaluation for
-        samples of that noise level. The weights are copies: training does not change them.
+        ``layer.merge_each(layer.route(embedding))[0](x)`` is, up to rounding, what the layer returns in
+        evaluation for samples of that noise level. The weights are copies: training does not change them.
         """
-        check_tensors(time_embedding=time_embedding)
-        check_shape("time_embedding", time_embedding, ("R", self.time_size))
-        index, gate = self.likeliest(self.router(time_embedding)[0])
+        index, gate = routing.expert_index, routing.expert_gate
+        check_tensors(expert_index=index, expert_gate=gate)
+        check_shape("routing.expert_index", index, ("R", "k"))
+        check_shape("routing.expert_gate", gate, tuple(index.shape))
+        check_range("routing.expert_index", index, self.num_experts, "the experts")
         return [self._merged(*route) for route in zip(index.split(1), gate.split(1), strict=True)]
 
-    def losses(self, found: NoiseGate, logits: Tensor) -> dict[str, Tensor]:
+    def losses(self, found: Routing, logits: Tensor) -> dict[str, Tensor]:
         """``load_balance``: ``M sum_e mean(g_e) mean(chosen_e)``, at least k; no gradient through the choice.
 
         ``z``: the mean of ``log(sum exp z + 1e-6)^2``. As the largest logit is 0 already, it keeps them near
         each other, not small.
         """
-        index, gate = (part.flatten(0, -2) for part in found)  # [R, k]
+        index, gate = (part.flatten(0, -2) for part in found[1:3])  # [R, k]
         rows, experts = max(1, len(index)), torch.arange(self.num_experts, device=index.device)
         chosen = index[..., None] == experts  # [R, k, M]
         share = chosen.sum((0, 1)) / rows

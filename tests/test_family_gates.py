@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoELayer
-from helpers import assert_close, case
+from helpers import assert_close, case, random_model
+from switch_dit import SwitchDiT, sample
+from switch_dit import merged as merged_model
+from switch_dit.data import load_data
+from switch_dit.graphs import GraphedStep
+from switch_dit.layers import Mlp
+from switch_dit.merged import MergedSwitchDiT
 from switch_dit.mode import ClampedRMSNorm, ModeBlock
+from switch_dit.objectives import create_objective
 from switch_dit.official_layers import layer_from_official, layer_state, layer_to_official
+from switch_dit.settings import TrainConfig
+from switch_dit.trainer import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from switch_moe import DenseToSparseMoE, FallingCapacityMoE
+from switch_moe import DenseToSparseMoE, FallingCapacityMoE, NoiseMoE
 from switch_moe.dense_to_sparse import Temperature
 
 State = dict[str, Tensor]
@@ -81,8 +92,9 @@ class TestMode:
         assert_close("probs", probs, run["probs"][:, 0], 1e-6)
         assert_close("logits", logits, run["router_logits"][:, 0], 1e-6)
         found = block.moe.likeliest(probs)
-        assert torch.equal(found.expert_index.sort(-1).values, run["index"][:, 0].sort(-1).values)
-        dense = torch.zeros_like(probs).scatter(-1, *found)
+        chosen = found.expert_index.long().sort(-1).values
+        assert torch.equal(chosen, run["index"][:, 0].sort(-1).values)
+        dense = torch.zeros_like(probs).scatter(-1, found.expert_index.long(), found.expert_gate)
         assert_close("gates", dense, run["gate_dense"][:, 0], 1e-6)
         losses = block.moe.losses(found, logits)
         assert_close("z", losses["z"], run["z_loss"][0], 1e-6)
@@ -94,9 +106,9 @@ class TestMode:
         out, _ = block(x, cond, cond)
         assert_close("eval", out, tensors["block.eval.out"], 1e-6)
         of_one = fused["cond"][0]
-        [merged] = block.moe.merge_each(of_one)
-        index, gate = block.moe.likeliest(block.moe.router(of_one)[0])
-        assert torch.equal(index[0].sort().values, fused["index"].sort().values)
+        routing = block.moe.route(of_one)
+        [merged], (_, index, gate) = block.moe.merge_each(routing), routing[:3]
+        assert index[0].sort().values.tolist() == fused["index"].sort().values.tolist()
         assert_close("gate", gate[0].sort().values, fused["gate"].sort().values, 1e-6)
         for name, out in (
             ("merged", block(x, of_one, merged)),
@@ -314,3 +326,146 @@ def test_official_weights_that_do_not_fit_are_named(system: str, change: Any, me
     change(state)
     with pytest.raises(ValueError, match=message):
         layer_from_official(system, state)
+
+
+def mode_model(**settings: Any) -> SwitchDiT:
+    """Routers that choose other experts at other timesteps."""
+    model = random_model(routing="mode", num_experts=4, top_k=2, **settings)
+    for block in model.blocks:
+        nn.init.normal_(block.moe.router.second.weight, std=3.0)
+    return model
+
+
+class TestSampling:
+    def samples(self, model: SwitchDiT) -> Tensor:
+        return sample(
+            model, create_objective("eps", learn_sigma=True), torch.tensor([1, 2, 3]), count=3, steps=4,
+            guidance=1.5, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    def test_modes_steps_are_of_one_mlp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = mode_model().eval()
+        with torch.no_grad():
+            routing = model.route(model.t_embedder(torch.arange(1000)))
+        assert len({tuple(chosen.tolist()) for chosen in routing.expert_index[0].sort(-1).values}) > 1
+        with monkeypatch.context() as patched:
+            patched.setattr(merged_model, "AHEAD_OF_TIME", ())  # the model as it is
+            expected = self.samples(model)
+        monkeypatch.setattr(NoiseMoE, "forward", lambda *_, **__: pytest.fail("routed"))
+        before = self.samples(model)
+        assert_close("samples", before, expected, 1e-5)
+
+    def test_a_new_sampler_has_the_new_weights(self) -> None:
+        model = mode_model().eval()
+        before = self.samples(model)
+        with torch.no_grad():
+            for block in model.blocks:
+                block.moe.weight_out.neg_()
+        after = self.samples(model)
+        assert not torch.allclose(before, after, rtol=0.01)
+        same = mode_model().eval()
+        same.load_state_dict(model.state_dict())
+        assert torch.equal(self.samples(same), after)
+
+    def test_memory_is_counted_as_it_is_used(self) -> None:
+        merged = MergedSwitchDiT(mode_model().eval(), torch.arange(3), memory=10**9)
+        merged(torch.randn(2, 3, 8, 8), 0, torch.tensor([0, 1]))
+        used = sum(experts.nbytes for of_step in merged._kept.values() for (experts,) in of_step)
+        assert 10**9 - merged.left == used
+
+    def test_a_model_of_tokens_does_not_export(self) -> None:
+        with pytest.raises(ValueError, match="'nucleus', whose experts differ from token to token"):
+            random_model(routing="nucleus", num_experts=4).export_merged(3)
+
+
+def trainer(folder: Path, routing: str, mixture: tuple[str, ...] = (), **settings: Any) -> Trainer:
+    config = TrainConfig(
+        routing=routing, num_experts=4, mixture=mixture, batch_size=8, device="cpu", precision="float32",
+        output=folder, **{"steps": 8, "warmup": 0, **settings},
+    )  # fmt: skip
+    config.validate()
+    return Trainer(config, load_data("digits"))
+
+
+def run(of: Trainer, steps: int) -> list[float]:
+    return [float(of.step(n, *batch)["loss"]) for n, batch in enumerate(islice(of.batches(0), steps))]
+
+
+@pytest.mark.parametrize("routing", ["mode", "evomoe"])
+def test_the_experts_of_a_run_are_drawn_by_step_and_sample(routing: str, tmp_path: Path) -> None:
+    """As all random numbers of a run: repeated, recomputed and in parts they are the same."""
+    first = run(trainer(tmp_path, routing), 2)
+    torch.rand(5)
+    assert run(trainer(tmp_path, routing), 2) == first
+    assert run(trainer(tmp_path, routing, checkpoint_activations=True), 2) == first
+    in_parts = run(trainer(tmp_path, routing, ("load_balance=0",), accumulate=2), 2)
+    whole = run(trainer(tmp_path, routing, ("load_balance=0",)), 2)
+    assert in_parts == pytest.approx(whole, rel=1e-5)
+    model = trainer(tmp_path, routing).model.train()
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"expert_noise has shape \(2, 6, 3, 4\); it must be \[2, 6, 4, 4\]"):
+        model(x, t, y, expert_noise=torch.zeros(2, 6, 3, 4))
+    with pytest.raises(ValueError, match="expert_noise is given; the model draws no experts"):
+        model.eval()(x, t, y, expert_noise=torch.zeros(2, 6, 4, 4))
+
+
+def test_stages_of_a_run(tmp_path: Path) -> None:
+    """Capacities fall, the gate becomes hard, and a step that was captured is forgotten at each change."""
+    nucleus = trainer(
+        tmp_path, "nucleus", ("capacity=4", "capacity_end=1", "stages=2", "dense_first=2"), steps=4
+    )
+    forgotten: list[int] = []
+    graphed = GraphedStep(nucleus._advance)
+    nucleus.advance = graphed
+    graphed.forget = lambda: forgotten.append(1)  # type: ignore[method-assign]
+    GraphedStep.__call__, original = (lambda self, *given: self.advance(*given)), GraphedStep.__call__
+    try:
+        mixtures = [m for m in nucleus.model.modules() if isinstance(m, FallingCapacityMoE)]
+        assert len(mixtures) == 4
+        capacities, of_average = (
+            [],
+            next(m for m in nucleus.ema.modules() if isinstance(m, FallingCapacityMoE)),
+        )
+        for number, batch in enumerate(islice(nucleus.batches(0), 4)):
+            nucleus.step(number, *batch)
+            capacities.append((mixtures[0].capacity, of_average.capacity, len(forgotten)))
+    finally:
+        GraphedStep.__call__ = original
+    assert capacities == [(4.0, 4.0, 1), (4.0, 4.0, 1), (1.0, 1.0, 2), (1.0, 1.0, 2)]
+    evomoe = trainer(tmp_path, "evomoe", ("switch=2",))
+    run(evomoe, 3)
+    assert not any(m.soft for m in evomoe.model.modules() if isinstance(m, DenseToSparseMoE))
+
+
+def test_graphs_are_forgotten() -> None:
+    step = GraphedStep(lambda chosen, match: {})
+    step.graphs[True], step.steps = (None, {}), 5  # type: ignore[assignment]
+    step.forget()
+    assert (step.graphs, step.steps) == ({}, 0)
+
+
+def test_options_of_the_three() -> None:
+    small = {"hidden_size": 24, "num_heads": 3, "input_size": 8, "depth": 2}
+    with pytest.raises(ValueError, match="dense_first 1 and dense_last 1; they must leave at least one of 2"):
+        SwitchDiT(**small, routing="nucleus", mixture={"dense_first": 1, "dense_last": 1})
+    model = SwitchDiT(
+        **small, routing="nucleus", num_experts=4, mixture={"dense_first": 1, "score": "sigmoid"}
+    )
+    assert [isinstance(block.mlp, Mlp) for block in model.blocks] == [True, False]
+    assert model.blocks[1].mlp.router_input == "normed"
+    with pytest.raises(ValueError, match="decay is 'exp'"):
+        SwitchDiT(**small, routing="evomoe", mixture={"decay": "exp"})
+    model = SwitchDiT(**small, routing="mode", num_experts=4, mixture={"causal": True, "load_balance": 0.5})
+    assert model.blocks[0].attn.causal
+    e, x = torch.randn(3, 24), torch.randn(3, 5, 24)
+    expected = [block.moe.eval()(x, e, with_losses=True)[1]["load_balance"] for block in model.blocks]
+    found = [block(x, e, e)[1] for block in model.eval().blocks]
+    assert found[0] > 0
+    out, balance = model(torch.randn(3, 4, 8, 8), torch.arange(3), torch.arange(3), with_prior=True)
+    e = model.t_embedder(torch.arange(3))
+    expected = [
+        block.moe(torch.zeros(3, 1, 24), e, with_losses=True)[1]["load_balance"] for block in model.blocks
+    ]
+    torch.testing.assert_close(balance, 0.5 * torch.stack(expected).mean())
+    assert model.t_embedder.mlp[0].weight.grad is None
+    assert out.shape == (3, 8, 8, 8)

@@ -53,7 +53,7 @@ class MergedSwitchDiT:
         self.model, self.left = model, memory
         times = times.to(model.pos_embed.device)
         self.times, self.embedding = times, model.t_embedder(times)  # [S], [S, D]
-        self.routing = model.route(self.embedding) if model.routing == "switch" else None
+        self.routing = model.route(self.embedding) if model.routing in ("switch", "mode") else None
         self.masks = model.dtr_mask[table_row(times)] if model.routing == "dtr" else None  # [S, D]
         self._kept: dict[int, list[tuple[Any, ...]]] = {}
 
@@ -78,7 +78,7 @@ class MergedSwitchDiT:
         """What each block takes beside tokens and condition."""
         if self.masks is not None:
             return [(self._row(self.masks, step),)] * len(self.model.blocks)
-        if self.model.routing not in AHEAD_OF_TIME:
+        if self.routing is None:
             return [()] * len(self.model.blocks)
         if isinstance(step, int) and step in self._kept:
             return self._kept[step]
@@ -98,12 +98,9 @@ class MergedSwitchDiT:
 
     def _merge(self, step: int | Tensor, count: int = 1) -> list[list[tuple[MergedExperts]]]:
         """The experts of all blocks for each of ``count`` timesteps from ``step`` on."""
-        if self.routing is not None:
-            parts = (self._row(part, step, 1, count) for part in self.routing[:3])
-            chosen_by: list[Any] = Routing(*parts).blocks()
-        else:
-            chosen_by = [self._row(self.embedding, step, 0, count)] * len(self.model.blocks)
-        blocks = zip(self.model.blocks, chosen_by, strict=True)
+        assert self.routing is not None
+        routing = Routing(*(self._row(part, step, 1, count) for part in self.routing[:3]))
+        blocks = zip(self.model.blocks, routing.blocks(), strict=True)
         of_blocks = [block.moe.merge_each(of_block) for block, of_block in blocks]
         return [[(experts,) for experts in of_step] for of_step in zip(*of_blocks, strict=True)]
 

@@ -320,7 +320,13 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         set_top_k(self, top_k)
 
     def route(self, time_embedding: Tensor) -> Routing:
-        """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
+        """The routing of all blocks for time embeddings [B, D]; only with ``switch`` and ``mode``.
+
+        That of ``mode`` is the routing of an evaluation.
+        """
+        if self.routing == "mode":
+            of_blocks = [block.moe.route(time_embedding)[:3] for block in self.blocks]
+            return Routing(*(torch.stack(parts) for parts in zip(*of_blocks, strict=True)))
         self._check_switch()
         return self.router(time_embedding)
 

@@ -104,7 +104,7 @@ def _unstacked(name: str, value: Tensor) -> State:
 
 
 def _swapped(weight: Tensor, dim: int) -> Tensor:
-    """SwiGLU's halves in the other order: these codes have ``a SiLU(b)`` of [a; b], here SiLU is the first."""
+    """SwiGLU's halves in the other order: these codes have ``a SiLU(b)`` of [a; b], here it is SiLU(a) b."""
     return torch.cat(weight.chunk(2, dim=dim)[::-1], dim=dim)
 
 
