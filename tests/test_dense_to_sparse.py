@@ -1,4 +1,4 @@
-"""DenseToSparseMoE against a loop over tokens in float64, its stages and its settings; FallingCapacityMoE's."""
+"""DenseToSparseMoE against a loop over tokens in float64, and its stages; settings of FallingCapacityMoE."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_noise() -> None:
     assert not layer(decay="constant", highest=0.0).draws
 
 
-@pytest.mark.parametrize("batch, tokens", [(0, 4), (1, 0), (1, 1)])
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 4), (1, 0), (1, 1)])
 @pytest.mark.parametrize("train", [True, False])
 def test_few_rows(batch: int, tokens: int, train: bool) -> None:
     moe = layer(eval_fraction=0.25).train(train)

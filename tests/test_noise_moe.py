@@ -29,7 +29,7 @@ def inputs(batch: int = 3, tokens: int = 5, size: int = 6, time: int = 6) -> tup
 
 
 def slow(moe: NoiseMoE, x: Tensor, e: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and losses, token by token. ``drawn`` are the experts ``[B, T, k]``; None takes the likeliest."""
+    """Output and losses, token by token, by ``drawn`` experts ``[B, T, k]`` or by the likeliest."""
     first, second = moe.router.first, moe.router.second
     rows, balance_gate, balance_count, z = [], 0, 0, 0
     for b, (tokens, time) in enumerate(zip(x, e, strict=True)):
@@ -53,7 +53,7 @@ def slow(moe: NoiseMoE, x: Tensor, e: Tensor, drawn: Tensor | None = None) -> tu
 
 
 @pytest.mark.parametrize("way", ["likeliest", "drawn", "everything to one"])
-@pytest.mark.parametrize("experts, k", [(5, 2), (1, 1), (3, 3), (4, 1)])
+@pytest.mark.parametrize(("experts", "k"), [(5, 2), (1, 1), (3, 3), (4, 1)])
 def test_values_and_every_gradient_are_those_of_a_loop(way: str, experts: int, k: int) -> None:
     moe, (x, e) = layer(6, experts, k), inputs()
     drawn = None
@@ -158,7 +158,7 @@ def test_only_training_draws() -> None:
         assert torch.equal(other(x, e), first)
 
 
-@pytest.mark.parametrize("batch, tokens", [(0, 4), (1, 0), (1, 1), (2, 3)])
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 4), (1, 0), (1, 1), (2, 3)])
 @pytest.mark.parametrize("train", [True, False])
 def test_few_rows(batch: int, tokens: int, train: bool) -> None:
     moe, (x, e) = layer().train(train), inputs(batch, tokens)
