@@ -61,7 +61,8 @@ class DenseToSparseMoE(TokenMoE):
     With logits l of a token and Gumbel noise G, ``y = softmax((l + G) / temperature)``. The soft stage
     chooses every expert with y above the threshold, the hard stage the largest y. Gates are ``softmax(l)`` of
     those that are chosen, or their y with ``gumbel_gates``, not renormalised. An evaluation chooses the
-    largest ``softmax(l)``. In training a temperature of zero or less means all experts, with ``softmax(l)``.
+    largest ``softmax(l)``, or k of them after :func:`switch_moe.set_top_k`. In training a temperature of zero
+    or less means all experts, with ``softmax(l)``.
 
     :meth:`at_step` moves temperature and stage; a layer that nobody tells is at update 0.
 
@@ -148,8 +149,9 @@ class DenseToSparseMoE(TokenMoE):
         probs = logits.softmax(-1)
         experts = torch.arange(self.num_experts, device=logits.device)
         if not self.training:
-            index = probs.argmax(-1, keepdim=True)
-            chosen = index == experts
+            order = torch.sort(probs.detach(), dim=-1, descending=True, stable=True).indices
+            index = order[..., : self.top_k]
+            chosen = (index[..., None] == experts).any(-2)
             gate, kept = probs.gather(-1, index), self._within_capacity(index, chosen)
             return TokenGate(probs, kept, gate, *_sums(chosen, probs))
         if self.temperature <= 0:

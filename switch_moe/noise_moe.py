@@ -105,6 +105,16 @@ class NoiseMoE(TokenMoE):
         self.sample = sample
         self.router: Any = NoiseRouter(self.time_size, of_router, num_experts)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Small normal experts: beside a normalised stream, which does not grow, larger ones learn slower."""
+        self.router.reset_parameters()
+        for name, parameter in self.named_parameters(recurse=False):
+            if "bias" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
     @property
     def draws(self) -> bool:
         """Whether a forward draws random numbers."""

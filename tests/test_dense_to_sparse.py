@@ -12,7 +12,7 @@ from helpers import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
-from switch_moe import DenseToSparseMoE, FallingCapacityMoE
+from switch_moe import DenseToSparseMoE, FallingCapacityMoE, set_top_k
 from switch_moe.gumbel import gumbel_like, gumbel_of
 
 
@@ -107,6 +107,18 @@ def test_shapes_do_not_depend_on_the_choice() -> None:
         assert routes.offsets[-1] == (gate.chosen >= 0).sum()
     moe.soft = False
     assert moe.gate(moe.router(x)[0], noise).chosen.shape == (3, 5, 1)
+
+
+def test_an_evaluation_with_more_experts() -> None:
+    moe, (x, _) = layer().eval(), inputs()
+    set_top_k(moe, 2)
+    probs = moe.router(x)[0].softmax(-1)
+    gate = moe.gate(moe.router(x)[0])
+    assert torch.equal(gate.gate, probs.topk(2).values)
+    assert gate.load.sum() == 30
+    set_top_k(moe, 5)
+    dense = layer(decay="constant", highest=0.0)
+    assert_close("all experts", moe(x), dense(x), 1e-6)
 
 
 def test_noise() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from switch_dit.convert import convert_official_state_dict, convert_to_official_state_dict
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import PRESETS, SwitchDiT, create_model
+from switch_dit.official_layers import layer_from_official, layer_to_official
 from switch_dit.sampling import sample
 from switch_dit.upcycle import from_official, upcycle
 
@@ -16,6 +17,8 @@ __all__ = [
     "convert_to_official_state_dict",
     "create_model",
     "from_official",
+    "layer_from_official",
+    "layer_to_official",
     "sample",
     "upcycle",
 ]

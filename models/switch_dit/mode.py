@@ -45,6 +45,13 @@ class NormedAttention(nn.Module):
         self.q_norm = ClampedRMSNorm(hidden_size // num_heads)
         self.k_norm = ClampedRMSNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small normal weights, as those of :class:`switch_moe.NoiseMoE`."""
+        for layer in (self.qkv, self.proj):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)

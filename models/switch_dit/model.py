@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from switch_dit.layers import Block, ChannelMask, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder
-from switch_dit.mode import ClampedRMSNorm
+from switch_dit.mode import ClampedRMSNorm, NormedAttention
 from switch_dit.systems import SYSTEMS, Shape, options_of
 from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE, TokenMoE, set_top_k
 from switch_moe.balance import load_balance_loss, z_loss
@@ -293,7 +293,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
                 nn.init.zeros_(adaptive.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         for module in self.modules():
-            if isinstance(module, (SwitchMoE, Router, TokenMoE, ClampedRMSNorm)):
+            if isinstance(module, (SwitchMoE, Router, TokenMoE, ClampedRMSNorm, NormedAttention)):
                 module.reset_parameters()
 
     def block_routings(
