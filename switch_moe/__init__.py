@@ -2,8 +2,11 @@
 
 from . import ops
 from .diffmoe import CapacityPredictor, DiffMoE
+from .dense_to_sparse import DenseToSparseMoE
+from .falling_capacity import FallingCapacityMoE
 from .layer import SwitchMoE
 from .merged import MergedExperts
+from .noise_moe import NoiseMoE
 from .prior import DiffusionPrior
 from .router import Router, Routing, set_top_k
 from .routes import Routes
@@ -15,8 +18,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CapacityPredictor",
     "DiffMoE",
+    "DenseToSparseMoE",
     "DiffusionPrior",
+    "FallingCapacityMoE",
     "MergedExperts",
+    "NoiseMoE",
     "Router",
     "Routes",
     "Routing",

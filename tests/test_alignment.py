@@ -101,7 +101,7 @@ def diffusion_prior_loss(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
         token_gate,
         route_pairs,
         diffusion_prior_loss,
-    ],  # fmt: skip
+    ],
 )
 def test_slices_at_odd_places(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from switch_moe.kernels import _launch

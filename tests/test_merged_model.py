@@ -10,7 +10,7 @@ from switch_dit.merged import MergedSwitchDiT
 
 from switch_moe import SwitchMoE
 
-ROUTINGS = ("switch", "dtr", "none")
+ROUTINGS = ("switch", "dtr", "none", "mode")
 
 
 @pytest.fixture(params=ROUTINGS)
@@ -82,9 +82,9 @@ def test_nothing_of_the_router_runs_in_the_loop(model, monkeypatch) -> None:
         return  # a model without experts is evaluated as it is
     x, y = inputs(model)
     merged = MergedSwitchDiT(model, torch.arange(4))
-    for name in ("t_embedder", "router"):
-        if hasattr(model, name):
-            monkeypatch.setattr(getattr(model, name), "forward", lambda *_: pytest.fail("called"))
+    routers = (module for name, module in model.named_modules() if name.split(".")[-1] == "router")
+    for module in (model.t_embedder, *routers):
+        monkeypatch.setattr(module, "forward", lambda *_: pytest.fail("called"))
     merged(x, 2, y)
 
 

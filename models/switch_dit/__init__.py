@@ -6,6 +6,7 @@ from switch_dit.convert import convert_official_state_dict, convert_to_official_
 from switch_dit.diffusion import GaussianDiffusion
 from switch_dit.model import PRESETS, SwitchDiT, create_model
 from switch_dit.official import to_official
+from switch_dit.official_layers import layer_from_official, layer_to_official
 from switch_dit.sampling import sample
 from switch_dit.upcycle import from_official, upcycle
 
@@ -17,6 +18,8 @@ __all__ = [
     "convert_to_official_state_dict",
     "create_model",
     "from_official",
+    "layer_from_official",
+    "layer_to_official",
     "sample",
     "to_official",
     "upcycle",

@@ -26,6 +26,11 @@ class GraphedStep:
         self.chosen: Tensor | None = None
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
 
+    def forget(self) -> None:
+        """Drops the graphs: a step is another program now, which warms up and is captured anew."""
+        self.graphs.clear()
+        self.steps = 0
+
     def __call__(self, chosen: Tensor, match: bool) -> dict[str, Tensor]:
         """One step on the images ``chosen``; every call must choose as many."""
         if self.chosen is None:

@@ -160,12 +160,18 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio)) if mlp is None else mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
+    @property
+    def draws(self) -> bool:
+        """Whether a forward draws random numbers."""
+        return bool(getattr(self.mlp, "draws", False))
+
     def forward(
         self, x: Tensor, c: Tensor, *routing: Tensor | MergedExperts | None
     ) -> Tensor | tuple[Tensor, ...]:
         """x [B, T, D], condition c [B, D], and what ``moe`` routes by: tensors of a Routing, a mask, or
         the experts themselves, merged. Where the feed-forward is a mixture (:mod:`switch_dit.systems`) it is
-        the time embedding, and what the mixture returns beside its tokens is returned beside x.
+        the time embedding and, maybe, noise to draw with, and what the mixture returns beside its tokens is
+        returned beside x.
 
         A condition or a routing of one row is for all samples alike. The tensors come one by one because
         checkpointing with ``use_reentrant=True`` sees no tensors in a tuple.
@@ -186,7 +192,7 @@ class Block(nn.Module):
         z = modulate(normed, shift_mlp, scale_mlp)
         if isinstance(self.mlp, Mlp):
             return x + attention + gate_mlp[:, None] * self.mlp(z)
-        inner, *beside = self.mlp(z, normed, stream, routing[0])
+        inner, *beside = self.mlp(z, normed, stream, *routing)
         return x + attention + gate_mlp[:, None] * inner, *beside
 
     def learn(self, observed: Tensor) -> None:

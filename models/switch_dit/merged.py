@@ -2,7 +2,7 @@
 
 While sampling, all images share the timestep, so the routing of every step is known before the first one, and
 the experts of a block are one matrix. A step then costs what a DiT with one more linear layer in each block
-costs.
+costs. MoDE's experts of a block are one wider MLP.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from switch_dit.layers import ChannelMask
 from switch_dit.model import Prepared, SwitchDiT, table_row
-from switch_moe import MergedExperts, Routing
+from switch_dit.systems import SYSTEMS
+from switch_moe import MergedExperts, NoiseMoE, Routing
 from switch_moe.ops._checks import (
     FLOATS,
     check_dtype,
@@ -25,6 +26,7 @@ from switch_moe.ops._checks import (
     check_tensors,
 )
 
+AHEAD_OF_TIME = ("switch", "dtr", "mode")  # where the timestep alone says what a block computes
 AHEAD = 16 * 2**20  # bytes of experts that are merged together, which for small models are many steps
 MEMORY = 512 * 2**20
 """Bytes of merged experts that are kept from batch to batch: 1,300 steps of tiny/4, 75 of S/2, 3 of XL/2."""
@@ -51,7 +53,7 @@ class MergedSwitchDiT:
         self.model, self.left = model, memory
         times = times.to(model.pos_embed.device)
         self.times, self.embedding = times, model.t_embedder(times)  # [S], [S, D]
-        self.routing = model.route(self.embedding) if model.routing == "switch" else None
+        self.routing = model.route(self.embedding) if model.routing in ("switch", "mode") else None
         self.masks = model.dtr_mask[table_row(times)] if model.routing == "dtr" else None  # [S, D]
         self._kept: dict[int, list[tuple[Any, ...]]] = {}
 
@@ -65,12 +67,12 @@ class MergedSwitchDiT:
                 experts are merged in every call.
         """
         t = self._row(self.times, step)  # [1]
-        if self.model.routing not in ("switch", "dtr"):
+        if self.model.routing not in AHEAD_OF_TIME:
             return self.model(x, t, y)
         return self.model(x, t, y, prepared=Prepared(self._row(self.embedding, step), self._routings(step)))
 
-    def _row(self, table: Tensor, step: int | Tensor, dim: int = 0) -> Tensor:
-        return table.narrow(dim, step, 1) if isinstance(step, int) else table.index_select(dim, step)
+    def _row(self, table: Tensor, step: int | Tensor, dim: int = 0, count: int = 1) -> Tensor:
+        return table.narrow(dim, step, count) if isinstance(step, int) else table.index_select(dim, step)
 
     def _routings(self, step: int | Tensor) -> list[tuple[Any, ...]]:
         """What each block takes beside tokens and condition."""
@@ -81,11 +83,11 @@ class MergedSwitchDiT:
         if isinstance(step, int) and step in self._kept:
             return self._kept[step]
         if not isinstance(step, int):
-            return self._merge(*(self._row(part, step, dim=1) for part in self.routing[:3]))[0]
-        size = sum(p.nbytes // len(p) for block in self.model.blocks for p in block.moe.parameters())
+            return self._merge(step)[0]
+        size = sum(_merged_nbytes(block.moe) for block in self.model.blocks)
         count = min(self.left // size, max(1, AHEAD // size))
         steps = range(step, min(step + max(count, 1), len(self.times)))
-        merged = self._merge(*(part[:, steps.start : steps.stop] for part in self.routing[:3]))
+        merged = self._merge(step, len(steps))
         if count:  # else there is no memory left to keep any
             new = {
                 number: found for number, found in zip(steps, merged, strict=True) if number not in self._kept
@@ -94,11 +96,19 @@ class MergedSwitchDiT:
             self.left -= size * len(new)
         return merged[0]
 
-    def _merge(self, *routing: Tensor) -> list[list[tuple[MergedExperts]]]:
-        """The experts of all blocks for each timestep, from the tensors [L, timesteps, ..] of a Routing."""
-        blocks = zip(self.model.blocks, Routing(*routing).blocks(), strict=True)
+    def _merge(self, step: int | Tensor, count: int = 1) -> list[list[tuple[MergedExperts]]]:
+        """The experts of all blocks for each of ``count`` timesteps from ``step`` on."""
+        assert self.routing is not None
+        routing = Routing(*(self._row(part, step, 1, count) for part in self.routing[:3]))
+        blocks = zip(self.model.blocks, routing.blocks(), strict=True)
         of_blocks = [block.moe.merge_each(of_block) for block, of_block in blocks]
         return [[(experts,) for experts in of_step] for of_step in zip(*of_blocks, strict=True)]
+
+
+def _merged_nbytes(moe: nn.Module) -> int:
+    """Bytes of what one timestep's experts are merged to: one linear expert, or k with a hidden layer."""
+    side_by_side = moe.top_k if isinstance(moe, NoiseMoE) else 1
+    return side_by_side * sum(p.nbytes // len(p) for p in moe.parameters(recurse=False))
 
 
 class DenseStep(nn.Module):
@@ -114,6 +124,11 @@ class DenseStep(nn.Module):
         is_number = isinstance(timestep, (int, float)) and not isinstance(timestep, bool)
         if not is_number or not 0 <= timestep < model.num_timesteps:
             raise ValueError(f"timestep is {timestep!r}; it must be a number in [0, {model.num_timesteps})")
+        if model.routing in SYSTEMS and model.routing not in AHEAD_OF_TIME:
+            raise ValueError(
+                f"model has routing {model.routing!r}, whose experts differ from token to token; it must be "
+                f"one of none, {', '.join(AHEAD_OF_TIME)}"
+            )
         merged = MergedSwitchDiT(model, torch.tensor([timestep], device=model.pos_embed.device))
         self.register_buffer("time_embedding", merged.embedding)
         self.model = copy.copy(model)
@@ -143,6 +158,26 @@ class _DenseExperts(nn.Module):
         return torch.addcmul(x, x, self.linear(x))
 
 
+class _DenseMLP(nn.Module):
+    """SwiGLU experts side by side, whose choice is made."""
+
+    def __init__(self, experts: MergedExperts) -> None:
+        super().__init__()
+        weight, bias, weight_out = experts[:3]
+        assert weight_out is not None
+        assert bias is not None
+        self.linear, self.linear_out = (
+            nn.Linear(*w.shape, bias=b is not None, device="meta")
+            for w, b in ((weight, bias), (weight_out, None))
+        )
+        self.linear.weight, self.linear.bias = nn.Parameter(weight.t().contiguous()), nn.Parameter(bias)
+        self.linear_out.weight = nn.Parameter(weight_out.t().contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.linear(x).chunk(2, dim=-1)
+        return self.linear_out(nn.functional.silu(first) * second)
+
+
 class _FixedMask(ChannelMask):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -157,5 +192,8 @@ def _dense_block(block: nn.Module, routing: Any = None) -> nn.Module:
         return block
     dense = copy.copy(block)
     dense._modules = dict(block._modules)
-    dense.moe = _FixedMask(routing) if isinstance(routing, Tensor) else _DenseExperts(*routing[:2])
+    if isinstance(routing, Tensor):
+        dense.moe = _FixedMask(routing)
+    else:
+        dense.moe = _DenseExperts(*routing[:2]) if routing.weight_out is None else _DenseMLP(routing)
     return dense

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from switch_dit.layers import Block, ChannelMask, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder
+from switch_dit.mode import ClampedRMSNorm, NormedAttention
 from switch_dit.systems import SYSTEMS, Shape, options_of
 from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE, TokenMoE, set_top_k
 from switch_moe.balance import load_balance_loss, z_loss
@@ -111,8 +112,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
 
     ignore_for_config = ("backend",)  # it belongs to the machine
     _supports_gradient_checkpointing = True
-    _repeated_blocks = ("Block",)
-    _no_split_modules = ("Block",)
+    _repeated_blocks = ("Block", "ModeBlock")
+    _no_split_modules = ("Block", "ModeBlock")
     # In 8 bits timesteps would choose other experts; the first and the last layer are small.
     _skip_layerwise_casting_patterns = ("_embed", "router", "moe", "norm", "final_layer")
 
@@ -179,7 +180,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
 
         def make_block(index: int) -> nn.Module:
             if routing in SYSTEMS:
-                shape = Shape(hidden_size, num_heads, mlp_ratio, num_experts, top_k, backend, index)
+                shape = Shape(hidden_size, num_heads, mlp_ratio, num_experts, top_k, backend, index, depth)
                 return SYSTEMS[routing].make_block(shape, options)
             return Block(hidden_size, num_heads, mlp_ratio, make_moe[routing]())
 
@@ -213,11 +214,21 @@ class SwitchDiT(ModelMixin, ConfigMixin):
                 left_out += sum(p.numel() for p in of_experts) * (1 - active / count)
         return round(sum(p.numel() for p in self.parameters()) - left_out)
 
-    def at_step(self, number: int, steps: int) -> None:
-        """Tells mixtures that change while they train the number of the step, from 0, of how many."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "at_step"):
-                module.at_step(number, steps)
+    def at_step(self, number: int, steps: int) -> bool:
+        """Tells mixtures that change while they train the number of the step, from 0, of how many.
+
+        Returns whether one has changed in another way than the values of its tensors, so that what was
+        captured of a forward does not fit any more.
+        """
+        changes = [
+            m.at_step(number, steps) for m in self.modules() if m is not self and hasattr(m, "at_step")
+        ]
+        return any(changes)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the mixtures of a forward draw random numbers, see ``expert_noise`` there."""
+        return any(getattr(block, "draws", False) for block in self.blocks)
 
     def _real_device(self) -> torch.device:
         """The device of the parameters that are not on the meta device any more, if there are any."""
@@ -278,23 +289,26 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for adaptive in [*self.blocks, self.final_layer]:
-            nn.init.zeros_(adaptive.adaLN_modulation[1].weight)
+            if hasattr(adaptive, "adaLN_modulation"):
+                nn.init.zeros_(adaptive.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         for module in self.modules():
-            if isinstance(module, (SwitchMoE, Router, TokenMoE)):
+            if isinstance(module, (SwitchMoE, Router, TokenMoE, ClampedRMSNorm, NormedAttention)):
                 module.reset_parameters()
 
     def block_routings(
-        self, routing: Routing | None, t: Tensor, time_embedding: Tensor
+        self, routing: Routing | None, t: Tensor, time_embedding: Tensor, noise: Tensor | None = None
     ) -> list[tuple[Tensor | None, ...]]:
         """What each block routes by: the tensors of its Routing, DTR's masks [B, D] at t, or, in the other
-        systems, the time embedding [B, D].
+        systems, the time embedding [B, D] and, if given, the block's noise of [B, L, T, M].
         """
         if routing is not None:
             blocks = routing.scheduled(self.router.backend).blocks()
             return [(*block[:3], block.schedule) for block in blocks]
         if self.routing in SYSTEMS:
-            return [(time_embedding,)] * len(self.blocks)
+            if noise is None:
+                return [(time_embedding,)] * len(self.blocks)
+            return [(time_embedding, of_block) for of_block in noise.unbind(1)]
         return [(self.dtr_mask[table_row(t)],) if self.routing == "dtr" else ()] * len(self.blocks)
 
     def set_top_k(self, top_k: int) -> None:
@@ -306,7 +320,13 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         set_top_k(self, top_k)
 
     def route(self, time_embedding: Tensor) -> Routing:
-        """The routing of all blocks for time embeddings [B, D]; only with ``routing="switch"``."""
+        """The routing of all blocks for time embeddings [B, D]; only with ``switch`` and ``mode``.
+
+        That of ``mode`` is the routing of an evaluation.
+        """
+        if self.routing == "mode":
+            of_blocks = [block.moe.route(time_embedding)[:3] for block in self.blocks]
+            return Routing(*(torch.stack(parts) for parts in zip(*of_blocks, strict=True)))
         self._check_switch()
         return self.router(time_embedding)
 
@@ -327,6 +347,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         match: bool = True,
         drop: Tensor | None = None,
         ties: Tensor | None = None,
+        expert_noise: Tensor | None = None,
         prepared: Prepared | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, C, H, W], t [B] in [0, N), labels [B] to noise, then variance: [B, C or 2C, H, W].
@@ -340,8 +361,9 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         without experts. Without ``match`` it takes the assignment of the last call that matched. In the
         systems of :mod:`switch_dit.systems` it adds their losses of balance, each by its weight.
 
-        Training is random in two places, unless it is told the outcome: ``drop``, bool [B], says whose labels
-        are left out, and ``ties``, [2, L*M], how the matching breaks ties (see DiffusionPrior.match).
+        Training is random in these places, unless it is told the outcome: ``drop``, bool [B], says whose
+        labels are left out, ``ties``, [2, L*M], how the matching breaks ties (see DiffusionPrior.match), and
+        ``expert_noise``, Gumbel noise [B, L, T, M], which experts are drawn, in the systems that draw them.
 
         ``prepared`` is what :class:`switch_dit.merged.MergedSwitchDiT` has computed of t beforehand.
 
@@ -356,6 +378,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             check_shape("drop", drop, (x.shape[0],))
             if y is None or self.y_embedder.dropout == 0:
                 raise ValueError("drop is given; the model has no null label to put in the place of a label")
+        if expert_noise is not None:
+            self._check_noise(expert_noise, x)
         if prepared is not None:
             e, routing = prepared.embedding, None
             if with_prior:
@@ -374,7 +398,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         balance: list[Tensor] = []
         if with_prior and routing is not None:
             balance += self.switch_balance(routing, e)
-        routings = prepared.routings if prepared else self.block_routings(routing, t, e)
+        routings = prepared.routings if prepared else self.block_routings(routing, t, e, expert_noise)
         out = self.denoise(x, c, routings, balance)
         if not with_prior:
             return out
@@ -439,6 +463,17 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             check_dtype("y", y, torch.int64, torch.int32)
             labels = self.y_embedder.embedding_table.num_embeddings
             check_range("y", y, labels, "the classes and, if trained with dropout, the null label")
+
+    def _check_noise(self, noise: Tensor, x: Tensor) -> None:
+        if not self.draws:
+            raise ValueError("expert_noise is given; the model draws no experts")
+        check_tensors(expert_noise=noise)
+        check_shape("expert_noise", noise, self.noise_shape(x.shape[0]))
+        check_device("expert_noise", noise, x.device)
+
+    def noise_shape(self, batch: int) -> tuple[int, int, int, int]:
+        """The shape of ``expert_noise``: B, L, T, M."""
+        return batch, len(self.blocks), self.pos_embed.shape[1], self.config.num_experts
 
     def diffusion_prior_loss(
         self, routing: Routing | None, t: Tensor, match: bool, ties: Tensor | None = None

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from switch_dit.layers import Block, Mlp
-from switch_moe import DiffMoE, TokenMoE
+from switch_dit.mode import ModeBlock
+from switch_moe import DenseToSparseMoE, DiffMoE, FallingCapacityMoE, NoiseMoE, TokenMoE
 from switch_moe.balance import add_gradient_of
-from switch_moe.ops._checks import check_choice
+from switch_moe.ops._checks import check_choice, check_integers
 
 ROUTER_INPUTS = ("modulated", "normed", "stream")
 
@@ -29,6 +30,7 @@ class Shape(NamedTuple):
     top_k: int
     backend: str
     index: int  # of the block
+    depth: int  # blocks
 
     @property
     def inner_size(self) -> int:
@@ -64,18 +66,26 @@ class Mixture(nn.Module):
         check_choice("router_input", router_input, ROUTER_INPUTS)
         self.moe, self.weights, self.router_input, self.inject = moe, weights, router_input, inject
 
+    @property
+    def draws(self) -> bool:
+        """Whether a forward draws random numbers."""
+        return bool(getattr(self.moe, "draws", False))
+
     def forward(
-        self, z: Tensor, normed: Tensor, stream: Tensor, time_embedding: Tensor
+        self, z: Tensor, normed: Tensor, stream: Tensor, time_embedding: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Tokens ``[B, T, D]``, the weighted losses, a float32 scalar, and what :meth:`learn` takes.
 
         Args:
             z: modulated tokens, normed: before that, stream: before the norm. time_embedding: ``[B, D]``.
+            noise: Gumbel noise ``[B, T, M]``, for a mixture that draws.
         """
         seen = {"modulated": z, "normed": normed, "stream": stream}[self.router_input]
         sees_time = self.moe.router.time_weight is not None
         time = time_embedding.expand(len(z), -1) if sees_time else None
-        more = {"observe": True} if isinstance(self.moe, DiffMoE) else {}
+        more: dict[str, Any] = {"observe": True} if isinstance(self.moe, DiffMoE) else {}
+        if self.draws:
+            more["noise"] = noise
         out, losses, *observed = self.moe(
             z, router_input=seen, time_embedding=time, with_losses=True, **more
         )  # fmt: skip
@@ -138,6 +148,53 @@ def _diffmoe(shape: Shape, options: dict[str, Any]) -> nn.Module:
     return dense_or(shape, options, make)
 
 
+def _mode(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    moe = NoiseMoE(
+        shape.hidden_size, shape.num_experts, shape.top_k, sample=options["sample"],
+        expert_hidden_size=shape.inner_size, backend=shape.backend,
+        router_hidden_size=int(options["router_ratio"] * shape.hidden_size),
+    )  # fmt: skip
+    # MoDE weights the mean over the blocks, and the losses of all blocks are added.
+    weights = {"load_balance": options["load_balance"] / shape.depth, "z": options["z_loss"] / shape.depth}
+    return ModeBlock(shape.hidden_size, shape.num_heads, moe, weights, options["causal"])
+
+
+def _evomoe(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    def make() -> Mixture:
+        names = ("decay", "highest", "lowest", "decay_steps", "switch", "threshold", "gumbel_gates",
+                 "eval_fraction", "activation", "bias")  # fmt: skip
+        moe = DenseToSparseMoE(
+            shape.hidden_size, shape.num_experts, expert_hidden_size=shape.inner_size, backend=shape.backend,
+            **{name: options[name] for name in names},
+        )  # fmt: skip
+        weights = {"load_balance": options["load_balance"], "z": options["z_loss"]}
+        return Mixture(moe, weights, options["router_input"])
+
+    return dense_or(shape, options, make)
+
+
+def _nucleus(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    first, last = options["dense_first"], options["dense_last"]
+    check_integers(0, shape.depth - 1, dense_first=first, dense_last=last)
+    if first + last >= shape.depth:
+        raise ValueError(
+            f"mixture has dense_first {first} and dense_last {last}; they must leave at least one of "
+            f"{shape.depth} blocks"
+        )
+    if not first <= shape.index < shape.depth - last:
+        return Block(shape.hidden_size, shape.num_heads, shape.mlp_ratio, None)
+    moe = FallingCapacityMoE(
+        shape.hidden_size, shape.num_experts, capacity=options["capacity_end"],
+        capacity_start=options["capacity"], stages=options["stages"], scale=options["scale"],
+        score=options["score"], expert_hidden_size=int(options["expert_ratio"] * shape.hidden_size),
+        backend=shape.backend,
+    )  # fmt: skip
+    return Block(
+        shape.hidden_size, shape.num_heads, shape.mlp_ratio, None,
+        Mixture(moe, {"z": options["z_loss"]}, options["router_input"]),
+    )  # fmt: skip
+
+
 SYSTEMS = {
     "dit_moe": System(
         "DiT-MoE, arXiv 2407.11633",
@@ -157,8 +214,33 @@ SYSTEMS = {
          "shared_ratio": 0.0, "z_loss": 0.0, "router_input": "modulated", "every": 2},
         _diffmoe,
     ),
+    "mode": System(
+        "MoDE, arXiv 2412.12953",
+        {"sample": True, "router_ratio": 2.0, "load_balance": 0.01, "z_loss": 0.0, "causal": False},
+        _mode,
+    ),
+    "evomoe": System(
+        "EvoMoE, arXiv 2112.14397",
+        {"decay": "exponential", "highest": 2.0, "lowest": 0.3, "decay_steps": 0, "switch": 0,
+         "threshold": 0.001, "gumbel_gates": False, "eval_fraction": 0.0, "activation": "gelu", "bias": True,
+         "load_balance": 0.01, "z_loss": 0.0, "router_input": "modulated", "every": 1},
+        _evomoe,
+    ),
+    "nucleus": System(
+        "Nucleus-Image, arXiv 2604.12163",
+        {"capacity": 4.0, "capacity_end": 2.0, "stages": 4, "scale": 2.5, "score": "softmax",
+         "expert_ratio": 0.75, "z_loss": 0.0, "router_input": "normed", "dense_first": 0, "dense_last": 0},
+        _nucleus,
+    ),
 }  # fmt: skip
-"""By the name of ``routing``. ``every``: the mixtures are in the last of every so many blocks."""
+"""By the name of ``routing``. ``every``: the mixtures are in the last of every so many blocks.
+
+``mode``: the arguments of :class:`switch_moe.NoiseMoE` and :class:`switch_dit.mode.ModeBlock`; the router is
+``router_ratio`` D wide. ``evomoe``: those of :class:`switch_moe.DenseToSparseMoE`. ``nucleus``: those of
+:class:`switch_moe.FallingCapacityMoE`, with ``capacity`` at the beginning of the training and
+``capacity_end`` at its end; experts are ``expert_ratio`` D wide, and the first ``dense_first`` and last
+``dense_last`` blocks are dense ones (3 and 1 of the original's 24 blocks, whose experts are .66 D wide).
+"""
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -31,6 +31,7 @@ from switch_dit.settings import TrainConfig, objective_of, process_of, sampler_o
 from switch_dit.systems import options_of, parsed_options
 from switch_dit.timesteps import Curriculum, CurriculumState
 from switch_dit.weightings import UncertaintyWeighting
+from switch_moe.gumbel import gumbel_of
 
 TERMS = ("loss", "mse", "vb", "prior")
 CARRIED = ("mlp_ratio", "frequency_shift", "time_scale", "time_offset")  # settings of a model, of no run
@@ -104,7 +105,7 @@ class Trainer:
             self.model.load_state_dict(state)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         if config.checkpoint_activations:
-            # A block draws no random numbers; diffusers' own function would keep the generators' states.
+            # A block is given its random numbers; diffusers' own function would keep the generators' states.
             recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             self.model.enable_gradient_checkpointing(recompute)
         if config.compile and self.world.size > 1:
@@ -152,7 +153,7 @@ class Trainer:
         self.train_images, self.train_labels = (tensor.to(self.device) for tensor in held)
         # Every random number is a function of the seed, the step and the sample's position in the batch.
         self.of_samples, self.of_ties = Stream(config.seed, 0), Stream(config.seed, 1)
-        self.of_latents = Stream(config.seed, 2)
+        self.of_latents, self.of_experts = Stream(config.seed, 2), Stream(config.seed, 3)
         self.flops = self.flops_per_image() if self.device.type == "cuda" else 0
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)  # of the step
         self.everyone = torch.arange(config.batch_size, device=self.device)  # in the batch of all processes
@@ -247,6 +248,11 @@ class Trainer:
         if self.config.routing == "switch" and match:
             slots = len(self.model.assignment)
             told["ties"] = self.of_ties.uniform(self.number, self.of_each_tie, slots)
+        if self.model.draws:
+            shape = self.model.noise_shape(len(x_t))
+            where = self.positions if positions is None else positions
+            uniform = self.of_experts.uniform(self.number, where, math.prod(shape[1:]))
+            told["expert_noise"] = gumbel_of(uniform).view(shape)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             out, prior = self.forward(x_t, time, y, with_prior=True, match=match, **told)
         losses = self.objective.losses(out, x_start, x_t, t, noise, weight)
@@ -275,8 +281,9 @@ class Trainer:
         waits for a GPU: the indices are copied from pinned memory.
         """
         self.number.fill_(number)
-        for model in (self.model, self.ema):
-            model.at_step(number, self.config.steps)
+        changed = [model.at_step(number, self.config.steps) for model in (self.model, self.ema)]
+        if any(changed) and isinstance(self.advance, GraphedStep):
+            self.advance.forget()
         self.rate.fill_(self.rate_at(number))
         for average in (self.average, *self.powers):
             average.prepare(number)

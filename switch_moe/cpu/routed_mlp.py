@@ -20,7 +20,13 @@ from ..experts import LinearExperts, RoutedExperts
 from ..native import address
 from .expert_linear import DTYPE_CODE, WORKSPACE_BYTES, fused_product, vector_width, workspace
 
-_ACTIVATION_CODE = {"gelu": 0, "gelu_erf": 1, "relu": 2, "swiglu": 3, "swiglu_second": 4}  # Activation of csrc
+_ACTIVATION_CODE = {
+    "gelu": 0,
+    "gelu_erf": 1,
+    "relu": 2,
+    "swiglu": 3,
+    "swiglu_second": 4,
+}  # Activation of csrc
 _MOST_PAIRS = 2048  # of a part
 
 # Multiply-adds from which the compiled product of float32 beats torch's; below, its packing does not pay.
@@ -123,8 +129,12 @@ def _parts(experts: RoutedExperts, *columns: int) -> tuple[list[_Part], list[Ten
         cuts = [start + (end - start) * i // count for i in range(count + 1)] if count else []
         for i, pairs in enumerate(itertools.starmap(slice, itertools.pairwise(cuts))):
             parts.append(_Part(e, pairs, experts.row[pairs], experts.gate[pairs], i == 0, i == count - 1))
-    rows = -(-max((part.count for part in parts), default=1) // 16) * 16  # a matrix begins on a line of the cache
-    pieces = workspace(dtype, rows * total, 1).view(-1)[: rows * sum(columns)].split([rows * n for n in columns])
+    rows = (
+        -(-max((part.count for part in parts), default=1) // 16) * 16
+    )  # a matrix begins on a line of the cache
+    pieces = (
+        workspace(dtype, rows * total, 1).view(-1)[: rows * sum(columns)].split([rows * n for n in columns])
+    )
     return parts, [piece.view(rows, n) for piece, n in zip(pieces, columns, strict=True)]
 
 
