@@ -1,8 +1,8 @@
 """Timestep-routed mixtures of experts for diffusion transformers."""
 
 from . import ops
-from .diffmoe import CapacityPredictor, DiffMoE
 from .dense_to_sparse import DenseToSparseMoE
+from .diffmoe import CapacityPredictor, DiffMoE
 from .falling_capacity import FallingCapacityMoE
 from .layer import SwitchMoE
 from .merged import MergedExperts
@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CapacityPredictor",
-    "DiffMoE",
     "DenseToSparseMoE",
+    "DiffMoE",
     "DiffusionPrior",
     "FallingCapacityMoE",
     "MergedExperts",
