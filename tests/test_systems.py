@@ -134,3 +134,14 @@ def test_active_parameters() -> None:
     switch = SwitchDiT(**settings, num_experts=3, top_k=2)
     linear = 24 * 24 + 24
     assert switch.active_parameters() == sum(p.numel() for p in switch.parameters()) - 2 * linear
+
+
+def test_every_option_is_described() -> None:
+    text = (Path(__file__).parent.parent / "models" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| .*? \| (`.*?) \|$", text, re.MULTILINE))
+    shared = ("load_balance", "z_loss", "every")
+    for routing, system in SYSTEMS.items():
+        for name, default in system.options.items():
+            written = f"`{name}={str(default).lower()}`"
+            beside = name in shared or (name in rows[routing] and written in text)
+            assert written in rows[routing] or beside, f"{routing}: {written}"
