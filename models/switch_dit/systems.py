@@ -89,8 +89,9 @@ class Mixture(nn.Module):
         out, losses, *observed = self.moe(
             z, router_input=seen, time_embedding=time, with_losses=True, **more
         )  # fmt: skip
-        counting = (weight * losses[name] for name, weight in self.weights.items() if weight)
-        loss = sum(counting, z.new_zeros(()).float())
+        # Those that weigh nothing too: DDP waits for a gradient of every parameter, a predictor's among them.
+        weighted = (weight * losses[name] for name, weight in self.weights.items())
+        loss = sum(weighted, z.new_zeros(()).float())
         if self.inject:
             return (add_gradient_of(loss, out), loss.detach() * 0, *observed)
         return (out, loss, *observed)
