@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from helpers import random_model
 from switch_dit import GaussianDiffusion, SwitchDiT
-from switch_dit.distributed import World, shard
+from switch_dit.distributed import IN_FLOAT32, World, shard
+from switch_dit.systems import SYSTEMS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from switch_moe import CapacityPredictor, DiffMoE, TokenMoE, TokenRouter
+from switch_moe import DiffMoE, TokenMoE
 
 WORLD_SIZE = 2
 COLLECTIVE_TIMEOUT = timedelta(seconds=30)  # a rank whose partner died fails, it does not wait for ever
@@ -157,7 +158,7 @@ def mixture(routing: str) -> SwitchDiT:
 def mixtures(half: tuple[Tensor, ...]) -> dict[str, Any]:
     """Mixtures of tokens whose blocks compute in bfloat16: what their routers see, and what they learn."""
     found: dict[str, Any] = {}
-    for routing in ("dit_moe", "diffmoe"):
+    for routing in SYSTEMS:
         model = mixture(routing)
         shard(model, World(dist.get_rank(), WORLD_SIZE), torch.bfloat16)
         seen = watched(model)
@@ -174,10 +175,10 @@ def watched(model: SwitchDiT) -> dict[str, Tensor]:
     for name, module in model.blocks.named_modules():
 
         def keep(module: nn.Module, _: Any, name: str = name) -> None:
-            own = module.named_parameters(recurse=isinstance(module, CapacityPredictor))
+            own = module.named_parameters(recurse=isinstance(module, IN_FLOAT32))
             seen.update({f"{name}.{key}": p.detach().clone() for key, p in own if not isinstance(p, DTensor)})
 
-        if isinstance(module, (TokenRouter, CapacityPredictor, TokenMoE)):
+        if isinstance(module, (TokenMoE, *IN_FLOAT32)):
             module.register_forward_pre_hook(keep)
     return seen
 

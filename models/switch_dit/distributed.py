@@ -26,10 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from switch_dit.devices import resolve_device
 from switch_dit.model import SwitchDiT
 from switch_moe import CapacityPredictor, SwitchMoE, TokenMoE, TokenRouter
+from switch_moe.noise_moe import NoiseRouter
 
 T = TypeVar("T")
 
-IN_FLOAT32 = (TokenRouter, CapacityPredictor)
+IN_FLOAT32 = (TokenRouter, NoiseRouter, CapacityPredictor)
 """Modules of a block whose weights are float32 whatever the type of the products."""
 
 
