@@ -383,6 +383,39 @@ def test_compile_fullgraph(case: Any, autocast: bool, backend: str, device: str)
         assert_close(name, a, e, 1e-5)
 
 
+@pytest.mark.parametrize("case", [TOKEN, EXPERT], ids=str)
+def test_what_onnx_traces_has_no_sort(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor an operator of our own."""
+    shape, options = case
+    tensors = make_inputs(shape)
+    expected = call(tensors, **options)
+    for name in ("ops._backend", "reference.token_gate"):
+        module = importlib.import_module(f"switch_moe.{name}")
+        monkeypatch.setattr(module, "exporting_onnx", lambda: True)
+
+    class Module(torch.nn.Module):
+        def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+            return tuple(call(list(given), **options))
+
+    program = torch.export.export(Module(), tuple(tensors))
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert not [name for name in operators if "switch_moe" in name or "sort" in name]
+    for name, a, e in zip(NAMES, program.module()(*tensors), expected, strict=False):
+        assert_close(name, a, e, 1e-6)
+
+
+@pytest.mark.parametrize("case", [TOKEN, EXPERT], ids=str)
+def test_compile_for_any_batch(case: Any, device: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    (batch, tokens, experts), options = case
+    compiled = torch.compile(token_gate, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (batch, 2 * batch):
+        logits = make_inputs((size, tokens, experts), device)[0]
+        found = compiled(logits, **options, backend="triton")
+        for a, e in zip(found, token_gate(logits, **options, backend="triton"), strict=True):
+            assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

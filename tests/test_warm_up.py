@@ -11,7 +11,7 @@ import torch
 from switch_dit import SwitchDiT
 from torch import Tensor, nn
 
-from switch_moe import Router, SwitchMoE, warm_up
+from switch_moe import Router, SwitchMoE, TokenMoE, warm_up
 
 pytest.importorskip("triton")
 for stem in ("diffusion_prior", "dispatch", "expert_linear", "merge_experts", "timestep_gate"):
@@ -81,6 +81,25 @@ def test_it_leaves_no_trace(expert: str) -> None:
     warm_up(layer, [(3, 5), [1, 2]], dtype=torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
     for name, parameter in layer.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("settings", [{}, {"capacity": 2.0, "pool": 0}, {"time_size": 6}], ids=str)
+def test_token_layers(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are alike run once, others for themselves, and nothing stays."""
+    layers = [TokenMoE(8, 3, **settings), TokenMoE(8, 3, **settings), TokenMoE(8, 3, score="sigmoid")]
+    model = nn.Sequential(*layers)
+    calls = []
+    forward = TokenMoE.forward
+    monkeypatch.setattr(
+        TokenMoE, "forward", lambda self, *a, **k: calls.append(self) or forward(self, *a, **k)
+    )
+    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
+    warm_up(model, [(2, 5), (1, 3)])
+    assert calls == [layers[0]] * 2 + [layers[2]] * 2
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,11 +80,8 @@ def check_numbers(
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, _REAL):
             raise TypeError(f"{name} is {_shown(value)}; it must be {wanted}")
-        try:
-            fits = math.isfinite(value) and low <= value <= high
-        except OverflowError:  # an integer that no float holds
-            fits = False
-        if not fits:
+        # A comparison also takes the symbols of torch.compile, and integers that no float holds.
+        if not (-sys.float_info.max <= value <= sys.float_info.max and low <= value <= high):
             raise ValueError(f"{name} is {str(value)[:40]}; it must be {wanted}")
 
 

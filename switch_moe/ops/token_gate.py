@@ -99,7 +99,7 @@ def token_gate(
     check_numbers(scale=scale)
     quota = capacity if top_k is None else top_k
     assert quota is not None
-    choice = TokenChoice(quota, top_k is None, score, pool, normalise, float(scale), groups, top_groups)
+    choice = TokenChoice(quota, top_k is None, score, pool, normalise, 1.0 * scale, groups, top_groups)
     tensors = logits, sample_logits, bias, selection_bias
     for name, tensor in zip(("sample_logits", "bias", "selection_bias"), tensors[1:], strict=True):
         if tensor is not None:
