@@ -12,6 +12,7 @@ from .ops._checks import FLOATS, check_dtype, check_flags, check_integers
 from .ops._operator import autocast_dtype
 from .prior import DiffusionPrior
 from .router import Router, Routing
+from .token_moe import TokenMoE
 
 
 def warm_up(
@@ -28,8 +29,8 @@ def warm_up(
     they are; a layer is called on zeros, of which each shape needs a few tensors ``[B, T, D]`` for a moment.
 
     Args:
-        module: a :class:`SwitchMoE`, :class:`Router` or :class:`DiffusionPrior`, or a model that holds them.
-            Call it before the model is sharded.
+        module: a :class:`SwitchMoE`, :class:`TokenMoE`, :class:`Router` or :class:`DiffusionPrior`, or a
+            model that holds them. Call it before the model is sharded.
         shapes: (B, T), the samples and the tokens of each, for every batch that will come.
         dtype: of the tokens; by default the type that autocast wants, or else that of a layer's parameters.
         backward: whether there will be gradients, too.
@@ -58,6 +59,9 @@ def warm_up(
             if isinstance(layer, SwitchMoE):
                 for batch, tokens in sizes:
                     _warm_layer(layer, batch, tokens, dtype)
+            elif isinstance(layer, TokenMoE):
+                for batch, tokens in sizes:
+                    _warm_token_layer(layer, batch, tokens, dtype)
             elif isinstance(layer, Router):
                 for batch in {1, *(batch for batch, _ in sizes)}:
                     _warm_router(layer, batch, dtype)
@@ -89,6 +93,17 @@ def _warm_layer(layer: SwitchMoE, batch: int, tokens: int, dtype: torch.dtype | 
             _differentiate(out.sum(), [x, gate, *layer.parameters()])
     if layer.router is not None:
         _warm_router(layer.router, batch, dtype)
+
+
+def _warm_token_layer(layer: TokenMoE, batch: int, tokens: int, dtype: torch.dtype | None) -> None:
+    device = layer.weight_in.device
+    dtype = dtype or autocast_dtype(device) or layer.weight_in.dtype
+    x = torch.zeros(batch, tokens, layer.hidden_size, dtype=dtype, device=device, requires_grad=True)
+    of_time = layer.router.time_weight
+    time_embedding = None if of_time is None else x.new_zeros(batch, of_time.shape[1])
+    out, losses = layer(x, time_embedding=time_embedding, with_losses=True)
+    for loss in (out.sum(), out.sum() + losses["load_balance"] + losses["z"]):
+        _differentiate(loss, [x, *layer.parameters()])
 
 
 def _warm_router(router: Router, batch: int, dtype: torch.dtype | None) -> None:
