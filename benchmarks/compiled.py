@@ -100,7 +100,7 @@ class Specialisation(NamedTuple):
         """Whether it reads rows that are no multiples of 16 bytes."""
         size = 2 if self.dtype.endswith("float16") else 4
         lengths = [self.launch.meta[name] for name in SIZES if name in self.launch.meta]
-        return self.name.startswith("expert") and any(length * size % 16 for length in lengths)
+        return self.name.startswith(("expert", "routed")) and any(length * size % 16 for length in lengths)
 
     @property
     def tiling(self) -> tuple[Any, ...]:

@@ -323,7 +323,7 @@ MUTATIONS = {
     "does not scale db2": ("tl.sum(gate[:, None] * dy, 0)", "tl.sum(dy, 0)"),
     "reads pairs for rows": ("x_ptr, row * D,", "x_ptr, (pair + p) * D,"),
     "reads the rows a step late": ("row_ptr + first + BLOCK_K", "row_ptr + first"),
-    "gathers the wrong factor": ("if OF_ROWS == 1 else", "if OF_ROWS == 2 else"),
+    "gathers the wrong factor": ("(first + k if LEFT_OF_ROWS else row)", "(first + k)"),
     "reaches into the next expert": ("tl.minimum(end - begin, ROWS)", "ROWS"),
     "starts each tile at the first pair": (" + inside * ROWS", ""),
     "launches a tile too few": ("pairs // rows + num_experts)", "pairs // rows)"),
@@ -400,3 +400,27 @@ def test_on_a_gpu_by_default_on_any_stream_and_in_a_graph(activation: str) -> No
         return [out.detach(), *grads]
 
     check_streams_and_graph(call, call(backend="triton"))  # auto
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_more_than_two_billion_numbers() -> None:
+    """Addresses past int32: the last rows of a hidden layer of 2**31 + 2**22 numbers, against them alone."""
+    torch.use_deterministic_algorithms(False)
+    rows, size, hidden, last = 2**21 + 2**12, 64, 1024, 300
+    if torch.cuda.mem_get_info()[0] < 5 * rows * hidden * 2:
+        pytest.skip("needs 22 GB of GPU memory")
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight_in, weight_out = (
+        torch.randn(shape, device="cuda", generator=generator).bfloat16() * 0.1
+        for shape in ((rows, size), (2, size, hidden), (2, hidden, size))
+    )
+    index = torch.ones(rows, 1, dtype=torch.int32, device="cuda")
+    index[0] = 0
+    results = []
+    for given, of_rows in ((x, index), (x[-last:], index[-last:])):
+        leaf = given.clone().requires_grad_()
+        routes = Routes.of_rows(of_rows, torch.ones(of_rows.shape, device="cuda"), 2)
+        out = routed_mlp(leaf, weight_in, None, weight_out, None, routes)
+        results.append((out[-last:], torch.autograd.grad(out, leaf, torch.ones_like(out))[0][-last:]))
+    for name, found, expected in zip(("out", "x"), *results, strict=True):
+        assert_close(name, found, expected, 1e-2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from switch_moe import Router, SwitchMoE, TokenMoE, warm_up
 
 pytest.importorskip("triton")
-for stem in ("diffusion_prior", "dispatch", "expert_linear", "merge_experts", "timestep_gate"):
+for stem in ("diffusion_prior", "dispatch", "expert_linear", "merge_experts", "routed_mlp", "timestep_gate"):
     importlib.import_module(f"switch_moe.kernels.{stem}")
 
 
@@ -63,6 +63,18 @@ def test_nothing_new_is_launched_after_it(autocast: bool, launched: set) -> None
         step(model, 5)
     assert len(launched) >= 8
     assert {name for name, _, _ in launched - warmed} == set()
+
+
+@pytest.mark.parametrize("choice", [{"top_k": 2, "shared_hidden_size": 4}, {"capacity": 1.5, "time_size": 3}])
+def test_nothing_new_is_launched_by_a_token_layer(choice: dict, launched: set) -> None:
+    layer = TokenMoE(8, 3, expert_hidden_size=4, bias=True, backend="triton", **choice)
+    warm_up(layer, [(2, 4)])
+    warmed = launched.copy()
+    launched.clear()
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    layer(x, time_embedding=torch.randn(2, 3) if "time_size" in choice else None).sum().backward()
+    assert {"_hidden_kernel", "_combine_kernel", "_weight_grad_kernel"} <= {name for name, _, _ in launched}
+    assert launched <= warmed
 
 
 def test_another_kind_of_step_is_noticed(launched: set) -> None:

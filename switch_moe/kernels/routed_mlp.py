@@ -99,8 +99,8 @@ def backward(
         _product_and_combine(
             grad_pre, weight_in, None, None, offsets, slot, None, of_x, grads[0], transposed=True
         )
-    of_in = _weight_grad(x, grad_pre, offsets, row, of_x, grads[1], of_rows=0) if want_in else None
-    of_out = _weight_grad(units, grad, offsets, row, of_x, grads[3], of_rows=1) if want_out else None
+    of_in = _weight_grad(x, grad_pre, offsets, row, of_x, grads[1], left_of_rows=True) if want_in else None
+    of_out = _weight_grad(units, grad, offsets, row, of_x, grads[3], left_of_rows=False) if want_out else None
     for wants, sums, out in ((want_bias_in, sums_pre, grads[2]), (want_bias_out, sums_out, grads[4])):
         if wants:
             columns = out.shape[1]
@@ -135,9 +135,9 @@ def _product_and_combine(
 
 
 def _weight_grad(
-    left: Tensor, right: Tensor, offsets: Tensor, row: Tensor, of_x: Kind, out: Tensor, of_rows: int
+    left: Tensor, right: Tensor, offsets: Tensor, row: Tensor, of_x: Kind, out: Tensor, left_of_rows: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """``dW_e = sum_p left_p^T right_p`` over the pairs p of e, where one of the two is of the row of p.
+    """``dW_e = sum_p left_p^T right_p`` over the pairs p of e, where one of the two is that of the row of p.
 
     Where the pairs are split it returns the partial sums, and ``out``, which they add up to.
     """
@@ -151,8 +151,8 @@ def _weight_grad(
         partial = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     launch(
         _weight_grad_kernel, tiles * splits, left, right, offsets, row, partial, splits,
-        D_LEFT=rows, D_RIGHT=cols, M=num_experts, OF_ROWS=of_rows, PRECISION=PRECISIONS[of_x.precision],
-        **constants(tile),
+        D_LEFT=rows, D_RIGHT=cols, M=num_experts, LEFT_OF_ROWS=left_of_rows,
+        PRECISION=PRECISIONS[of_x.precision], **constants(tile),
     )  # fmt: skip
     return None if splits == 1 else (partial, out)
 
@@ -348,15 +348,14 @@ def _hidden_grad_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def _weight_grad_kernel(
     left_ptr, right_ptr, offsets_ptr, row_ptr, out_ptr, splits,
-    D_LEFT: tl.constexpr, D_RIGHT: tl.constexpr, M: tl.constexpr, OF_ROWS: tl.constexpr,
+    D_LEFT: tl.constexpr, D_RIGHT: tl.constexpr, M: tl.constexpr, LEFT_OF_ROWS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out_e = sum_p left_p^T right_p`` over the pairs p of expert e.
 
-    Of left [.., D_LEFT] and right [.., D_RIGHT] the one of number OF_ROWS is read at the row of a pair, the
-    other at the pair itself. A program owns [BLOCK_M, BLOCK_N] of one expert, over one of ``splits`` parts of
-    its pairs. Each step loads the rows of the next; if it loaded its own, the pipeline of tiles would lose a
-    stage.
+    One of left [.., D_LEFT] and right [.., D_RIGHT] is read at the row of a pair, by LEFT_OF_ROWS, the other
+    at the pair itself. A program owns [BLOCK_M, BLOCK_N] of one expert, over one of ``splits`` parts of its
+    pairs. Each step loads the rows of the next; with its own the pipeline of tiles would lose a stage.
     """
     BLOCKS_I: tl.constexpr = (D_LEFT + BLOCK_M - 1) // BLOCK_M
     BLOCKS_O: tl.constexpr = (D_RIGHT + BLOCK_N - 1) // BLOCK_N
@@ -375,8 +374,8 @@ def _weight_grad_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(begin, end, BLOCK_K):
         inside = k < end - first
-        left_row = (row if OF_ROWS == 0 else first + k).to(tl.int64) * D_LEFT
-        right_row = (row if OF_ROWS == 1 else first + k).to(tl.int64) * D_RIGHT
+        left_row = (row if LEFT_OF_ROWS else first + k).to(tl.int64) * D_LEFT
+        right_row = (first + k if LEFT_OF_ROWS else row).to(tl.int64) * D_RIGHT
         left_mask = inside[None, :] & (i < D_LEFT)[:, None]
         right_mask = inside[:, None] & (o < D_RIGHT)[None, :]
         left = tl.load(left_ptr + left_row[None, :] + i[:, None], mask=left_mask, other=0.0)
