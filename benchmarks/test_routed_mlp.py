@@ -1,8 +1,7 @@
-"""routed_mlp: a layer of DiT-MoE, whose tokens choose experts, and one of EC-DIT, whose experts choose tokens."""
+"""routed_mlp in a layer of DiT-MoE, whose tokens choose experts, and of EC-DIT, whose experts choose tokens."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -30,10 +29,10 @@ def test_routed_mlp(bench, case, which) -> None:
 
 
 def routed_case(
-    device: str, dtype: torch.dtype, samples: int, tokens: int, size: int, experts: int = 8, top_k: int = 2, *,
-    experts_choose: bool,
+    device: str, dtype: torch.dtype, samples: int, tokens: int, size: int, experts: int = 8, top_k: int = 2,
+    *, experts_choose: bool,
 ) -> Case:  # fmt: skip
-    """One layer: SwiGLU and a shared expert of half the width, as DiT-MoE has, or GELU and biases (EC-DIT)."""
+    """One layer: SwiGLU and a shared expert of half the width (DiT-MoE), or GELU and biases (EC-DIT)."""
     rows, hidden, gated = samples * tokens, 4 * size, not experts_choose
     width, chosen = 2 * hidden if gated else hidden, tokens * top_k // experts
     names = WEIGHTS if experts_choose else ("weight_in", "weight_out", *SHARED)
@@ -62,11 +61,19 @@ def routed_case(
         """The weights of one expert as the layers of the official code hold them."""
         of_in, of_out = i["weight_in"][e].t(), i["weight_out"][e].t()
         if experts_choose:
-            found = {"weight in": of_in, "bias in": i["bias_in"][e], "weight out": of_out, "bias out": i["bias_out"][e]}
+            found = {
+                "weight in": of_in,
+                "bias in": i["bias_in"][e],
+                "weight out": of_out,
+                "bias out": i["bias_out"][e],
+            }
         else:
             first, second = of_in.chunk(2)
             found = {"weight first": first, "weight second": second, "weight down": of_out}
-        return {f"{name} {e}": tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
+        return {
+            f"{name} {e}": tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in found.items()
+        }
 
     def shared_weights(i: Inputs) -> list[Tensor]:
         """Those of the shared expert as nn.Linear has them."""
@@ -112,13 +119,27 @@ def routed_case(
         own = [[i[name] for name in given] for given in own_names]
         if experts_choose:
             of_in, b_in, of_out, b_out = (torch.stack(same) for same in zip(*own, strict=True))
-            return run({**i, "weight_in": of_in.mT, "bias_in": b_in, "weight_out": of_out.mT, "bias_out": b_out}, backend="reference")
+            return run(
+                {**i, "weight_in": of_in.mT, "bias_in": b_in, "weight_out": of_out.mT, "bias_out": b_out},
+                backend="reference",
+            )
         first, second, down = (torch.stack(same) for same in zip(*own, strict=True))
-        return run({**i, "weight_in": torch.cat([first, second], 1).mT, "weight_out": down.mT}, backend="reference")
+        return run(
+            {**i, "weight_in": torch.cat([first, second], 1).mT, "weight_out": down.mT}, backend="reference"
+        )
 
-    kinds = ("weight in", "bias in", "weight out", "bias out") if experts_choose else ("weight first", "weight second", "weight down")
+    kinds = (
+        ("weight in", "bias in", "weight out", "bias out")
+        if experts_choose
+        else ("weight first", "weight second", "weight down")
+    )
     own_names = [[f"{kind} {e}" for kind in kinds] for e in range(experts)]
-    official_leaves = ("x", *(name for given in own_names for name in given), *names[2 if gated else 4 :], "gate")
+    official_leaves = (
+        "x",
+        *(name for given in own_names for name in given),
+        *names[2 if gated else 4 :],
+        "gate",
+    )
     leaves = ("x", *names, "gate")
     contenders = [
         Contender(SWITCH_MOE, run, exact, leaves, ("index",), True),

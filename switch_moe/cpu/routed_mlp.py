@@ -1,10 +1,10 @@
 """Two-layer experts over routes on a CPU: products for each expert, and compiled passes around them.
 
-An expert takes its rows a part at a time. What a part needs besides results lies in a workspace, and between two
-products it is passed over once (``csrc/routed_mlp.h``).
+An expert takes its rows a part at a time. What a part needs besides results lies in a workspace, and between
+two products it is passed over once (``csrc/routed_mlp.h``).
 
-Legend: R rows, P pairs of a row and an expert, n pairs of a part, D hidden size, H units, W numbers before the
-activation (2H for SwiGLU, else H).
+Legend: R rows, P pairs of a row and an expert, n pairs of a part, D hidden size, H units, W numbers before
+the activation (2H for SwiGLU, else H).
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from torch import Tensor
 from .. import native
 from ..experts import LinearExperts, RoutedExperts
 from ..native import address
-from .expert_linear import DTYPE_CODE, WORKSPACE_BYTES, fused_product, vector_width, workspace
+from . import expert_linear as linear
+from .expert_linear import DTYPE_CODE, WORKSPACE_BYTES, workspace
 
-_ACTIVATION_CODE = {"gelu": 0, "gelu_erf": 1, "relu": 2, "swiglu": 3, "swiglu_second": 4}  # Activation of csrc
+_ACTIVATION_CODE = {
+    "gelu": 0,
+    "gelu_erf": 1,
+    "relu": 2,
+    "swiglu": 3,
+    "swiglu_second": 4,
+}  # Activation of csrc
 _MOST_PAIRS = 2048  # of a part
 
 # Multiply-adds from which the compiled product of float32 beats torch's; below, its packing does not pay.
@@ -123,8 +130,12 @@ def _parts(experts: RoutedExperts, *columns: int) -> tuple[list[_Part], list[Ten
         cuts = [start + (end - start) * i // count for i in range(count + 1)] if count else []
         for i, pairs in enumerate(itertools.starmap(slice, itertools.pairwise(cuts))):
             parts.append(_Part(e, pairs, experts.row[pairs], experts.gate[pairs], i == 0, i == count - 1))
-    rows = -(-max((part.count for part in parts), default=1) // 16) * 16  # a matrix begins on a line of the cache
-    pieces = workspace(dtype, rows * total, 1).view(-1)[: rows * sum(columns)].split([rows * n for n in columns])
+    rows = (
+        -(-max((part.count for part in parts), default=1) // 16) * 16
+    )  # a matrix begins on a line of the cache
+    pieces = (
+        workspace(dtype, rows * total, 1).view(-1)[: rows * sum(columns)].split([rows * n for n in columns])
+    )
     return parts, [piece.view(rows, n) for piece, n in zip(pieces, columns, strict=True)]
 
 
@@ -171,10 +182,12 @@ def _multiply(a: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
     if (
         a.dtype == torch.float32
         and a.shape[0] * weight.numel() >= _COMPILED_FROM
-        and vector_width(torch.float32) > 0
+        and linear.vector_width(torch.float32) > 0
     ):
         index, gate = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
-        fused_product(a[None], LinearExperts(weight[None], None, index, gate), None, [1], transposed, out)
+        linear.fused_product(
+            a[None], LinearExperts(weight[None], None, index, gate), None, [1], transposed, out
+        )
     else:
         torch.mm(a, weight.t() if transposed else weight, out=out)
 

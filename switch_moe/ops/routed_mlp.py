@@ -58,8 +58,8 @@ def routed_mlp(
         activation: ``gelu`` (tanh), ``gelu_erf``, ``relu``, or SwiGLU (arXiv 2002.05202) of the halves
             ``[a, b]`` of the hidden layer: ``swiglu`` is ``SiLU(a) * b``, ``swiglu_second`` ``a * SiLU(b)``.
         base: ``[R, D]``, what is added to, for example the output of a shared expert.
-        backend: ``auto`` or ``reference`` (plain PyTorch, any device, also float64: every expert on every
-            row). On CUDA tensors routes are not checked, which would wait for the host.
+        backend: ``auto``, ``native`` (CPU) or ``reference`` (plain PyTorch, any device, also float64: every
+            expert on every row). On CUDA tensors routes are not checked, which would wait for the host.
 
     Returns:
         ``[R, D]`` in the type of ``x``, differentiable in all floating arguments and in ``routes.gate``. Of
@@ -117,6 +117,8 @@ class _RoutedMLP(torch.autograd.Function):
             again = differentiable_gradients(function, inputs, [grad_out], needed[:9])
             return (*again, grad_base, None, None, None)
         wanted = [*needed[:5], needed[8]]
+        if not any(wanted):  # then the hidden layer was not kept
+            return (*[None] * 9, grad_base, None, None, None)
         found = _backward(grad_out, *inputs, hidden, ctx.activation, wanted, ctx.path)
         grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         return (*grads[:5], None, None, None, grads[5], grad_base, None, None, None)
