@@ -1,4 +1,4 @@
-"""What routed_mlp is measured against: layers in the structure of DiT-MoE's and EC-DIT's code, grouped products."""
+"""What routed_mlp is measured against: layers structured as DiT-MoE's and EC-DIT's code, grouped products."""
 
 from __future__ import annotations
 

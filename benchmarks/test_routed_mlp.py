@@ -1,4 +1,4 @@
-"""routed_mlp in a layer of DiT-MoE, whose tokens choose experts, and of EC-DIT, whose experts choose tokens."""
+"""routed_mlp as a layer of DiT-MoE, whose tokens choose experts, and of EC-DIT, whose experts choose."""
 
 from __future__ import annotations
 

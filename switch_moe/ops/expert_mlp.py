@@ -102,17 +102,18 @@ def expert_mlp(
 def _of_rows(x: Tensor, experts: MLPExperts, gated: bool) -> Tensor:
     """The tokens as rows of :func:`routed_mlp`, those of a sample with the routes of the sample."""
     _, tokens, size = x.shape
-    *weights, index, gate = experts
-    top_k, num_experts = index.shape[1], len(experts.weight_in)
-    offsets, pair, slot = route_pairs(index, num_experts)
+    weight_in, bias_in, weight_out, bias_out, index, gate = experts
+    top_k = index.shape[1]
+    offsets, pair, slot = route_pairs(index, len(weight_in))
     token = torch.arange(tokens, dtype=torch.int32, device=x.device)
     row = (pair // top_k * tokens)[:, None] + token  # [B*k, T]
     slot = (slot * tokens)[:, None] + token[:, None]  # [B, T, k]
     by_expert = as_gate(gate, x).flatten().index_select(0, pair)  # its gradient adds in a fixed order
     gates = by_expert[:, None].expand(-1, tokens)
     routes = Routes(offsets * tokens, row.flatten(), slot.flatten(0, 1), gates.flatten())
-    activation = "swiglu" if gated else "gelu"
-    return routed_mlp(x.reshape(-1, size), *weights, routes, activation, backend="native").view_as(x)
+    activation, rows = "swiglu" if gated else "gelu", x.reshape(-1, size)
+    out = routed_mlp(rows, weight_in, bias_in, weight_out, bias_out, routes, activation, backend="native")
+    return out.view_as(x)
 
 
 def _check(x: Tensor, experts: MLPExperts, gated: bool) -> None:
