@@ -1,5 +1,4 @@
-"""What routed_mlp is measured against: the layers of DiT-MoE and of EC-DIT as their authors structure them, and a
-gather around grouped products of torch."""
+"""What routed_mlp is measured against: layers structured as DiT-MoE's and EC-DIT's code, grouped products."""
 
 from __future__ import annotations
 
@@ -11,16 +10,13 @@ from torch.nn import functional as F
 
 from benchmarks.baselines import activation
 
-Linear = tuple[Tensor, Tensor | None]
-"""Weight ``[out, in]`` and bias of nn.Linear."""
-
 
 def dit_moe(x: Tensor, experts: Sequence[Sequence[Tensor]], index: Tensor, gate: Tensor) -> Tensor:
     """The training forward of DiT-MoE (arXiv 2407.11633): k copies of every row, a mask for each expert.
 
     Args:
-        x: rows, ``[R, D]``. experts: of each the weights of nn.Linear that make SwiGLU, ``[H, D]``, ``[H, D]``
-            and ``[D, H]``. index, gate: ``[R, k]``.
+        x: rows, ``[R, D]``. experts: of each the weights of nn.Linear that make SwiGLU, ``[H, D]``,
+            ``[H, D]`` and ``[D, H]``. index, gate: ``[R, k]``.
     """
     copies = x.repeat_interleave(index.shape[1], 0)
     chosen, out = index.flatten(), torch.empty_like(copies)
@@ -57,7 +53,8 @@ def grouped(
 
     Args:
         x: rows, ``[R, D]``. Weights and biases as in :func:`switch_moe.ops.routed_mlp`.
-        row, expert, gate: of the pairs by expert, ``[P]``. ends: the last pair of each expert + 1, int32 ``[M]``.
+        row, expert, gate: of the pairs by expert, ``[P]``. ends: the last pair of each expert + 1, int32
+            ``[M]``.
     """
     hidden = F.grouped_mm(x[row], weight_in, offs=ends)
     hidden = hidden if bias_in is None else hidden + bias_in[expert]

@@ -1,8 +1,7 @@
-"""routed_mlp: a layer of DiT-MoE, whose tokens choose experts, and one of EC-DIT, whose experts choose tokens."""
+"""routed_mlp as a layer of DiT-MoE, whose tokens choose experts, and of EC-DIT, whose experts choose."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -30,10 +29,10 @@ def test_routed_mlp(bench, case, which) -> None:
 
 
 def routed_case(
-    device: str, dtype: torch.dtype, samples: int, tokens: int, size: int, experts: int = 8, top_k: int = 2, *,
-    experts_choose: bool,
+    device: str, dtype: torch.dtype, samples: int, tokens: int, size: int, experts: int = 8, top_k: int = 2,
+    *, experts_choose: bool,
 ) -> Case:  # fmt: skip
-    """One layer: SwiGLU and a shared expert of half the width, as DiT-MoE has, or GELU and biases (EC-DIT)."""
+    """One layer: SwiGLU and a shared expert of half the width (DiT-MoE), or GELU and biases (EC-DIT)."""
     rows, hidden, gated = samples * tokens, 4 * size, not experts_choose
     width, chosen = 2 * hidden if gated else hidden, tokens * top_k // experts
     names = WEIGHTS if experts_choose else ("weight_in", "weight_out", *SHARED)

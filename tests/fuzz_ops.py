@@ -106,7 +106,29 @@ def expert_mlp(r: Chooser) -> tuple[Function, Arguments]:
         "weight_out": r.tensor(experts, hidden, size, dtype=dtype) / max(hidden, 1) ** 0.5,
         "bias_out": r.tensor(experts, size, dtype=dtype) if bias else None,
         "expert_index": index, "expert_gate": gate, "gated": gated,
-        "backend": backend(r, ("auto", "reference"), batch * tokens * size * hidden, dtype),
+        "backend": backend(r, ("auto", "native", "reference"), batch * tokens * size * hidden, dtype),
+    }  # fmt: skip
+
+
+def routed_mlp(r: Chooser) -> tuple[Function, Arguments]:
+    rows, size, hidden, slots = r.choice(SIZES), r.choice(SIZES), r.choice(SIZES), r.randint(1, 4)
+    experts, dtype, bias = r.randint(1, 5), r.choice(FLOATS), r.random() < 0.7
+    activation = r.choice(("gelu", "gelu_erf", "relu", "swiglu", "swiglu_second"))
+    width = 2 * hidden if activation.startswith("swiglu") else hidden
+
+    def of_rows(index: Tensor, gate: Tensor, **options: Any) -> Tensor:
+        return ops.routed_mlp(routes=Routes.of_rows(index, gate, experts), **options)
+
+    return of_rows, {
+        "x": r.tensor(rows, size, dtype=dtype),
+        "weight_in": r.tensor(experts, size, width, dtype=dtype) / max(size, 1) ** 0.5,
+        "bias_in": r.tensor(experts, width, dtype=dtype) if bias else None,
+        "weight_out": r.tensor(experts, hidden, size, dtype=dtype) / max(hidden, 1) ** 0.5,
+        "bias_out": r.tensor(experts, size, dtype=dtype) if bias else None,
+        "index": r.integers(-1, experts, rows, slots, dtype=r.choice((torch.int32, torch.int64))),
+        "gate": r.tensor(rows, slots).abs(), "activation": activation,
+        "base": r.tensor(rows, size, dtype=dtype) if r.random() < 0.5 else None,
+        "backend": r.choice(("auto", "native", "reference")),
     }  # fmt: skip
 
 
@@ -196,7 +218,8 @@ def layer(r: Chooser) -> tuple[Function, Arguments]:
 
 
 OPERATIONS = (
-    expert_linear, expert_linear, expert_mlp, timestep_gate, token_gate, diffusion_prior_loss, layer
+    expert_linear, expert_linear, expert_mlp, routed_mlp, timestep_gate, token_gate, diffusion_prior_loss,
+    layer,
 )  # fmt: skip
 
 

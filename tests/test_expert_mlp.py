@@ -380,14 +380,25 @@ def test_true_float32_unless_tf32_is_allowed() -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_auto_is_the_reference_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_native_on_a_cpu(shape: tuple[int, ...], gated: bool, dtype: torch.dtype) -> None:
+    arguments = make_inputs(shape, gated, dtype, "cpu")
+    check(*arguments, gated, backend="native")
+    found = (forward_backward(expert_mlp, *arguments, gated, backend=name) for name in ("native", "auto"))
+    assert all(map(torch.equal, *found))
+
+
+def test_second_derivatives_on_a_cpu() -> None:
     (*tensors, gate), index, grad = make_inputs((2, 3, 4, 5, 3, 2), True, torch.float32, "cpu")
-    expected = reference(*tensors, index, gate, True)
-    assert torch.equal(expert_mlp(*tensors, index, gate, True), expected)
-    x = tensors[0].clone().requires_grad_()
-    (first,) = torch.autograd.grad(expert_mlp(x, *tensors[1:], index, gate, True), x, grad, create_graph=True)
-    first.sum().backward()  # plain PyTorch: differentiable again
-    assert x.grad is not None
+
+    def second(backend: str) -> Tensor:
+        x = tensors[0].clone().requires_grad_()
+        out = expert_mlp(x, *tensors[1:], index, gate, True, backend=backend)
+        (first,) = torch.autograd.grad(out, x, grad, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    assert_close("second derivative", second("native"), second("reference"), 1e-5)
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +466,6 @@ def test_reference_gradients(gated: bool) -> None:
             "at least one expert must be chosen",
         ),
         ({"gated": True, "weight_in": torch.zeros(3, 4, 9)}, ValueError, "its last size must be even"),
-        ({"backend": "native"}, RuntimeError, "expert_mlp has no compiled kernel for cpu tensors; use"),
     ],
 )  # fmt: skip
 def test_errors(change: dict, error: type[Exception], message: str) -> None:

@@ -1,10 +1,10 @@
 """Two-layer experts over routes on a CPU: products for each expert, and compiled passes around them.
 
-An expert takes its rows a part at a time. What a part needs besides results lies in a workspace, and between two
-products it is passed over once (``csrc/routed_mlp.h``).
+An expert takes its rows a part at a time. What a part needs besides results lies in a workspace, and between
+two products it is passed over once (``csrc/routed_mlp.h``).
 
-Legend: R rows, P pairs of a row and an expert, n pairs of a part, D hidden size, H units, W numbers before the
-activation (2H for SwiGLU, else H).
+Legend: R rows, P pairs of a row and an expert, n pairs of a part, D hidden size, H units, W numbers before
+the activation (2H for SwiGLU, else H).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from .. import native
 from ..experts import LinearExperts, RoutedExperts
 from ..native import address
-from .expert_linear import DTYPE_CODE, WORKSPACE_BYTES, fused_product, vector_width, workspace
+from . import expert_linear as linear
+from .expert_linear import DTYPE_CODE, WORKSPACE_BYTES, workspace
 
 _ACTIVATION_CODE = {
     "gelu": 0,
@@ -48,7 +49,7 @@ def forward(
     _, units, size = experts.weight_out.shape
     parts, room = _parts(experts, size, 0 if keep else experts.weight_in.shape[2], units, size)
     for part in parts:
-        rows, hidden, active, mlp = (buffer[: part.count] for buffer in room)
+        rows, hidden, active, mlp = (buffer[: part.length] for buffer in room)
         if keep:
             hidden = pre[part.pairs]
         _gather(x, part, rows)
@@ -73,7 +74,7 @@ def backward(
     of_weight_in, of_weight_out = (_WeightGradient(grads[i], parts) for i in (1, 3))
     of_gate = torch.zeros_like(experts.gate)
     for part in parts:
-        rows, grad_rows, of_units, of_hidden, of_rows = (buffer[: part.count] for buffer in room)
+        rows, grad_rows, of_units, of_hidden, of_rows = (buffer[: part.length] for buffer in room)
         _gather(grad, part, grad_rows)
         _multiply(grad_rows, experts.weight_out[part.expert], True, of_units)
         _activate_backward(pre[part.pairs], part, activation, of_units, of_hidden, of_gate[part.pairs])
@@ -108,7 +109,7 @@ class _Part(NamedTuple):
     last: bool
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         """n."""
         return self.row.shape[0]
 
@@ -130,7 +131,7 @@ def _parts(experts: RoutedExperts, *columns: int) -> tuple[list[_Part], list[Ten
         for i, pairs in enumerate(itertools.starmap(slice, itertools.pairwise(cuts))):
             parts.append(_Part(e, pairs, experts.row[pairs], experts.gate[pairs], i == 0, i == count - 1))
     rows = (
-        -(-max((part.count for part in parts), default=1) // 16) * 16
+        -(-max((part.length for part in parts), default=1) // 16) * 16
     )  # a matrix begins on a line of the cache
     pieces = (
         workspace(dtype, rows * total, 1).view(-1)[: rows * sum(columns)].split([rows * n for n in columns])
@@ -163,8 +164,9 @@ class _WeightGradient:
 
 
 def _in_float32(experts: RoutedExperts) -> RoutedExperts:
-    wide = [None if tensor is None else tensor.float() for tensor in experts[:4]]
-    return RoutedExperts(*wide, *experts[4:])  # type: ignore[arg-type]
+    weight_in, bias_in, weight_out, bias_out = experts[:4]
+    bias_in, bias_out = (None if bias is None else bias.float() for bias in (bias_in, bias_out))
+    return RoutedExperts(weight_in.float(), bias_in, weight_out.float(), bias_out, *experts[4:])
 
 
 def _sums_of(result: Tensor) -> Tensor:
@@ -181,10 +183,12 @@ def _multiply(a: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
     if (
         a.dtype == torch.float32
         and a.shape[0] * weight.numel() >= _COMPILED_FROM
-        and vector_width(torch.float32) > 0
+        and linear.vector_width(torch.float32) > 0
     ):
         index, gate = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
-        fused_product(a[None], LinearExperts(weight[None], None, index, gate), None, [1], transposed, out)
+        linear.fused_product(
+            a[None], LinearExperts(weight[None], None, index, gate), None, [1], transposed, out
+        )
     else:
         torch.mm(a, weight.t() if transposed else weight, out=out)
 
@@ -194,15 +198,15 @@ def _multiply(a: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
 
 def _gather(x: Tensor, part: _Part, out: Tensor) -> None:
     native.cpu.require().gather_rows(
-        address(x, x.dtype, x.numel()), part.count, address(part.row, torch.int32, part.count), x.shape[1],
-        DTYPE_CODE[x.dtype], torch.get_num_threads(), address(out, x.dtype, part.count * x.shape[1]),
+        address(x, x.dtype, x.numel()), part.length, address(part.row, torch.int32, part.length), x.shape[1],
+        DTYPE_CODE[x.dtype], torch.get_num_threads(), address(out, x.dtype, part.length * x.shape[1]),
     )  # fmt: skip
 
 
 def _add_rows(y: Tensor, bias: Tensor | None, part: _Part, gate: Tensor | None, out: Tensor) -> None:
     native.cpu.require().add_rows(
-        address(y, y.dtype, y.numel()), address(bias, y.dtype, y.shape[1]), part.count,
-        address(part.row, torch.int32, part.count), address(gate, torch.float32, part.count), y.shape[1],
+        address(y, y.dtype, y.numel()), address(bias, y.dtype, y.shape[1]), part.length,
+        address(part.row, torch.int32, part.length), address(gate, torch.float32, part.length), y.shape[1],
         DTYPE_CODE[y.dtype], torch.get_num_threads(), address(out, torch.float32, out.numel()),
     )  # fmt: skip
 
@@ -218,7 +222,7 @@ def _activate(hidden: Tensor, bias: Tensor | None, activation: str, out: Tensor)
 def _activate_backward(
     hidden: Tensor, part: _Part, activation: str, of_units: Tensor, of_hidden: Tensor, of_gate: Tensor
 ) -> None:
-    dtype, count, width = hidden.dtype, part.count, hidden.shape[1]
+    dtype, count, width = hidden.dtype, part.length, hidden.shape[1]
     native.cpu.require().activate_backward(
         address(hidden, dtype, count * width), count, address(part.gate, torch.float32, count),
         of_units.shape[1], _ACTIVATION_CODE[activation], DTYPE_CODE[dtype], torch.get_num_threads(),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..experts import MLPExperts
 from ..reference.expert_mlp import expert_mlp as reference_expert_mlp
+from ..routes import Routes
 from ._backend import KERNEL_DTYPES, choose, operation
 from ._checks import (
     FLOATS,
@@ -26,8 +27,10 @@ from ._checks import (
 from ._gradient import create_graph, differentiable_gradients
 from ._operator import autocast_dtype, cast, contiguous, operator
 from .dispatch import check_given_schedule, check_schedule, schedule_of
+from .route_pairs import route_pairs
+from .routed_mlp import routed_mlp
 
-_OPERATION = operation("expert_mlp", triton=True, dtypes=KERNEL_DTYPES)
+_OPERATION = operation("expert_mlp", native=("cpu",), triton=True, dtypes=KERNEL_DTYPES)
 
 
 def expert_mlp(
@@ -58,13 +61,13 @@ def expert_mlp(
         schedule: of :func:`dispatch` for this ``expert_index``, which saves the kernels a launch. On a GPU
             nobody checks that it is.
         gated: SwiGLU, ``SiLU(a) * b`` of the two halves (arXiv 2002.05202), instead of GELU (tanh).
-        backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only) or ``reference`` (plain
-            PyTorch, any device, also float64). On CUDA tensors indices are not checked, which would wait for
-            the host: the kernels take one out of range for expert 0 with a gate of NaN.
+        backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only), ``native`` (CPU) or
+            ``reference`` (plain PyTorch, any device, also float64). On CUDA tensors indices are not checked,
+            which would wait for the host: the kernels take one out of range for expert 0 with a gate of NaN.
 
     Returns:
-        ``[B, T, D]`` in the type of ``x``, differentiable in all floating arguments. The kernels keep
-        ``x W_in + b_in``, ``[B, k, T, H or 2H]``, for the backward.
+        ``[B, T, D]`` in the type of ``x``, differentiable in all floating arguments. All but the reference
+        keep ``x W_in + b_in``, ``[B, k, T, H or 2H]``, for the backward.
 
     Raises:
         ValueError: a shape, device or index does not fit. TypeError: a type does not.
@@ -88,10 +91,29 @@ def expert_mlp(
         check_range("expert_index", expert_index, len(weight_in), "the experts")
     if path == "reference":
         return reference_expert_mlp(x, experts._replace(expert_gate=as_gate(expert_gate, x)), gated)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *experts))
     check_given_schedule(schedule, expert_index, len(weight_in))
+    if path == "native":
+        return _of_rows(x, experts, gated)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *experts))
     out: Tensor = _ExpertMLP.apply(x, *experts, schedule, gated, keep)
     return out
+
+
+def _of_rows(x: Tensor, experts: MLPExperts, gated: bool) -> Tensor:
+    """The tokens as rows of :func:`routed_mlp`, those of a sample with the routes of the sample."""
+    _, tokens, size = x.shape
+    weight_in, bias_in, weight_out, bias_out, index, gate = experts
+    top_k = index.shape[1]
+    offsets, pair, slot = route_pairs(index, len(weight_in))
+    token = torch.arange(tokens, dtype=torch.int32, device=x.device)
+    row = (pair // top_k * tokens)[:, None] + token  # [B*k, T]
+    slot = (slot * tokens)[:, None] + token[:, None]  # [B, T, k]
+    by_expert = as_gate(gate, x).flatten().index_select(0, pair)  # its gradient adds in a fixed order
+    gates = by_expert[:, None].expand(-1, tokens)
+    routes = Routes(offsets * tokens, row.flatten(), slot.flatten(0, 1), gates.flatten())
+    activation, rows = "swiglu" if gated else "gelu", x.reshape(-1, size)
+    out = routed_mlp(rows, weight_in, bias_in, weight_out, bias_out, routes, activation, backend="native")
+    return out.view_as(x)
 
 
 def _check(x: Tensor, experts: MLPExperts, gated: bool) -> None:
