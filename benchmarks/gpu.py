@@ -41,8 +41,8 @@ QUICK = "not broken"  # kernels broken on purpose need no GPU to be noticed
 CALCULATES = f"{QUICK} and not compile and not opcheck"
 SANITIZED = ("dispatch", "expert_linear_kernels", "timestep_gate", "token_gate", "route_pairs",
              "diffusion_prior", "linear_assignment")  # fmt: skip
-MEASURED = ("expert_linear", "layer", "expert_mlp", "steps", "growth", "timestep_gate", "token_gate",
-            "diffusion_prior", "linear_assignment")  # fmt: skip
+MEASURED = ("expert_linear", "layer", "expert_mlp", "routed_mlp", "steps", "growth", "timestep_gate",
+            "token_gate", "diffusion_prior", "linear_assignment", "family_steps")  # fmt: skip
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # Without the options that ask for pytest-xdist, which may be missing, and without tests that use no GPU.
 TESTS = [*PYTEST, "-o", "addopts=--strict-markers --import-mode=append", "--on-gpu"]
