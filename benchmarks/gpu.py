@@ -39,8 +39,8 @@ MARGIN = 45.0  # seconds for the benchmark that begins last; torch.compile takes
 ASSEMBLED = ("expert_linear_kernels", "expert_mlp", "routed_mlp_kernels", "dispatch")
 QUICK = "not broken"  # kernels broken on purpose need no GPU to be noticed
 CALCULATES = f"{QUICK} and not compile and not opcheck"
-SANITIZED = ("dispatch", "expert_linear_kernels", "timestep_gate", "token_gate", "route_pairs",
-             "diffusion_prior", "linear_assignment")  # fmt: skip
+SANITIZED = ("dispatch", "expert_linear_kernels", "routed_mlp_kernels", "timestep_gate", "token_gate",
+             "route_pairs", "diffusion_prior", "linear_assignment")  # fmt: skip
 MEASURED = ("expert_linear", "layer", "expert_mlp", "routed_mlp", "steps", "growth", "timestep_gate",
             "token_gate", "diffusion_prior", "linear_assignment", "family_steps")  # fmt: skip
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
