@@ -310,7 +310,7 @@ def test_compile(device: str, small_tiles) -> None:
         assert_close(name, found, eager[name], 1e-6)
 
 
-# Each a mistake that someone could make; the tests above must see it.
+# Each a mistake that someone could make; the tests above must see it. None leaves the tensors.
 MUTATIONS = {
     "forgets the gate": ("if SCALE:\n        out *=", "if False:\n        out *="),
     "gives all pairs the first gates": ("out *= tl.load(gate_ptr + pair", "out *= tl.load(gate_ptr"),
@@ -321,16 +321,16 @@ MUTATIONS = {
     "drops the second bias": ("if BIAS:\n        out +=", "if False:\n        out +="),
     "leaves the bias out of dgate": ("grad_gate += tl.sum(dy * c", "pass  # tl.sum(dy * c"),
     "does not scale db2": ("tl.sum(gate[:, None] * dy, 0)", "tl.sum(dy, 0)"),
-    "reads pairs for rows": ("x_ptr, row * D,", "x_ptr, (pair + p) * D,"),
+    "does not gather": ("x_ptr, row * D,", "x_ptr, (pair + p) // 4 * D,"),
     "reads the rows a step late": ("row_ptr + first + BLOCK_K", "row_ptr + first"),
-    "gathers the wrong factor": ("(first + k if LEFT_OF_ROWS else row)", "(first + k)"),
-    "reaches into the next expert": ("tl.minimum(end - begin, ROWS)", "ROWS"),
+    "reads one row of the gradient": ("if LEFT_OF_ROWS else row)", "if LEFT_OF_ROWS else 0 * row)"),
+    "loses the last pair of a tile": ("tl.minimum(end - begin, ROWS)", "tl.minimum(end - begin, ROWS - 1)"),
     "starts each tile at the first pair": (" + inside * ROWS", ""),
     "launches a tile too few": ("pairs // rows + num_experts)", "pairs // rows)"),
     "forgets a split": ("begin + split * length, end)", "begin, end)"),
-    "adds the tiles of another expert": ("e < expert, tiles", "e <= expert, tiles"),
+    "adds the tiles of another expert": ("e < expert, tiles", "e < expert - 1, tiles"),
     "forgets the base": ("if BASE:", "if False:"),
-    "takes empty slots for pairs": ("tl.where(pair >= 0, N, 0)", "N"),
+    "takes the first pair for none": ("tl.where(pair >= 0, N, 0)", "tl.where(pair > 0, N, 0)"),
     "takes one slot only": ("tl.range(0, SLOTS,", "tl.range(0, 1,"),
     "swaps the halves": ("slope_b = (s + b * s * (1 - s)) * a", "slope_b = b * s"),
     "forgets the density": ("slope_a = s + a * 0.3989422804014327", "slope_a = s + 0 * a"),
