@@ -73,8 +73,8 @@ class NoiseMoE(TokenMoE):
         sample: whether training draws; otherwise it takes the likeliest too.
         expert_hidden_size: H, 4 D by default. router_hidden_size: 2 ``time_size`` by default.
         time_size: of the time embedding, D by default.
-        backend: see :func:`switch_moe.ops.routed_mlp`; ``triton`` and ``reference`` are also that of
-            :func:`switch_moe.ops.expert_mlp`, which evaluates samples of several noise levels on a GPU.
+        backend: of :func:`switch_moe.ops.routed_mlp`, which trains, and of
+            :func:`switch_moe.ops.expert_mlp`, which evaluates samples of several noise levels.
 
     Parameters: ``router.*``, see :class:`NoiseRouter`; ``weight_in [M, D, 2H]``, ``bias_in [M, 2H]`` and
     ``weight_out [M, H, D]`` of SwiGLU experts, ``(SiLU(a) * b) weight_out`` of the halves ``[a, b]``.
@@ -209,9 +209,6 @@ class NoiseMoE(TokenMoE):
         """The experts of each sample on all of its tokens."""
         if len(found.expert_index) == 1:
             return self._merged(*found[1:3])(x)
-        if self.backend == "native" or (self.backend == "auto" and x.device.type == "cpu"):
-            index, gate = (part[:, None].expand(-1, x.shape[1], -1) for part in found[1:3])
-            return self._by_token(x, Routing(found.probs, index, gate))
         out: Tensor = expert_mlp(
             x, self.weight_in, self.bias_in, self.weight_out, None, *found[1:3], True, backend=self.backend
         )

@@ -89,7 +89,6 @@ def test_values_and_every_gradient_are_those_of_a_loop(way: str, experts: int, k
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backends_agree(dtype: torch.dtype) -> None:
-    """On a GPU, and by ``reference``, samples go to expert_mlp, on a CPU tokens go to routed_mlp."""
     x, e = inputs(4, 7)
     results = {}
     for backend, of in (("auto", dtype), ("reference", dtype), ("exact", torch.float64)):

@@ -145,7 +145,7 @@ def shard(model: SwitchDiT, world: World, dtype: torch.dtype) -> None:
         if isinstance(module, (SwitchMoE, TokenMoE))
         for parameter in module.parameters(recurse=False)
         # A share of the first dimension would be empty for some, and only even shares of others are allowed.
-        if parameter.shape[0] < world.size and parameter.shape[1] % world.size == 0
+        if parameter.dim() > 1 and parameter.shape[0] < world.size and parameter.shape[1] % world.size == 0
     }
     place = lambda parameter: Shard(1) if parameter in of_experts else Shard(0)  # noqa: E731
     for block in model.blocks:
