@@ -341,6 +341,7 @@ def write(root: Path) -> list[Path]:
             expert_linear=times_table(reports, "expert_linear"),
             layer=times_table(reports, "layer"),
             expert_mlp=times_table(reports, "expert_mlp"),
+            routed_mlp=times_table(reports, "routed_mlp"),
             small=times_table(reports, *SMALL),
             steps=times_table(reports, "train_step", "sample_step", passes=("train", "sample")),
             family=times_table(reports, "family_step", passes=("train",)),

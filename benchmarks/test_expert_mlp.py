@@ -1,4 +1,4 @@
-"""expert_mlp, experts of two layers with a hidden layer of 4 D; on a CPU switch_moe is plain PyTorch here."""
+"""expert_mlp, experts of two layers with a hidden layer of 4 D."""
 
 from __future__ import annotations
 
