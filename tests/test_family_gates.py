@@ -132,11 +132,11 @@ class TestMode:
         last = ClampedRMSNorm(sizes["embed_dim"])
         last.weight = nn.Parameter(rest["ln.g"])
 
-        def model() -> tuple[Tensor, Tensor]:
+        def model(goals: Tensor) -> tuple[Tensor, Tensor]:
             e = F.linear(g["sigma"].log()[:, None] / 4, rest["sigma_emb.weight"], rest["sigma_emb.bias"])
             e = F.linear(e, rest["sigma_linear.weight"])
             positions, given = rest["pos_emb"], 1 + sizes["goal_seq_len"] + sizes["obs_seq_len"]
-            goal = F.linear(g["goals"], rest["goal_emb.weight"]) + positions[:, :1]
+            goal = F.linear(goals, rest["goal_emb.weight"]) + positions[:, :1]
             seen = F.linear(g["state_images"], rest["tok_emb.weight"]) + positions[:, 1:2]
             actions = F.linear(g["actions"], rest["action_emb.weight"]) + positions[:, 1:]
             h = torch.cat([e[:, None], goal, seen, actions], dim=1)
@@ -147,7 +147,7 @@ class TestMode:
                 balance = balance + loss
             return F.linear(last(h)[:, given:], rest["out.weight"], rest["out.bias"]), balance
 
-        out, balance = model()
+        out, balance = model(g["goals"])
         assert_close("out", out, g["out"], 1e-6)
         assert_close("balance", balance, g["load_balance"][0], 1e-6)
         (out.mul(g["grad_out"]).sum() + sizes["load_balance_weight"] * balance).backward()
@@ -160,7 +160,9 @@ class TestMode:
         with torch.no_grad():
             for block in blocks:
                 block.eval()
-            assert_close("eval", model()[0], g["eval.out"], 1e-6)
+            assert_close("eval", model(g["goals"])[0], g["eval.out"], 1e-6)
+            without = model(torch.zeros_like(g["goals"]))[0]
+            assert_close("unconditional", without, g["eval.out_unconditional"], 1e-6)
 
 
 class TestEvoMoE:

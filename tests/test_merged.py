@@ -29,7 +29,9 @@ def test_merged_experts_are_the_routed_layer(
     settings: dict, top_k: int, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """600 tokens of 2 samples take the compiled product of a CPU here, fewer torch's."""
-    monkeypatch.setattr(merged_experts, "COMPILED_FROM", 1024 * 24**2)
+    least = 1024 * 24**2
+    for name in ("COMPILED_FROM", "COMPILED_MLP_FROM"):
+        monkeypatch.setattr(merged_experts, name, least)
     layer = make_layer(top_k=top_k, bias=bias, **settings)
     routing = layer.route(torch.randn(1, 24))
     x = torch.randn(2, tokens, 24)
@@ -37,15 +39,19 @@ def test_merged_experts_are_the_routed_layer(
     routing64 = Routing(*(part.double() if part.is_floating_point() else part for part in routing[:3]))
     with torch.no_grad():
         merged = layer.merge(routing)
-        if merged.weight_out is None and native.cpu.reason is None:
-            assert merged._compiled(x) == (tokens == 600)
+        if native.cpu.reason is None:
+            assert merged._compiled(x, least) == (tokens == 600)
         for modulate in (False, True):
             expected = exact(x.double(), routing=routing64, modulate=modulate)
             assert_close("merged", merged(x, modulate), expected, 1e-5)
 
 
 @pytest.mark.parametrize("settings", EXPERTS)
-def test_gradients_pass_through_the_merged_experts(settings: dict) -> None:
+@pytest.mark.parametrize("least", [0, 2**62])
+def test_gradients_pass_through_the_merged_experts(
+    settings: dict, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merged_experts, "COMPILED_MLP_FROM", least)
     found = []
     for merge in (False, True):
         layer = make_layer(**settings)
