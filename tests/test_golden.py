@@ -12,8 +12,8 @@ from switch_dit import (
     convert_to_official_state_dict,
     sample,
 )
-from switch_dit.model import dtr_mask
 from switch_dit.objectives import create_objective
+from switch_dit.tables import dtr_mask
 
 from switch_moe import DiffusionPrior, SwitchMoE
 

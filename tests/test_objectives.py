@@ -10,8 +10,8 @@ from helpers import assert_close, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from switch_dit import GaussianDiffusion, SwitchDiT
-from switch_dit.model import table_row
 from switch_dit.objectives import OBJECTIVES, DiffusionObjective, FlowObjective, create_objective
+from switch_dit.tables import table_row
 from switch_dit.timesteps import SpeeD
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from switch_dit.model import dtr_mask
+from switch_dit.tables import dtr_mask
 from switch_moe import DiffusionPrior
 
 _EXPERT_NAMES = {"experts.w": "weight", "experts.b": "bias"}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from switch_dit.layers import ChannelMask
-from switch_dit.model import Prepared, SwitchDiT, table_row
+from switch_dit.model import Prepared, SwitchDiT
 from switch_dit.systems import SYSTEMS
+from switch_dit.tables import table_row
 from switch_moe import MergedExperts, NoiseMoE, Routing
 from switch_moe.ops._checks import (
     FLOATS,

@@ -26,7 +26,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from switch_dit.layers import linear_in_float32
-from switch_dit.model import matched_prior_loss, table_row
+from switch_dit.router_losses import matched_prior_loss
+from switch_dit.tables import table_row
 from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE, set_top_k
 from switch_moe.ops._checks import (
     FLOATS,

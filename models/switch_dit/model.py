@@ -9,7 +9,6 @@ M experts, k experts per sample, N diffusion timesteps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from switch_dit.layers import Block, ChannelMask, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder
 from switch_dit.mode import ClampedRMSNorm, NormedAttention
+from switch_dit.router_losses import balance_losses, matched_prior_loss
 from switch_dit.systems import SYSTEMS, Shape, options_of
+from switch_dit.tables import dtr_mask, sincos_positions, table_row
 from switch_moe import DiffusionPrior, Router, Routing, SwitchMoE, TokenMoE, set_top_k
-from switch_moe.balance import load_balance_loss, z_loss
 from switch_moe.ops._backend import BACKENDS
 from switch_moe.ops._checks import (
     FLOATS,
@@ -38,13 +38,10 @@ from switch_moe.ops._checks import (
     check_shape,
     check_tensors,
 )
-from switch_moe.prior import prior_table
 from switch_moe.router import backend_beside
 from switch_moe.streams import SideStream
 
 ROUTINGS = ("switch", "dtr", "none", *SYSTEMS)
-DTR_CHANNELS_ON = 0.8  # share of channels that a timestep uses
-DTR_ALPHA = 4.0
 
 
 class Prepared(NamedTuple):
@@ -397,7 +394,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
                 prior_loss = self.diffusion_prior_loss(routing, t, match, ties)
         balance: list[Tensor] = []
         if with_prior and routing is not None:
-            balance += self.switch_balance(routing, e)
+            balance += balance_losses(routing, self.router, e, self.options)
         routings = prepared.routings if prepared else self.block_routings(routing, t, e, expert_noise)
         out = self.denoise(x, c, routings, balance)
         if not with_prior:
@@ -483,21 +480,6 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             return torch.zeros((), device=t.device)
         return matched_prior_loss(self, routing, table_row(t), match, ties)
 
-    def switch_balance(self, routing: Routing, time_embedding: Tensor) -> list[Tensor]:
-        """The losses of balance of Switch-DiT's routers, means over the blocks, where they have a weight."""
-        found = []
-        if weight := self.options["load_balance"]:
-            probs = routing.probs  # [L, B, M]
-            load = routing.selected().view(len(time_embedding), *probs.shape[::2]).sum(0)  # [L, M]
-            of_blocks = zip(load, probs.sum(1), strict=True)
-            losses = [load_balance_loss(*of_block, probs.shape[1]) for of_block in of_blocks]
-            found.append(weight * torch.stack(losses).mean())
-        if weight := self.options["z_loss"]:
-            hidden = nn.functional.silu(time_embedding.float())
-            logits = torch.einsum("bd,lmd->lbm", hidden, self.router.weight.float())
-            found.append(weight * z_loss(logits + self.router.bias.float()[:, None]))
-        return found
-
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Patches [B, T, p*p*C_out] to images [B, C_out, H, W]."""
         grid, p = self.input_size // self.patch_size, self.patch_size
@@ -534,26 +516,6 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
 
-def matched_prior_loss(
-    model: Any, routing: Routing, row: Tensor, match: bool, ties: Tensor | None = None
-) -> Tensor:
-    """The diffusion prior loss, a scalar, of a routing of timesteps in the rows [B] of the prior's table.
-
-    The model has ``prior``, ``assignment`` and ``route_all_timesteps``; with ``match`` it gets a new
-    assignment.
-    """
-    if match:
-        selected = model.route_all_timesteps().selected()
-        model.assignment.copy_(model.prior.match(selected, ties=ties))
-    probs = routing.probs.transpose(0, 1).flatten(1)  # [B, L*M]
-    return model.prior.loss(probs, row, model.assignment)
-
-
-def table_row(t: Tensor) -> Tensor:
-    """The row of a table over [0, N) for timesteps t [B]: t itself, or the integer below a t between two."""
-    return t.floor().long() if t.is_floating_point() else t
-
-
 def _on(device: torch.device, buffer: Tensor) -> Tensor:
     """The buffer, or an uninitialised one like it on ``device`` where it is elsewhere."""
     return buffer if buffer.device == device else torch.empty_like(buffer, device=device)
@@ -563,23 +525,6 @@ def _after_loading(model: SwitchDiT, incompatible: Any) -> None:
     if any(key.split(".")[-1] == "pos_embed" for key in incompatible.missing_keys):
         model.reset_positions()
     model.reset_buffers()
-
-
-def sincos_positions(hidden_size: int, grid: int, device: torch.device | None = None) -> Tensor:
-    """Fixed 2D sine-cosine positions [grid * grid, D], a quarter each for sin and cos of x and y."""
-    quarter = hidden_size // 4
-    rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64, device=device)[:, None] * rates  # [grid, D/4]
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, D/2]
-    columns = axis[None].expand(grid, grid, -1)
-    rows = axis[:, None].expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
-
-
-def dtr_mask(num_timesteps: int, hidden_size: int, device: torch.device | None = None) -> Tensor:
-    """The channel mask of DTR, float32 0/1 [N, D]: floor(0.8 D) neighbouring channels slide with t."""
-    active = math.floor(DTR_CHANNELS_ON * hidden_size)
-    return prior_table(num_timesteps, hidden_size, active, DTR_ALPHA, device)
 
 
 def create_model(preset: str, **settings: object) -> SwitchDiT:
