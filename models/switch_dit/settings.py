@@ -33,8 +33,8 @@ class TrainConfig:
     """Train Switch-DiT. Without arguments: the tiny model on handwritten digits."""
 
     recipe: str = ""
-    """Other defaults: digits, fashion-mnist, imagenet-S, imagenet-B, imagenet-L, imagenet-XL or ffhq. What is
-    given beside it counts."""
+    """Other defaults: digits, digits-dit_moe and so on for the other mixtures, fashion-mnist, imagenet-S,
+    imagenet-B, imagenet-L, imagenet-XL or ffhq. What is given beside it counts."""
     # -- model
     model: str = "tiny/4"
     """The size and patch size of the model: {tiny,S,B,L,XL}/{2,4,8}."""
