@@ -484,6 +484,7 @@ def test_of_the_measures(change: dict[str, Any], message: str) -> None:
         evaluate(load_data("digits"), **given)
 
 
+@pytest.mark.slow
 def test_pictures_without_samples_or_with_many(tmp_path: Path) -> None:
     from switch_dit.plots import check_picture, grid_of, plot_samples
 

@@ -67,6 +67,7 @@ def test_what_has_not_begun_in_time_is_left_out(tmp_path: Path) -> None:
     assert "84" in data["machine_info"]["left_out"][0]
 
 
+@pytest.mark.slow
 def test_a_wrong_result_of_switch_moe_has_no_time(tmp_path: Path) -> None:
     plugin = tmp_path / "break_it.py"
     plugin.write_text(

@@ -104,6 +104,7 @@ def test_the_whole_suite(solver: Path) -> None:
         check(cost, found, on_the_cpu(cost, None))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.cpu.reason is not None, reason="compares with the compiled CPU solver")
 def test_any_start(solver: Path) -> None:
     costs = sizes() + with_integers(list(problems(80, 40, seed=3)))
@@ -113,6 +114,7 @@ def test_any_start(solver: Path) -> None:
         check(cost, found, on_the_cpu(cost, prices))
 
 
+@pytest.mark.slow
 def test_the_order_of_lanes_does_not_matter(solver: Path) -> None:
     given = [(cost, prices) for cost in with_integers(list(problems(64, 70))) for prices in starts(cost)]
     for one, other in zip(solve(solver, given), solve(solver, given, "last-first"), strict=True):

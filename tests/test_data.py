@@ -726,6 +726,7 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "stats.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", ["images", "latents"])
 def test_training_from_disk(tmp_path: Path, latents: Path, kind: str) -> None:

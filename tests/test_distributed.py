@@ -91,6 +91,7 @@ def test_ddp(single: dict[str, Any], tmp_path: Path) -> None:
         assert_same_step(found, single)
 
 
+@pytest.mark.slow
 def test_fsdp(single: dict[str, Any], tmp_path: Path) -> None:
     """Blocks and root sharded; also without resharding after the forward, and with recomputed blocks."""
     ranks = run_ranks("fsdp", tmp_path)
@@ -172,6 +173,7 @@ def test_activation_checkpointing(part: str, autocast: bool) -> None:
         assert torch.equal(grads_again[name], gradient), name
 
 
+@pytest.mark.slow
 def test_compiled_whole(single: dict[str, Any]) -> None:
     """One graph for the forward and the prior, and its backward."""
     model = worker.build_model()

@@ -202,6 +202,7 @@ def test_saved_for_backward(device: str, small_tiles) -> None:
         assert sum(size >= x.numel() for size in sizes) == expected
 
 
+@pytest.mark.slow
 def test_the_same_bits_every_time(device: str, small_tiles) -> None:
     tensors, index, grad = make_inputs((5, 20, 24, 24, 3, 2), torch.float32)
     moved = [t.to(device) for t in tensors], index.to(device), grad.to(device), True

@@ -280,6 +280,7 @@ def test_an_index_out_of_range_is_nan_in_its_sample_alone(device: str, small_til
         assert out.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 def test_opcheck(device: str, small_tiles) -> None:
     torch.use_deterministic_algorithms(False)
     for gated in (False, True):

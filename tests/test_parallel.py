@@ -61,6 +61,7 @@ def test_exceptions_leave_parallel_tasks(pool: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.cpu.reason is not None, reason="needs the compiled CPU code")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
 @pytest.mark.parametrize("apart", [False, True])

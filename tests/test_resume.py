@@ -144,6 +144,7 @@ def test_a_changed_setting_is_named(tmp_path: Path) -> None:
         run_folder(config(tmp_path, name="taken"))
 
 
+@pytest.mark.slow
 def test_other_contents_of_the_same_name_are_refused(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8)
     labels = np.arange(60) % 3
@@ -157,6 +158,7 @@ def test_other_contents_of_the_same_name_are_refused(tmp_path: Path) -> None:
         run_training(config(tmp_path, name="run", data=str(data)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["npz", "images"])
 def test_flips_and_sets_on_disk_go_on_too(data: str, tmp_path: Path) -> None:
     """In three parts as at once, from memory and from a folder of pictures."""

@@ -291,6 +291,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     browser.executable() is None, reason=f"needs one of {', '.join(browser.NAMES)} on the PATH"
 )

@@ -220,6 +220,7 @@ def test_a_softmax_of_nan(backend: str, device: str) -> None:
         assert torch.equal(getattr(found, name)[rest], getattr(clean, name)[rest])
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
 def test_any_choice_of_experts(data: st.DataObject) -> None:

@@ -250,6 +250,7 @@ def test_no_tracker_does_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "digits").iterdir())
 
 
+@pytest.mark.slow
 def test_what_takes_long_is_imported_when_it_is_asked_for() -> None:
     code = (
         "import sys; sys.path.insert(0, 'models'); import switch_dit.tracking, switch_dit.trainer; "

@@ -95,6 +95,7 @@ def test_the_same_seed_gives_bitwise_the_same_losses(tmp_path: Path) -> None:
     assert losses(tmp_path / "digits") != losses(tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"routing": "dtr"}, {"routing": "none"}, {"learn_sigma": False},
                                       {"conditional": False, "guidance": 1.0}, {"precision": "bfloat16"},
                                       {"weighting": "min_snr_5", "schedule": "cosine"}])  # fmt: skip
@@ -254,6 +255,7 @@ def test_a_thousand_classes_are_a_hundred_pictures(tmp_path: Path, monkeypatch: 
         assert names is None or shown[:, 0, 0, 0].tolist() == names
 
 
+@pytest.mark.slow
 def test_commands(tmp_path: Path) -> None:
     environment = os.environ | {"MPLBACKEND": "nonsense"}  # pictures need no backend
 

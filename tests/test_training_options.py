@@ -17,6 +17,7 @@ from switch_dit.model import PRESETS, Preset, create_model
 from switch_dit.recipes import RECIPES
 from switch_dit.settings import TrainConfig, settings_of
 from switch_dit.snapshots import load_snapshots
+from switch_dit.systems import SYSTEMS
 from switch_dit.timesteps import CurriculumState
 from switch_dit.trainer import Trainer
 from upcycle import UpcycleConfig
@@ -33,17 +34,35 @@ def config(output: Path, **settings) -> TrainConfig:
     return TrainConfig(**{**SMALL, "output": output, "name": "run", **settings})
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"objective": "v", "weighting": "min_snr_5", "generated": 10, "sample_steps": 2},
-        {"objective": "flow", "timesteps": "logit-normal", "generated": 10, "sample_steps": 2},
         {"timesteps": "curriculum", "curriculum_clusters": 4, "curriculum_patience": 1},
-        {"objective": "flow", "timesteps": "curriculum", "weighting": "uw", "curriculum_patience": 1},
-        {"weighting": "uw", "max_grad_norm": 0.1, "power_averages": (0.05, 0.1)},
-        {"precision": "float16", "max_grad_norm": 1.0, "accumulate": 2},
-        {"pictures_every": 4, "evaluate_every": 2, "generated": 10, "sample_steps": 2},
-        {"checkpoint_activations": True, "lr_decay": "inverse-sqrt"},
+        pytest.param(
+            {"objective": "v", "weighting": "min_snr_5", "generated": 10, "sample_steps": 2}, marks=SLOW
+        ),
+        pytest.param(
+            {"objective": "flow", "timesteps": "logit-normal", "generated": 10, "sample_steps": 2}, marks=SLOW
+        ),
+        pytest.param(
+            {"objective": "flow", "timesteps": "curriculum", "weighting": "uw", "curriculum_patience": 1},
+            marks=SLOW,
+        ),
+        pytest.param({"weighting": "uw", "max_grad_norm": 0.1, "power_averages": (0.05, 0.1)}, marks=SLOW),
+        pytest.param({"precision": "float16", "max_grad_norm": 1.0, "accumulate": 2}, marks=SLOW),
+        pytest.param(
+            {"pictures_every": 4, "evaluate_every": 2, "generated": 10, "sample_steps": 2}, marks=SLOW
+        ),
+        pytest.param({"checkpoint_activations": True, "lr_decay": "inverse-sqrt"}, marks=SLOW),
+        *(
+            pytest.param(
+                {"routing": routing, "num_experts": 4, "generated": 10, "sample_steps": 2}, marks=SLOW
+            )
+            for routing in SYSTEMS
+        ),
     ],
     ids=lambda settings: " ".join(str(value) for value in settings.values()),
 )
@@ -163,6 +182,7 @@ def test_the_curriculum_follows_the_logged_losses(tmp_path: Path) -> None:
     assert drawn.min() < 600  # below the first stage's
 
 
+@pytest.mark.slow
 def test_snapshots_and_pictures(tmp_path: Path) -> None:
     train_switch_dit.run(config(tmp_path, power_averages=(0.1,), snapshot_every=3, pictures_every=4, steps=9))
     run = tmp_path / "run"
