@@ -34,6 +34,7 @@ _MOST_PAIRS = 2048  # of a part
 _COMPILED_FROM = 2**25
 
 
+@torch.no_grad()
 def forward(
     x: Tensor, experts: RoutedExperts, base: Tensor | None, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -60,6 +61,7 @@ def forward(
     return _rounded(total, out), pre
 
 
+@torch.no_grad()
 def backward(
     grad: Tensor, x: Tensor, experts: RoutedExperts, pre: Tensor, activation: str, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
