@@ -60,8 +60,8 @@ def run(config: InspectConfig) -> Path:
     model = pipeline.transformer
     if model.routing != "switch":
         raise ValueError(
-            f"run is {source}, whose model has routing {model.routing!r} and so no experts; it must be one "
-            "that was trained with --routing switch"
+            f"run is {source}, whose model has routing {model.routing!r} and so no table of "
+            "timesteps and experts; it must be one that was trained with --routing switch"
         )
     folder = _folder(config)
     continuous = objective_of(pipeline.scheduler, model.learn_sigma).continuous

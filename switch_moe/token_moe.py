@@ -53,6 +53,9 @@ class TokenRouter(nn.Module):
             wanted = "None" if self.time_weight is None else f"[B, {self.time_weight.shape[1]}]"
             given = "None" if time_embedding is None else "given"
             raise ValueError(f"time_embedding is {given}; it must be {wanted} for this router")
+        if time_embedding is not None and self.time_weight is not None:
+            check_tensors(time_embedding=time_embedding)
+            check_shape("time_embedding", time_embedding, (x.shape[0], self.time_weight.shape[1]))
         with without_autocast(x.device):
             logits = linear_in_float32(x, self.weight, self.bias)
             if time_embedding is None or self.time_weight is None:
@@ -119,8 +122,9 @@ class TokenMoE(nn.Module):
         hidden = 4 * hidden_size if expert_hidden_size is None else expert_hidden_size
         check_integers(hidden_size=hidden_size, expert_hidden_size=hidden)
         check_integers(0, pool=pool, shared_hidden_size=shared_hidden_size)
-        _check_top_k(top_k, num_experts)
-        if capacity is not None:
+        if capacity is None:
+            _check_top_k(top_k, num_experts)
+        else:
             check_positive(capacity=capacity)
         check_choice("capacity_rounding", capacity_rounding, ROUNDINGS)
         check_choice("score", score, SCORES)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .diffmoe import DiffMoE
 from .layer import SwitchMoE
+from .noise_moe import NoiseMoE
 from .ops._checks import FLOATS, check_dtype, check_flags, check_integers
 from .ops._operator import autocast_dtype
 from .prior import DiffusionPrior
@@ -27,6 +30,7 @@ def warm_up(
     Triton compiles a kernel when it first runs, which takes a second or more, and which a CUDA graph's
     capture may not allow. Afterwards no such call compiles. Parameters, gradients and random numbers stay as
     they are; a layer is called on zeros, of which each shape needs a few tensors ``[B, T, D]`` for a moment.
+    A layer that does something else in evaluation is warmed up for the mode that it is in.
 
     Args:
         module: a :class:`SwitchMoE`, :class:`TokenMoE`, :class:`Router` or :class:`DiffusionPrior`, or a
@@ -98,14 +102,22 @@ def _warm_layer(layer: SwitchMoE, batch: int, tokens: int, dtype: torch.dtype | 
 
 
 def _warm_token_layer(layer: TokenMoE, batch: int, tokens: int, dtype: torch.dtype | None) -> None:
-    weight, time_weight = layer.weight_in, layer.router.time_weight
-    device = weight.device
+    weight, device = layer.weight_in, layer.weight_in.device
     dtype = dtype or autocast_dtype(device) or weight.dtype
     x = torch.zeros(batch, tokens, layer.hidden_size, dtype=dtype, device=device, requires_grad=True)
-    time = None if time_weight is None else torch.zeros(batch, time_weight.shape[1], device=device)
-    out, losses = layer(x, time_embedding=time, with_losses=True)
-    for loss in (out.sum(), out.sum() + losses["load_balance"] + losses["z"]):  # with and without balance
-        _differentiate(loss, [x, *layer.parameters()])
+    options: dict[str, Any] = {"observe": True} if isinstance(layer, DiffMoE) else {}  # thresholds stay
+    if getattr(layer, "draws", False):
+        options["noise"] = torch.zeros(batch, tokens, layer.num_experts, device=device)
+    rows, size = {batch}, 0
+    if isinstance(layer, NoiseMoE):
+        rows, size = {1, batch}, layer.time_size  # samples of one noise level, and each for itself
+    elif layer.router.time_weight is not None:
+        size = layer.router.time_weight.shape[1]
+    for count in rows:
+        time = torch.zeros(count, size, device=device) if size else None
+        out, losses, *_ = layer(x, time_embedding=time, with_losses=True, **options)
+        for loss in (out.sum(), out.sum() + sum(losses.values())):  # with and without balance
+            _differentiate(loss, [x, *layer.parameters()])
 
 
 def _warm_router(router: Router, batch: int, dtype: torch.dtype | None) -> None:

@@ -398,9 +398,9 @@ def test_wrong_settings_are_said_before_anything_is_written(
         (["--run", str(tmp_path / "empty")], "it must be the folder of a run, with weights in it"),
         (
             ["--run", str(dense)],
-            f"run is {dense}, whose model has routing 'none' and so no experts; it must be",
+            f"run is {dense}, whose model has routing 'none' and so no table of timesteps and",
         ),
-        (["--run", str(masks)], "whose model has routing 'dtr' and so no experts"),
+        (["--run", str(masks)], "whose model has routing 'dtr' and so no table of timesteps"),
         (["--output", str(tmp_path / "file")], "it is a file and no folder"),
         (["--weights", "model"], "a saved pipeline; it has no other weights to choose"),
     ]

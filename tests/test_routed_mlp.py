@@ -10,7 +10,7 @@ from helpers import assert_close, assert_error_rule
 from torch import Tensor
 from torch.nn import functional as F
 
-from switch_moe import Routes, ops
+from switch_moe import Routes, TokenMoE, ops
 from switch_moe.cpu import routed_mlp as cpu
 from switch_moe.ops.routed_mlp import ACTIVATIONS
 
@@ -241,3 +241,10 @@ def test_saved_for_the_backward() -> None:
         ops.routed_mlp(*(given[name] for name in NAMES[:5]), routes, "swiglu", base=given["base"])
     own = {t.data_ptr() for t in (*given.values(), *routes)}
     assert [t.shape for t in saved if t.data_ptr() not in own] == [(60, 24)]
+
+
+def test_an_exported_program_runs_where_gradients_are_on() -> None:
+    """It calls the operator itself, without the autograd.Function around it."""
+    layer, x = TokenMoE(8, 3, backend="native"), torch.randn(2, 5, 8)
+    program = torch.export.export(layer.eval(), (x,)).module()
+    assert_close("exported", program(x), layer(x), 1e-6)

@@ -12,9 +12,13 @@ from helpers import assert_close, random_model
 from switch_dit import SwitchDiT, sample
 from switch_dit.data import load_data
 from switch_dit.objectives import create_objective
+from switch_dit.sampling import Guidance, _Predictor
 from switch_dit.settings import TrainConfig
 from switch_dit.systems import SYSTEMS, options_of, parsed_options
 from switch_dit.trainer import Trainer
+from torch import Tensor
+
+from switch_moe import DiffMoE
 
 
 @pytest.mark.parametrize("routing", SYSTEMS)
@@ -90,6 +94,11 @@ def test_options() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             parsed_options(routing, texts)
+    with pytest.raises(ValueError, match="mixture's load_balance is nan; it must be a finite number"):
+        options_of("dit_moe", {"load_balance": float("nan")})
+    for every in (0, 7):
+        with pytest.raises(ValueError, match=f"every is {every}; it must be at "):
+            random_model(routing="ec_dit", num_experts=4, top_k=2, mixture={"every": every})
     with pytest.raises(TypeError, match=r"mixture's every is 2\.5; it must be of type int"):
         options_of("ec_dit", {"every": 2.5})
 
@@ -145,3 +154,39 @@ def test_every_option_is_described() -> None:
             written = f"`{name}={str(default).lower()}`"
             beside = name in shared or (name in rows[routing] and written in text)
             assert written in rows[routing] or beside, f"{routing}: {written}"
+
+
+def test_a_run_whose_experts_choose_among_several_images(tmp_path: Path) -> None:
+    """It is described, trained, and drawn from in any number, whatever the pool."""
+    settings = {"num_experts": 4, "batch_size": 12, "steps": 1, "output": tmp_path, "device": "cpu"}
+    data, flops = load_data("digits"), []
+    for mixture in ((), ("pool=3",)):
+        config = TrainConfig(routing="ec_dit", mixture=mixture, precision="float32", **settings)
+        config.validate()
+        trainer = Trainer(config, data)
+        flops.append(trainer.flops_per_image())
+    assert flops[1] == pytest.approx(flops[0], rel=0.1)
+    trainer.step(0, *next(trainer.batches()))
+    objective = create_objective("eps", learn_sigma=True)
+    for guidance in (1.0, 1.5):
+        drawn = sample(trainer.ema, objective, torch.tensor([1]), steps=2, guidance=guidance)
+        assert drawn.isfinite().all()
+
+
+def test_an_image_alone_is_not_drawn_beside_empty_ones() -> None:
+    """A CPU evaluates groups of a fixed size; experts that choose among a batch see copies of its images."""
+    torch.manual_seed(0)
+    model = random_model(routing="diffmoe", num_experts=4, top_k=2, num_classes=5).eval()
+    x, t, y = torch.randn(1, 3, 8, 8), torch.tensor([5]), torch.tensor([2])
+    seen: list[Tensor] = []
+    for layer in model.modules():
+        if isinstance(layer, DiffMoE):  # its experts take half of the tokens of an empty image
+            hook = layer.predictor.register_forward_hook(lambda *found: seen.append(found[-1].sigmoid()))
+            with torch.no_grad():
+                model(torch.zeros_like(x), t, torch.tensor([0]))
+            layer.predictor.threshold.copy_(seen.pop().flatten(0, 1).median(0).values)
+            hook.remove()
+    with torch.no_grad():
+        predictor = _Predictor(model, t, Guidance(1.0))
+        assert predictor.group > 1
+        assert_close("alone", predictor(x, 0, y), model(x, t, y), 1e-5)

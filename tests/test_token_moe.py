@@ -165,7 +165,14 @@ def test_arguments_that_do_not_fit() -> None:
         layer(time_size=4)(x)
     with pytest.raises(ValueError, match="time_embedding is given; it must be None"):
         layer()(x, time_embedding=x[:, 0])
+    with pytest.raises(ValueError, match=r"time_embedding has shape \(2, 7\); it must be \[2, 4\]"):
+        layer(time_size=4)(x, time_embedding=torch.randn(2, 7))
     with pytest.raises(ValueError, match="pool is 3; it must divide the number of samples, 2"):
         layer(capacity=1.0, pool=3)(x)
     with pytest.raises(ValueError, match="capacity is None"):
         layer().tokens_per_expert(5)
+
+
+def test_one_expert_that_chooses_its_tokens() -> None:
+    """The default of top_k, which experts that choose do not use, must not refuse it."""
+    assert TokenMoE(12, 1, capacity=1.0)(torch.randn(2, 5, 12)).shape == (2, 5, 12)

@@ -11,7 +11,16 @@ import torch
 from switch_dit import SwitchDiT
 from torch import Tensor, nn
 
-from switch_moe import Router, SwitchMoE, TokenMoE, warm_up
+from switch_moe import (
+    DenseToSparseMoE,
+    DiffMoE,
+    FallingCapacityMoE,
+    NoiseMoE,
+    Router,
+    SwitchMoE,
+    TokenMoE,
+    warm_up,
+)
 
 pytest.importorskip("triton")
 for stem in ("diffusion_prior", "dispatch", "expert_linear", "merge_experts", "routed_mlp", "timestep_gate"):
@@ -114,6 +123,18 @@ def test_token_layers(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [DiffMoE, NoiseMoE, DenseToSparseMoE, FallingCapacityMoE])
+def test_layers_that_learn_or_draw(kind: type[TokenMoE], training: bool) -> None:
+    """Thresholds and random numbers stay, too."""
+    layer = kind(8, 3).train(training)
+    before, state = {n: p.clone() for n, p in layer.state_dict().items()}, torch.get_rng_state()
+    warm_up(layer, [(2, 5), (1, 3)])
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize(

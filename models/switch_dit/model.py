@@ -223,6 +223,11 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         return any(changes)
 
     @property
+    def pool(self) -> int:
+        """Batches must be of a multiple of so many images, among whose tokens an expert chooses together."""
+        return self.options.get("pool", 1) or 1  # 0 is the whole batch, of any size
+
+    @property
     def draws(self) -> bool:
         """Whether the mixtures of a forward draw random numbers, see ``expert_noise`` there."""
         return any(getattr(block, "draws", False) for block in self.blocks)

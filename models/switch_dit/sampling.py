@@ -8,6 +8,7 @@ other ways.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class Guidance(NamedTuple):
 def group_size(model: SwitchDiT) -> int:
     """Images that a CPU evaluates together: about 256 tokens, and as many without a label."""
     tokens = (model.input_size // model.patch_size) ** 2
-    return max(1, GROUP_TOKENS // tokens)
+    return -(-max(1, GROUP_TOKENS // tokens) // model.pool) * model.pool
 
 
 class _Predictor:
@@ -97,20 +98,25 @@ class _Predictor:
             self.guide = MergedSwitchDiT(guidance.guide, times)
         self.channels = model.in_channels if guidance.channels is None else guidance.channels
         self.null, self.learned = model.num_classes, model.out_channels > model.in_channels
-        self.group = group_size(model) if model.pos_embed.device.type == "cpu" else None
+        self.group = None
+        self.pool = math.lcm(model.pool, 1 if guidance.guide is None else guidance.guide.pool)
+        if model.pos_embed.device.type == "cpu":
+            self.group = math.lcm(group_size(model), self.pool)
 
     def __call__(self, x: Tensor, step: int, labels: Tensor | None) -> Tensor:
         """float32 ``[B, C or 2C, H, W]``."""
-        if self.group is None:
+        if self.group is None and len(x) % self.pool == 0:
             return self._predict(x, step, labels)
+        group = self.group or -(-len(x) // self.pool) * self.pool
         parts = []
-        for begin in range(0, len(x), self.group):
-            part = slice(begin, begin + self.group)
+        for begin in range(0, len(x), group):
+            part = slice(begin, begin + group)
             here, classes = x[part], None if labels is None else labels[part]
-            count, missing = len(here), self.group - len(here)
-            if missing:  # another number of rows would be rounded in other ways
-                here = torch.cat([here, here.new_zeros(missing, *x.shape[1:])])
-                classes = None if classes is None else torch.cat([classes, classes.new_zeros(missing)])
+            count = len(here)
+            if count < group:  # another number of rows would be rounded in other ways
+                # Filled up with the same images: experts that choose among a batch see no others.
+                again = torch.arange(group, device=x.device) % count
+                here, classes = here[again], None if classes is None else classes[again]
             parts.append(self._predict(here, step, classes)[:count])
         return torch.cat(parts) if parts else x
 

@@ -15,7 +15,7 @@ from switch_dit.layers import Block, Mlp
 from switch_dit.mode import ModeBlock
 from switch_moe import DenseToSparseMoE, DiffMoE, FallingCapacityMoE, NoiseMoE, TokenMoE
 from switch_moe.balance import add_gradient_of
-from switch_moe.ops._checks import check_choice, check_integers
+from switch_moe.ops._checks import check_choice, check_integers, check_numbers
 
 ROUTER_INPUTS = ("modulated", "normed", "stream")
 
@@ -104,6 +104,7 @@ class Mixture(nn.Module):
 
 def dense_or(shape: Shape, options: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:
     """A block of DiT, whose feed-forward is a mixture in the last of every ``every`` blocks."""
+    check_integers(1, shape.depth, every=options["every"])
     is_mixture = shape.index % options["every"] == options["every"] - 1
     mlp = make() if is_mixture else Mlp(shape.hidden_size, shape.inner_size)
     return Block(shape.hidden_size, shape.num_heads, shape.mlp_ratio, None, mlp)
@@ -267,6 +268,8 @@ def options_of(routing: str, given: dict[str, Any] | None) -> dict[str, Any]:
             given[name] = float(value)
         elif type(value) is not wanted:
             raise TypeError(f"mixture's {name} is {value!r}; it must be of type {wanted.__name__}")
+        if wanted is float:
+            check_numbers(**{f"mixture's {name}": given[name]})
     return {**defaults, **given}
 
 

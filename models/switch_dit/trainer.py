@@ -411,11 +411,12 @@ class Trainer:
         """Floating-point operations of a step's products for an image; the backward counts twice."""
         with torch.device("meta"):
             model, images = self.create(), self.images
-            x = torch.zeros(1, images.channels, images.size, images.size)
-            t = torch.zeros(1, dtype=torch.int64)
+            count = model.pool  # experts that choose among several images need as many
+            x = torch.zeros(count, images.channels, images.size, images.size)
+            t = torch.zeros(count, dtype=torch.int64)
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 model(x, t, t if self.config.conditional else None)
-        return 3 * counter.get_total_flops()
+        return 3 * counter.get_total_flops() // count
 
     def of_gpu(self, images_per_second: float) -> dict[str, float]:
         """For a line of stats.jsonl: the most memory so far, in GiB, and mfu, the share of the peak."""
