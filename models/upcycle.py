@@ -81,6 +81,10 @@ def run(config: UpcycleConfig) -> Path:
     torch.manual_seed(config.seed)
     own = of_a_run(config.source)
     model, objective = of_other_code(config) if own is None else from_run(config, own)
+    defaults = UpcycleConfig(config.source, config.output)
+    for name in ("routing", "num_experts", "top_k", "dense"):
+        if model.routing != "none" and getattr(config, name) != getattr(defaults, name):
+            raise ValueError(f"{name} is given; the weights are those of a {model.routing}, leave it out")
     if not config.dense and model.routing == "none":
         model = upcycle(model, routing=config.routing, num_experts=config.num_experts, top_k=config.top_k)
     folder = config.output / "weights"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops._checks import check_shape, check_tensors
+
 
 def load_balance_loss(load: Tensor, importance: Tensor, tokens: int) -> Tensor:
     """``M sum_e f_e P_e``: f_e is the share of all pairs that expert e has, P_e its mean score.
@@ -27,7 +29,8 @@ def z_loss(logits: Tensor) -> Tensor:
 
     Of ST-MoE (arXiv 2202.08906, equation 5); logits ``[.., M]``, computed in float32.
     """
-    return logits.float().logsumexp(-1).square().mean()
+    squares = logits.float().logsumexp(-1).square()
+    return squares.sum() / max(1, squares.numel())
 
 
 def add_gradient_of(loss: Tensor, out: Tensor) -> Tensor:
@@ -37,6 +40,8 @@ def add_gradient_of(loss: Tensor, out: Tensor) -> Tensor:
     the share of an accumulated batch, does not scale the balance. To have both scaled alike, add ``loss`` to
     the main loss instead.
     """
+    check_tensors(loss=loss, out=out)
+    check_shape("loss", loss, ())
     result: Tensor = _AddGradient.apply(out, loss)
     return result
 

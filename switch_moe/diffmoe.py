@@ -25,7 +25,7 @@ class CapacityPredictor(nn.Module):
     (DiffMoE, arXiv 2503.14487).
 
     Parameters: ``first.*`` (D to D) and ``last.*`` (D to M), with SiLU between. Buffer: ``threshold [M]``.
-    Computed in float32 always.
+    Computed in float32 always, and the thresholds stay in it.
     """
 
     threshold: Tensor
@@ -47,6 +47,15 @@ class CapacityPredictor(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.threshold.zero_()
+
+    def _apply(self, *arguments: Any, **options: Any) -> CapacityPredictor:
+        """``to``, ``half`` and their like end here. In a half type the thresholds would cease to learn."""
+        before = self.threshold
+        super()._apply(*arguments, **options)
+        if self.threshold.dtype in (torch.bfloat16, torch.float16):
+            there = self.threshold.device
+            self.threshold = before.to(there) if not before.is_meta else self.threshold.float()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[.., M]`` of tokens x ``[.., D]``, to which no gradient flows."""

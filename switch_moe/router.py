@@ -11,6 +11,7 @@ from .ops._backend import BACKENDS, runs_triton
 from .ops._checks import check_choice, check_integers, check_top_k
 from .ops.dispatch import dispatch
 from .ops.timestep_gate import selected_experts, timestep_gate
+from .ops.token_gate import check_groups
 from .prior import DiffusionPrior
 
 
@@ -150,5 +151,7 @@ def set_top_k(model: nn.Module, top_k: int) -> None:
         raise ValueError(f"model is a {type(model).__name__} without a layer that chooses top_k experts")
     for layer in layers:
         check_top_k(top_k, layer.num_experts)
+        settings = getattr(layer, "gate_settings", {"groups": 1, "top_groups": 1})
+        check_groups(layer.num_experts, top_k, settings["groups"], settings["top_groups"])
     for layer in layers:
         layer.top_k = top_k

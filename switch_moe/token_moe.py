@@ -11,11 +11,19 @@ from torch.nn import functional as F
 
 from .balance import load_balance_loss, z_loss
 from .ops._backend import BACKENDS
-from .ops._checks import check_choice, check_flags, check_integers, check_positive, check_shape, check_tensors
+from .ops._checks import (
+    check_choice,
+    check_flags,
+    check_integers,
+    check_numbers,
+    check_positive,
+    check_shape,
+    check_tensors,
+)
 from .ops._checks import check_top_k as _check_top_k
 from .ops._operator import without_autocast
 from .ops.routed_mlp import ACTIVATIONS, routed_mlp
-from .ops.token_gate import SCORES, TokenGate, token_gate
+from .ops.token_gate import SCORES, TokenGate, check_groups, token_gate
 from .routes import Routes
 
 ROUNDINGS = {"down": math.floor, "up": math.ceil}
@@ -124,13 +132,19 @@ class TokenMoE(nn.Module):
         check_integers(0, pool=pool, shared_hidden_size=shared_hidden_size)
         if capacity is None:
             _check_top_k(top_k, num_experts)
+            check_groups(num_experts, top_k, groups, top_groups)
+            if pool != 1:
+                raise ValueError(f"pool is {pool}; it must be 1 without a capacity, where tokens choose")
         else:
             check_positive(capacity=capacity)
+            if groups != 1:
+                raise ValueError(f"groups is {groups}; it must be 1 with a capacity, where experts choose")
+        check_numbers(scale=scale)
         check_choice("capacity_rounding", capacity_rounding, ROUNDINGS)
         check_choice("score", score, SCORES)
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("backend", backend, BACKENDS)
-        check_flags(bias=bias, normalise=normalise)
+        check_flags(bias=bias, normalise=normalise, router_bias=router_bias)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.capacity, self.capacity_rounding, self.pool = capacity, capacity_rounding, pool
         self.gate_settings: dict[str, Any] = {
@@ -185,6 +199,8 @@ class TokenMoE(nn.Module):
         logits, of_time = self.router(x, time_embedding)
         choice: dict[str, Any] = {"top_k": self.top_k}
         if self.capacity is not None:
+            if x.shape[0] * x.shape[1] == 0:
+                raise ValueError(f"x has shape {tuple(x.shape)}; experts that choose need a token at least")
             pool = self.pool or len(x)
             choice = {"capacity": self.tokens_per_expert(pool * x.shape[1]), "pool": pool}
         gate = token_gate(logits, **choice, sample_logits=of_time, **self.gate_settings)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import random_model
+from helpers import random_model, top_k_of
 from switch_dit import GaussianDiffusion, SwitchDiT
 from switch_dit.distributed import IN_FLOAT32, World, shard
 from switch_dit.systems import SYSTEMS
@@ -151,7 +151,8 @@ def fsdp_state(half: tuple[Tensor, ...]) -> dict[str, Any]:
 
 def mixture(routing: str) -> SwitchDiT:
     """The same small mixture of tokens in every process."""
-    settings = {"hidden_size": 32, "num_heads": 2, "class_dropout_prob": 0.0, "num_experts": 4}
+    settings = {"hidden_size": 32, "num_heads": 2, "class_dropout_prob": 0.0}
+    settings |= {"num_experts": 4, "top_k": top_k_of(routing)}
     return random_model(routing=routing, **settings).train()
 
 

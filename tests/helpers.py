@@ -55,6 +55,16 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
     assert error <= tolerance, f"{name}: relative RMS {error:.2e} is above {tolerance:.0e}"
 
 
+def assert_golden(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """:func:`assert_close` to a number of a golden file; files given by --golden have ten times the room.
+
+    The tolerances in the tests are near what the files here need. Others hold any sizes, and are held to what
+    every system must reach: 1e-5 for outputs, 1e-4 for gradients.
+    """
+    here = Path(__file__).parent / "golden"
+    assert_close(name, actual, expected, tolerance if here == GOLDEN else 10 * tolerance)
+
+
 def assert_error_rule(
     name: str, actual: Tensor, exact: Tensor, same_type: Tensor, dtype: torch.dtype
 ) -> None:
@@ -130,6 +140,11 @@ def random_model(seed: int = 0, **settings: Any) -> SwitchDiT:
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=1.0 if name == "router.weight" else 0.1)
     return model
+
+
+def top_k_of(routing: str) -> int:
+    """A k that a system takes: 2, and 1 of EvoMoE, which ends with one expert."""
+    return 1 if routing == "evomoe" else 2
 
 
 def count_merges(monkeypatch: pytest.MonkeyPatch) -> list[int]:

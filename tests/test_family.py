@@ -12,7 +12,7 @@ import pytest
 import torch
 import upcycle as upcycle_script
 from diffusers import DiTTransformer2DModel
-from helpers import State, assert_close, case
+from helpers import State, assert_golden, case
 from safetensors.torch import save_file
 from sample_switch_dit import SampleConfig, load_pipeline
 from switch_dit import SwitchDiT, from_official, upcycle
@@ -48,10 +48,10 @@ def assert_gradients(model: SwitchDiT, tensors: State, x: Tensor, sign: dict[str
     for name, expected in tensors.items():
         if name.startswith("grad.") and name != "grad.x":
             key = name.removeprefix("grad.")
-            assert_close(name, own[key].grad * sign.get(key, 1.0), expected, 1e-5)
+            assert_golden(name, own[key].grad * sign.get(key, 1.0), expected, 1e-5)
             checked += 1
     assert checked >= 12
-    assert_close("grad.x", x.grad, tensors["grad.x"], 1e-5)
+    assert_golden("grad.x", x.grad, tensors["grad.x"], 1e-5)
 
 
 def test_dit(make) -> None:
@@ -60,14 +60,16 @@ def test_dit(make) -> None:
     assert (model.num_classes, model.learn_sigma) == (metadata["num_classes"], metadata["learn_sigma"])
     x = tensors["x"].requires_grad_()
     out = model(x, tensors["t"], tensors["y"])
-    assert_close("out", out, tensors["out"], 1e-6)
+    assert_golden("out", out, tensors["out"], 1e-6)
     (out * tensors["grad_out"]).sum().backward()
     assert_gradients(model, tensors, x, {})
     with torch.no_grad():
         out = model(tensors["cfg.x"], tensors["cfg.t"], tensors["cfg.y"])
         here, there = out[:, :3].chunk(2)  # the original guides 3 channels
         guided = there + metadata["cfg_scale"] * (here - there)
-        assert_close("cfg", torch.cat([torch.cat([guided, guided]), out[:, 3:]], 1), tensors["cfg.out"], 1e-6)
+        assert_golden(
+            "cfg", torch.cat([torch.cat([guided, guided]), out[:, 3:]], 1), tensors["cfg.out"], 1e-6
+        )
 
 
 def test_sit(make) -> None:
@@ -78,25 +80,25 @@ def test_sit(make) -> None:
     assert not model.learn_sigma
     x = tensors["x"].requires_grad_()
     out = model(x, flow.model_time(1 - tensors["t"]), tensors["y"])
-    assert_close("out", -out, tensors["out"], 1e-6)
+    assert_golden("out", -out, tensors["out"], 1e-6)
     (out * -tensors["grad_out"]).sum().backward()
     assert_gradients(model, tensors, x, {})
     path = {key.removeprefix("transport.Linear."): v for key, v in tensors.items()}
     t, x_start = 1 - path["t"], tensors["x"].detach()
-    assert_close("x_t", flow.q_sample(x_start, t, path["noise"]), path["x_t"], 1e-6)
+    assert_golden("x_t", flow.q_sample(x_start, t, path["noise"]), path["x_t"], 1e-6)
     with torch.no_grad():
         out = model(path["x_t"], flow.model_time(t), tensors["y"])
     losses = flow.losses(out, x_start, path["x_t"], t, path["noise"])
-    assert_close("loss", losses["mse"], path["loss"], 1e-5)
+    assert_golden("loss", losses["mse"], path["loss"], 1e-5)
 
 
 def test_diffusers_dit(make) -> None:
     tensors, state, metadata = case("diffusers_dit")
     inputs = tensors["x"], tensors["t"], tensors["y"]
     with torch.no_grad():
-        assert_close("out", make("diffusers_dit", state, heads(metadata))(*inputs), tensors["out"], 1e-5)
+        assert_golden("out", make("diffusers_dit", state, heads(metadata))(*inputs), tensors["out"], 1e-5)
         as_trained = make("diffusers_dit", state, heads(metadata) | {"frequencies": "dit"})
-        assert_close("of DiT's code", as_trained(*inputs), tensors["out_of_dit_code"], 1e-6)
+        assert_golden("of DiT's code", as_trained(*inputs), tensors["out_of_dit_code"], 1e-6)
         _, same, _ = case("diffusers_dit", "dit_state_dict.")
         same["pos_embed"] = tensors["pos_embed"]
         of_dit = make("dit", same, {"num_heads": metadata["num_attention_heads"]})
@@ -132,7 +134,7 @@ def test_modules_of_diffusers_and_checkpoints_of_training() -> None:
     module.load_state_dict(state)
     with torch.no_grad():
         out = upcycle(module.eval())(tensors["x"], tensors["t"], tensors["y"])
-    assert_close("out", out, tensors["out"], 1e-5)
+    assert_golden("out", out, tensors["out"], 1e-5)
     tensors, state, metadata = case("dit")
     wrapped = {"ema": {f"module.{name}": value for name, value in state.items()}, "args": None, "opt": {}}
     model = from_official("dit", wrapped, **heads(metadata))
@@ -206,7 +208,7 @@ def test_the_program_writes_a_run_that_samples(tmp_path: Path) -> None:
     assert (model.routing, objective.name) == ("switch", "flow")
     with torch.no_grad():
         out = model(tensors["x"], objective.model_time(1 - tensors["t"]), tensors["y"])
-    assert_close("out", -out, tensors["out"], 1e-6)
+    assert_golden("out", -out, tensors["out"], 1e-6)
     pipeline = load_pipeline(SampleConfig(run=tmp_path / "run"))
     assert pipeline([0, 5], num_inference_steps=2, output_type="latent").images.shape == (2, 4, 8, 8)
     with pytest.raises(ValueError, match=r"output is .*run; it exists"):
@@ -225,7 +227,7 @@ def test_the_program_takes_a_folder_of_diffusers(tmp_path: Path) -> None:
     model, objective = load_checkpoint(weights)
     assert (model.routing, objective.name, objective.learn_sigma) == ("none", "eps", True)
     with torch.no_grad():
-        assert_close("out", model(tensors["x"], tensors["t"], tensors["y"]), tensors["out"], 1e-5)
+        assert_golden("out", model(tensors["x"], tensors["t"], tensors["y"]), tensors["out"], 1e-5)
     scheduler = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
     scheduler.parent.mkdir()
     of_diffusers = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}

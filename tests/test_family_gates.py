@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoELayer
-from helpers import assert_close, case, random_model
+from helpers import assert_golden, case, random_model, top_k_of
 from switch_dit import SwitchDiT, sample
 from switch_dit import merged as merged_model
 from switch_dit.data import load_data
@@ -41,7 +41,7 @@ def assert_gradients(system: str, module: nn.Module, official: State, tolerance:
     expected = layer_state(system, zeros | {name: official[name] for name in zeros if name in official})
     for name, parameter in module.named_parameters():
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert_close(name, found, expected[name], tolerance)
+        assert_golden(name, found, expected[name], tolerance)
 
 
 class TestMode:
@@ -71,52 +71,52 @@ class TestMode:
         h = block.normed(x, cond[:, 0])
         drawn = run["index"] if way == "multinomial" else None
         mixed, losses = block.moe(h, cond[:, 0], expert_index=drawn, with_losses=True)
-        assert_close("out", h + mixed, run["out"], 1e-6)
-        assert_close("balance", losses["load_balance"], run["load_balance"][0], 1e-6)
+        assert_golden("out", h + mixed, run["out"], 1e-6)
+        assert_golden("balance", losses["load_balance"], run["load_balance"][0], 1e-6)
         (h + mixed).mul(tensors["block.grad_out"]).sum().backward(retain_graph=True)
         gradients = part(run, "grad.")
-        assert_close("x", x.grad, gradients["x"], 1e-5)
-        assert_close("cond", cond.grad, gradients["cond"], 1e-5)
+        assert_golden("x", x.grad, gradients["x"], 1e-5)
+        assert_golden("cond", cond.grad, gradients["cond"], 1e-5)
         assert_gradients("mode", block, gradients)
         cond.grad = None
         block.zero_grad()
         losses["load_balance"].backward()
         of_balance = part(run, "grad_load_balance.")
-        assert_close("cond of balance", cond.grad, of_balance["cond"], 1e-5)
+        assert_golden("cond of balance", cond.grad, of_balance["cond"], 1e-5)
         assert_gradients("mode", block, of_balance)
 
     def test_what_the_router_says(self, golden, block: ModeBlock) -> None:
         tensors, _ = golden
         run, cond = part(tensors, "block.argmax."), tensors["block.cond"][:, 0]
         probs, logits = block.moe.router(cond)
-        assert_close("probs", probs, run["probs"][:, 0], 1e-6)
-        assert_close("logits", logits, run["router_logits"][:, 0], 1e-6)
+        assert_golden("probs", probs, run["probs"][:, 0], 1e-6)
+        assert_golden("logits", logits, run["router_logits"][:, 0], 1e-6)
         found = block.moe.likeliest(probs)
         chosen = found.expert_index.long().sort(-1).values
         assert torch.equal(chosen, run["index"][:, 0].sort(-1).values)
         dense = torch.zeros_like(probs).scatter(-1, found.expert_index.long(), found.expert_gate)
-        assert_close("gates", dense, run["gate_dense"][:, 0], 1e-6)
+        assert_golden("gates", dense, run["gate_dense"][:, 0], 1e-6)
         losses = block.moe.losses(found, logits)
-        assert_close("z", losses["z"], run["z_loss"][0], 1e-6)
+        assert_golden("z", losses["z"], run["z_loss"][0], 1e-6)
 
     def test_evaluation_and_the_experts_of_one_noise_level_as_one(self, golden, block: ModeBlock) -> None:
         tensors, _ = golden
         x, cond, fused = tensors["block.x"], tensors["block.cond"][:, 0], part(tensors, "block.fused.")
         block.eval()
         out, _ = block(x, cond, cond)
-        assert_close("eval", out, tensors["block.eval.out"], 1e-6)
+        assert_golden("eval", out, tensors["block.eval.out"], 1e-6)
         of_one = fused["cond"][0]
         routing = block.moe.route(of_one)
         [merged], (_, index, gate) = block.moe.merge_each(routing), routing[:3]
         assert index[0].sort().values.tolist() == fused["index"].sort().values.tolist()
-        assert_close("gate", gate[0].sort().values, fused["gate"].sort().values, 1e-6)
+        assert_golden("gate", gate[0].sort().values, fused["gate"].sort().values, 1e-6)
         for name, out in (
             ("merged", block(x, of_one, merged)),
             ("one row", block(x, of_one, of_one)[0]),
             ("many rows", block(x, of_one, of_one.expand(len(x), -1))[0]),
         ):
-            assert_close(name, out, fused["out"], 1e-6)
-            assert_close(name, out, fused["out_routed"], 1e-6)
+            assert_golden(name, out, fused["out"], 1e-6)
+            assert_golden(name, out, fused["out_routed"], 1e-6)
 
     def test_the_whole_original_model(self, golden) -> None:
         """Actions, a state and a goal with the noise level as a first token, causal."""
@@ -148,21 +148,21 @@ class TestMode:
             return F.linear(last(h)[:, given:], rest["out.weight"], rest["out.bias"]), balance
 
         out, balance = model(g["goals"])
-        assert_close("out", out, g["out"], 1e-6)
-        assert_close("balance", balance, g["load_balance"][0], 1e-6)
+        assert_golden("out", out, g["out"], 1e-6)
+        assert_golden("balance", balance, g["load_balance"][0], 1e-6)
         (out.mul(g["grad_out"]).sum() + sizes["load_balance_weight"] * balance).backward()
         for i, block in enumerate(blocks):
             assert_gradients("mode", block, part(gradients, f"blocks.{i}."))
         for name, value in rest.items():
             value = last.weight if name == "ln.g" else value
             found = torch.zeros_like(value) if value.grad is None else value.grad
-            assert_close(name, found, gradients[name], 1e-5)
+            assert_golden(name, found, gradients[name], 1e-5)
         with torch.no_grad():
             for block in blocks:
                 block.eval()
-            assert_close("eval", model(g["goals"])[0], g["eval.out"], 1e-6)
+            assert_golden("eval", model(g["goals"])[0], g["eval.out"], 1e-6)
             without = model(torch.zeros_like(g["goals"]))[0]
-            assert_close("unconditional", without, g["eval.out_unconditional"], 1e-6)
+            assert_golden("unconditional", without, g["eval.out_unconditional"], 1e-6)
 
 
 class TestEvoMoE:
@@ -192,19 +192,19 @@ class TestEvoMoE:
         x = tensors["x"].requires_grad_()
         noise = tensors["noise"].view(*x.shape[:2], -1)
         logits, _ = layer.router(x)
-        assert_close("logits", logits.flatten(0, 1), tensors["logits"], 1e-6)
+        assert_golden("logits", logits.flatten(0, 1), tensors["logits"], 1e-6)
         gate = layer.gate(logits, noise)
-        assert_close("gates", gate.probs.flatten(0, 1), expected["gates"], 1e-6)
+        assert_golden("gates", gate.probs.flatten(0, 1), expected["gates"], 1e-6)
         if settings["train"]:
             chosen = (gate.chosen >= 0).sum(-1).float().mean()
             assert abs(chosen.item() - settings["mean_experts_per_token"]) < 1e-6
         out, losses = layer(x, noise=noise, with_losses=True)
-        assert_close("out", out, expected["out"], 1e-6)
-        assert_close("balance", losses["load_balance"], expected["aux_loss"][0], 1e-6)
+        assert_golden("out", out, expected["out"], 1e-6)
+        assert_golden("balance", losses["load_balance"], expected["aux_loss"][0], 1e-6)
         loss = (out * tensors["grad_out"]).sum() + sizes["aux_weight"] * losses["load_balance"]
         loss.backward()
         gradients = part(expected, "grad.")
-        assert_close("x", x.grad, gradients["x"], 1e-5)
+        assert_golden("x", x.grad, gradients["x"], 1e-5)
         assert_gradients("evomoe", layer, gradients)
 
     @pytest.mark.parametrize("name", ["exp", "linear", "default_switch"])
@@ -220,7 +220,7 @@ class TestEvoMoE:
             layer.at_step(number, s["steps"])
             found.append((layer.temperature, layer.soft))
         temperature, soft = (torch.tensor(values, dtype=torch.float64) for values in zip(*found, strict=True))
-        assert_close("temperature", temperature, tensors[f"schedule.{name}.temperature"], 1e-12)
+        assert_golden("temperature", temperature, tensors[f"schedule.{name}.temperature"], 1e-12)
         assert torch.equal(soft.bool(), tensors[f"schedule.{name}.soft"])
 
     def test_a_constant_temperature_and_halves_of_the_run(self) -> None:
@@ -262,12 +262,12 @@ class TestNucleus:
         copies = tuple(x.detach().clone().requires_grad_() for x in inputs)
         expected = original(*inputs)
         out = layer(copies[0], router_input=copies[1], time_embedding=copies[2])
-        assert_close("out", out, expected, 1e-6)
+        assert_golden("out", out, expected, 1e-6)
         cotangent = torch.randn_like(expected)
         expected.backward(cotangent)
         out.backward(cotangent)
         for name, found, wanted in zip(("x", "seen", "time"), copies, inputs, strict=True):
-            assert_close(name, found.grad, wanted.grad, 1e-5)
+            assert_golden(name, found.grad, wanted.grad, 1e-5)
         assert_gradients("nucleus", layer, {name: p.grad for name, p in original.named_parameters()})
 
     def test_the_capacity_is_rounded_as_theirs(self) -> None:
@@ -355,7 +355,7 @@ class TestSampling:
             expected = self.samples(model)
         monkeypatch.setattr(NoiseMoE, "forward", lambda *_, **__: pytest.fail("routed"))
         before = self.samples(model)
-        assert_close("samples", before, expected, 1e-5)
+        assert_golden("samples", before, expected, 1e-5)
 
     def test_a_new_sampler_has_the_new_weights(self) -> None:
         model = mode_model().eval()
@@ -382,8 +382,8 @@ class TestSampling:
 
 def trainer(folder: Path, routing: str, mixture: tuple[str, ...] = (), **settings: Any) -> Trainer:
     config = TrainConfig(
-        routing=routing, num_experts=4, mixture=mixture, batch_size=8, device="cpu", precision="float32",
-        output=folder, **{"steps": 8, "warmup": 0, **settings},
+        routing=routing, num_experts=4, top_k=top_k_of(routing), mixture=mixture, batch_size=8, device="cpu",
+        precision="float32", output=folder, **{"steps": 8, "warmup": 0, **settings},
     )  # fmt: skip
     config.validate()
     return Trainer(config, load_data("digits"))
@@ -456,7 +456,7 @@ def test_options_of_the_three() -> None:
     assert [isinstance(block.mlp, Mlp) for block in model.blocks] == [True, False]
     assert model.blocks[1].mlp.router_input == "normed"
     with pytest.raises(ValueError, match="decay is 'exp'"):
-        SwitchDiT(**small, routing="evomoe", mixture={"decay": "exp"})
+        SwitchDiT(**small, routing="evomoe", top_k=1, mixture={"decay": "exp"})
     model = SwitchDiT(**small, routing="mode", num_experts=4, mixture={"causal": True, "load_balance": 0.5})
     assert model.blocks[0].attn.causal
     e, x = torch.randn(3, 24), torch.randn(3, 5, 24)
@@ -468,6 +468,6 @@ def test_options_of_the_three() -> None:
     expected = [
         block.moe(torch.zeros(3, 1, 24), e, with_losses=True)[1]["load_balance"] for block in model.blocks
     ]
-    torch.testing.assert_close(balance, 0.5 * torch.stack(expected).mean())
+    torch.testing.assert_golden(balance, 0.5 * torch.stack(expected).mean())
     assert model.t_embedder.mlp[0].weight.grad is None
     assert out.shape == (3, 8, 8, 8)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import State, assert_close, case
+from helpers import State, assert_golden, case
 from switch_dit import SwitchDiT, from_official, to_official
 from switch_dit.objectives import FlowObjective
 from switch_dit.official import FLOWS, mixture_from_official, mixture_to_official
@@ -61,7 +61,7 @@ def assert_layer_gradients(system: str, moe: TokenMoE, x: Tensor, tensors: State
     expected = under(prefix, tensors)
     assert expected.keys() >= ({"x"} if "aux" in prefix else found.keys() - {"expert_threshold", "ema_decay"})
     for name, value in expected.items():
-        assert_close(prefix + name, found[name], value, GRADIENTS)
+        assert_golden(prefix + name, found[name], value, GRADIENTS)
 
 
 def dense(index: Tensor, gate: Tensor, size: int) -> Tensor:
@@ -73,15 +73,15 @@ def test_the_layer_of_dit_moe() -> None:
     moe, tensors, about = layer("dit_moe", "layer")
     alpha, x = about["aux_loss_alpha"], tensors["x"].requires_grad_()
     gate, _ = moe.route(x)
-    assert_close("probs", gate.probs, tensors["probs"], OUTPUTS)
+    assert_golden("probs", gate.probs, tensors["probs"], OUTPUTS)
     assert torch.equal(gate.chosen.sort(-1).values.long(), tensors["topk_index"].sort(-1).values)
     expected = dense(tensors["topk_index"], tensors["topk_gate"], moe.num_experts)
-    assert_close("gates", dense(gate.chosen, gate.gate, moe.num_experts), expected, OUTPUTS)
+    assert_golden("gates", dense(gate.chosen, gate.gate, moe.num_experts), expected, OUTPUTS)
     out, losses = moe(x, with_losses=True)
-    assert_close("out", out, tensors["out_train"], OUTPUTS)
-    assert_close("out in evaluation", moe.eval()(x), tensors["out_eval"], OUTPUTS)
+    assert_golden("out", out, tensors["out_train"], OUTPUTS)
+    assert_golden("out in evaluation", moe.eval()(x), tensors["out_eval"], OUTPUTS)
     aux = alpha * losses["load_balance"]
-    assert_close("aux", aux, tensors["aux_loss"].squeeze(), OUTPUTS)
+    assert_golden("aux", aux, tensors["aux_loss"].squeeze(), OUTPUTS)
     aux.backward(retain_graph=True)
     assert_layer_gradients("dit_moe", moe, x, tensors, "grad_aux.")
     (out * tensors["grad_out"]).sum().backward()
@@ -104,7 +104,7 @@ def test_the_balance_of_dit_moe_is_scaled_with_the_loss_or_not(scale: float) -> 
         assert bool(loss) == (alpha > 0 and not inject)
         (scale * ((out * tensors["grad_out"]).sum() + loss)).backward()
         found = moe.router.weight.grad - scale * (whole - of_aux)
-        assert_close("balance", scale * whole + found, scale * whole + factor * of_aux, GRADIENTS)
+        assert_golden("balance", scale * whole + found, scale * whole + factor * of_aux, GRADIENTS)
         if scale == 1:
             assert (found - factor * of_aux).norm() < 0.2 * of_aux.norm()  # 1e-5 of the whole, in float32
 
@@ -114,7 +114,7 @@ def test_gradients_of_dit_moe_in_evaluation_are_those_of_training() -> None:
     moe, tensors, _ = layer("dit_moe", "layer")
     x = tensors["x"].requires_grad_()
     (moe.eval()(x) * tensors["grad_out"]).sum().backward()
-    assert_close("x", x.grad, tensors["grad.x"] - tensors["grad_aux.x"], GRADIENTS)
+    assert_golden("x", x.grad, tensors["grad.x"] - tensors["grad_aux.x"], GRADIENTS)
 
 
 @pytest.mark.parametrize("part", ["gelu", "swiglu"])
@@ -123,13 +123,13 @@ def test_layers_of_ec_dit(part: str) -> None:
     x = tensors["x"].requires_grad_()
     assert moe.tokens_per_expert(x.shape[1]) == about["tokens_per_expert"]
     gate, _ = moe.route(x)
-    assert_close("affinity", gate.probs, tensors["affinity"], OUTPUTS)
+    assert_golden("affinity", gate.probs, tensors["affinity"], OUTPUTS)
     assert torch.equal(gate.chosen.long(), tensors["index"].sort(-1).values)
     found = dense(gate.chosen, gate.gate, x.shape[1])
-    assert_close("gates", found, dense(tensors["index"], tensors["gate"], x.shape[1]), OUTPUTS)
+    assert_golden("gates", found, dense(tensors["index"], tensors["gate"], x.shape[1]), OUTPUTS)
     assert torch.equal((found > 0).sum(1), tensors["experts_per_token"])
     out = moe(x)
-    assert_close("out", out, tensors["out"], OUTPUTS)
+    assert_golden("out", out, tensors["out"], OUTPUTS)
     assert not out[(tensors["experts_per_token"] == 0) & (about["shared_hidden_size"] == 0)].any()
     (out * tensors["grad_out"]).sum().backward()
     assert_layer_gradients("ec_dit", moe, x, tensors, "grad.")
@@ -151,7 +151,7 @@ def test_a_pool_of_samples_is_one_long_sample() -> None:
     moe.pool = 2
     pooled = moe(x)
     moe.pool = 1
-    assert_close("out", pooled, moe(x.view(len(x) // 2, -1, x.shape[2])).view_as(x), OUTPUTS)
+    assert_golden("out", pooled, moe(x.view(len(x) // 2, -1, x.shape[2])).view_as(x), OUTPUTS)
 
 
 def test_the_layer_of_diffmoe() -> None:
@@ -160,20 +160,20 @@ def test_the_layer_of_diffmoe() -> None:
     rows = x.shape[0] * x.shape[1]
     gate, _ = moe.route(x)
     assert moe.tokens_per_expert(rows) == about["tokens_per_expert_train"]
-    assert_close("scores", gate.probs.flatten(0, 1), tensors["scores"], OUTPUTS)
+    assert_golden("scores", gate.probs.flatten(0, 1), tensors["scores"], OUTPUTS)
     assert torch.equal(gate.chosen[0].long(), tensors["index"].sort(-1).values)
     found = dense(gate.chosen[0], gate.gate[0], rows)
-    assert_close("gates", found, dense(tensors["index"], tensors["gate"], rows), OUTPUTS)
+    assert_golden("gates", found, dense(tensors["index"], tensors["gate"], rows), OUTPUTS)
     assert torch.equal((found > 0).t().float().view_as(tensors["train.selected"]), tensors["train.selected"])
     logits = predictor(x)
-    assert_close("capacity", logits, tensors["train.capacity_logits"], OUTPUTS)
+    assert_golden("capacity", logits, tensors["train.capacity_logits"], OUTPUTS)
     counts = predictor.tokens_per_expert(logits.flatten(0, 1))
     assert torch.equal(counts, tensors["eval.tokens_per_expert"])
-    assert_close("out in evaluation", moe.eval()(x), tensors["eval.out"], OUTPUTS)
+    assert_golden("out in evaluation", moe.eval()(x), tensors["eval.out"], OUTPUTS)
     out, losses = moe.train()(x, with_losses=True)
-    assert_close("out", out, tensors["train.out"], OUTPUTS)
-    assert_close("capacity loss", losses["capacity"], tensors["train.capacity_loss"].squeeze(), OUTPUTS)
-    assert_close("thresholds", predictor.threshold, tensors["train.expert_threshold_after"], OUTPUTS)
+    assert_golden("out", out, tensors["train.out"], OUTPUTS)
+    assert_golden("capacity loss", losses["capacity"], tensors["train.capacity_loss"].squeeze(), OUTPUTS)
+    assert_golden("thresholds", predictor.threshold, tensors["train.expert_threshold_after"], OUTPUTS)
     ((out * tensors["grad_out"]).sum() + about["capacity_loss_weight"] * losses["capacity"]).backward()
     assert_layer_gradients("diffmoe", moe, x, tensors, "grad.")
 
@@ -208,7 +208,7 @@ def test_models_in_evaluation_and_their_names(system: str) -> None:
     assert model.learn_sigma == about["learn_sigma"]
     inputs = tensors["x"], tensors["t"], tensors["y"]
     with torch.no_grad():
-        assert_close("out", model(*inputs), tensors["out_eval"], OUTPUTS)
+        assert_golden("out", model(*inputs), tensors["out_eval"], OUTPUTS)
         assert_same(to_official(model), state)
         # As a model of rectified flow, whose time goes from data to noise, without channels it does not use.
         turned, *_ = whole(system, "flow")
@@ -216,7 +216,7 @@ def test_models_in_evaluation_and_their_names(system: str) -> None:
         if system != "dit_moe":  # whose t here are integers
             time = objective.model_time(tensors["t"] if sign == 1 else 1 - tensors["t"])
             expected = tensors["out_eval"][:, : about["in_channels"]]
-            assert_close("velocity", sign * turned(tensors["x"], time, tensors["y"]), expected, OUTPUTS)
+            assert_golden("velocity", sign * turned(tensors["x"], time, tensors["y"]), expected, OUTPUTS)
         back = to_official(turned)
         assert back.keys() == state.keys()
         again = from_official(system, back, num_heads=about["num_heads"], **told(turned))
@@ -244,7 +244,7 @@ def test_guidance_of_dit_moe() -> None:
     here, there = out[:, :3].chunk(2)  # the original guides 3 channels
     guided = there + about["cfg_scale"] * (here - there)
     found = torch.cat([torch.cat([guided, guided]), out[:, 3:]], 1)
-    assert_close("guided", found, tensors["cfg.out"], OUTPUTS)
+    assert_golden("guided", found, tensors["cfg.out"], OUTPUTS)
 
 
 def recorded(model: SwitchDiT) -> Iterator[dict[str, Any]]:
@@ -280,22 +280,22 @@ def test_rectified_flow(system: str, recompute: bool) -> None:
     mse = flow.losses(out, tensors["x_start"], x_t, t, tensors["noise"])["mse"]
     (mse.mean() + balance).backward()
     if "mse" in tensors:
-        assert_close("mse", mse, tensors["mse"], OUTPUTS)
+        assert_golden("mse", mse, tensors["mse"], OUTPUTS)
     loss = mse.mean() + (balance if system == "diffmoe" else 0)
-    assert_close("loss", loss, tensors["loss"].squeeze(), OUTPUTS)
+    assert_golden("loss", loss, tensors["loss"].squeeze(), OUTPUTS)
     if system == "dit_moe":
         aux = torch.stack([found["loss"] for found in blocks])
-        assert_close("aux", aux, tensors["aux_loss_per_block"], OUTPUTS)
-        assert_close("sum of aux", balance, aux.sum(), OUTPUTS)
+        assert_golden("aux", aux, tensors["aux_loss_per_block"], OUTPUTS)
+        assert_golden("sum of aux", balance, aux.sum(), OUTPUTS)
         for found, index, gate in zip(blocks, tensors["topk_index"], tensors["topk_gate"], strict=True):
             mine = dense(found["gate"].chosen, found["gate"].gate, about["num_experts"])
-            assert_close("gates", mine, dense(index, gate, about["num_experts"]), OUTPUTS)
+            assert_golden("gates", mine, dense(index, gate, about["num_experts"]), OUTPUTS)
     elif system == "diffmoe":
-        assert_close("capacity loss", balance, tensors["capacity_loss"].squeeze(), OUTPUTS)
+        assert_golden("capacity loss", balance, tensors["capacity_loss"].squeeze(), OUTPUTS)
         after = {name: value for name, value in to_official(model).items() if "threshold" in name}
         assert after.keys() == under("after.", tensors).keys()
         for name, expected in under("after.", tensors).items():
-            assert_close(name, after[name], expected, OUTPUTS)
+            assert_golden(name, after[name], expected, OUTPUTS)
     else:
         assert not balance
     assert_model_gradients(model, under("grad.", tensors))
@@ -310,7 +310,7 @@ def assert_model_gradients(model: SwitchDiT, expected: State) -> None:
     fixed = {name for name in found if name.split(".")[-1] in ("pos_embed", "ema_decay", "expert_threshold")}
     assert expected.keys() == found.keys() - fixed
     for name, value in expected.items():
-        assert_close(name, found[name], value, GRADIENTS)
+        assert_golden(name, found[name], value, GRADIENTS)
 
 
 def test_sampling_of_dit_moe() -> None:
@@ -329,7 +329,7 @@ def test_sampling_of_dit_moe() -> None:
                 : len(z)
             ]
             z = z - velocity / steps
-    assert_close("sample", z, tensors["rf_sample.out"], OUTPUTS)
+    assert_golden("sample", z, tensors["rf_sample.out"], OUTPUTS)
 
 
 def test_the_choices_of_dit_moe() -> None:

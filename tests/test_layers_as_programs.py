@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, random_model
+from helpers import assert_close, random_model, top_k_of
 from torch import nn
 
 from switch_moe import DenseToSparseMoE, FallingCapacityMoE, NoiseMoE
@@ -54,7 +54,8 @@ def test_a_layer_waits_for_no_device(name: str) -> None:
 
 @pytest.mark.parametrize("routing", ["mode", "evomoe", "nucleus"])
 def test_blocks_compile(routing: str) -> None:
-    model, eager = (random_model(routing=routing, num_experts=4, class_dropout_prob=0.0) for _ in range(2))
+    settings = {"num_experts": 4, "top_k": top_k_of(routing), "class_dropout_prob": 0.0}
+    model, eager = (random_model(routing=routing, **settings) for _ in range(2))
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     inputs = torch.randn(2, 3, 8, 8), torch.tensor([3, 400]), torch.tensor([0, 1])
     told = {"expert_noise": torch.randn(model.noise_shape(2))} if model.draws else {}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from helpers import assert_close, golden
+from helpers import assert_golden, golden
 from switch_dit import MultiViewJointBlock, SwitchDiT, SwitchJointBlock, SwitchSD3
 from switch_dit.objectives import FlowObjective
 from torch import Tensor
@@ -68,7 +68,7 @@ def test_sd3_and_its_blocks() -> None:
     with torch.no_grad():
         out = model(*inputs, return_dict=False)[0]
         assert torch.equal(out, transformer(*inputs).sample)
-    assert_close("out", out, tensors["out"], 1e-5)
+    assert_golden("out", out, tensors["out"], 1e-6)
     for number, (given, (context, hidden)) in enumerate(seen[: metadata["num_layers"]]):
         names = ("hidden_states_in", "encoder_hidden_states_in", "temb")
         found = dict(zip(names, given[:3], strict=True)) | {"hidden_states_out": hidden}
@@ -76,14 +76,14 @@ def test_sd3_and_its_blocks() -> None:
         expected = part(tensors, f"block{number}.")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            assert_close(f"block{number}.{name}", found[name], value, 1e-5)
+            assert_golden(f"block{number}.{name}", found[name], value, 1e-6)
 
 
 def test_sd3_with_experts() -> None:
     transformer, inputs, tensors, metadata = golden_sd3()
     model = SwitchSD3(transformer, metadata["num_experts"], metadata["top_k"])
     expected, own = part(tensors, "switch."), dict(model.named_parameters())
-    assert_close("time embedding", model.time_embedding(inputs[-1]), expected["time_embedding"], 1e-5)
+    assert_golden("time embedding", model.time_embedding(inputs[-1]), expected["time_embedding"], 1e-5)
     with torch.no_grad():
         for number, layer in enumerate(model.experts):
             layer.weight.copy_(expected[f"weight.{number}"])
@@ -91,14 +91,14 @@ def test_sd3_with_experts() -> None:
             model.router.weight[number] = expected[f"gate_weight.{number}"]
             model.router.bias[number] = expected[f"gate_bias.{number}"]
     out = model(*inputs).sample
-    assert_close("out", out, expected["out"], 1e-5)
+    assert_golden("out", out, expected["out"], 1e-6)
     (out * expected["grad_out"]).sum().backward()
     for number in range(metadata["num_layers"]):
         for name, grad in {
             "weight": own[f"experts.{number}.weight"].grad, "bias": own[f"experts.{number}.bias"].grad,
             "gate_weight": model.router.weight.grad[number], "gate_bias": model.router.bias.grad[number],
         }.items():  # fmt: skip
-            assert_close(f"{name}.{number}", grad, expected[f"grad.{name}.{number}"], 1e-5)
+            assert_golden(f"{name}.{number}", grad, expected[f"grad.{name}.{number}"], 1e-5)
 
 
 def multi_view_block() -> tuple[MultiViewJointBlock, list[Tensor], State, dict[str, Any]]:
@@ -117,8 +117,8 @@ def total(context: Tensor, out: Tensor, tensors: State) -> Tensor:
 def test_a_block_of_several_views() -> None:
     block, inputs, tensors, _ = multi_view_block()
     context, out = block(*inputs)
-    assert_close("out", out, tensors["out"], 1e-5)
-    assert_close("context_out", context, tensors["context_out"], 1e-5)
+    assert_golden("out", out, tensors["out"], 1e-6)
+    assert_golden("context_out", context, tensors["context_out"], 1e-6)
     total(context, out, tensors).backward()
     found = {name: parameter.grad for name, parameter in block.named_parameters()}
     names = ("hidden_states", "encoder_hidden_states", "temb")
@@ -126,7 +126,7 @@ def test_a_block_of_several_views() -> None:
     expected = part(tensors, "grad.")
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
-        assert_close(name, found[name], grad, 1e-5)
+        assert_golden(name, found[name], grad, 1e-5)
 
 
 def test_a_block_of_several_views_with_experts() -> None:
@@ -145,15 +145,15 @@ def test_a_block_of_several_views_with_experts() -> None:
         for name, parameter in own.items():
             parameter.copy_(expected[name].view_as(parameter))
     context, out = model(*inputs, time_embedding=embedding)
-    assert_close("out", out, expected["out"], 1e-5)
-    assert_close("context_out", context, expected["context_out"], 1e-5)
+    assert_golden("out", out, expected["out"], 1e-6)
+    assert_golden("context_out", context, expected["context_out"], 1e-6)
     total(context, out, tensors).backward()
     found = {name: parameter.grad for name, parameter in own.items()}
     found |= {"hidden_states": inputs[0].grad, "time_embedding": embedding.grad}
     gradients = part(expected, "grad.")
     assert found.keys() == gradients.keys()
     for name, grad in gradients.items():
-        assert_close(name, found[name].view_as(grad), grad, 1e-5)
+        assert_golden(name, found[name].view_as(grad), grad, 1e-5)
     routing = model.moe.route(embedding)
     again = model(*inputs, routing=routing)
     assert all(torch.equal(a, b) for a, b in zip(again, (context, out), strict=True))
@@ -212,7 +212,7 @@ def test_gradients_of_the_transformer_are_the_same_with_zero_experts() -> None:
     names = [name for name, _ in transformer.named_parameters()]
     for name, expected, found in zip(names, *grads, strict=True):
         if "add_q_proj" not in name:  # those of a last block are zero: nothing reads its text
-            assert_close(name, found, expected, 1e-5)
+            assert_golden(name, found, expected, 1e-5)
     assert all(layer.weight.grad.any() for layer in model.experts), "the experts learn"
 
 
@@ -230,7 +230,7 @@ def test_gradient_checkpointing_and_one_timestep_for_all() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     inputs["timestep"] = torch.full((3,), 321.5)
     one = model(**inputs | {"timestep": torch.tensor([321.5])}).sample
-    assert_close("one timestep", one, model(**inputs).sample, 1e-5)
+    assert_golden("one timestep", one, model(**inputs).sample, 1e-5)
 
 
 def test_the_prior_loss_is_that_of_switch_dit() -> None:
@@ -246,7 +246,7 @@ def test_the_prior_loss_is_that_of_switch_dit() -> None:
     for t in (torch.tensor([0.0, 3.7, 998.2, 999.9]), torch.tensor([0, 3, 998, 999])):
         out, loss = model(**inputs | {"timestep": t}, with_prior=True, ties=ties)
         expected = other.diffusion_prior_loss(other.route(other.t_embedder(t)), t, True, ties)
-        assert_close("prior loss", loss, expected, 1e-5)
+        assert_golden("prior loss", loss, expected, 1e-5)
         assert torch.equal(model.assignment, other.assignment)
         assert torch.equal(out, model(**inputs | {"timestep": t}).sample)
     last = [model(**inputs | {"timestep": t}, with_prior=True, match=False)[1].item()

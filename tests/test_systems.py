@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, random_model
+from helpers import assert_close, random_model, top_k_of
 from switch_dit import SwitchDiT, sample
 from switch_dit.data import load_data
 from switch_dit.objectives import create_objective
@@ -24,7 +24,7 @@ from switch_moe import DiffMoE
 @pytest.mark.parametrize("routing", SYSTEMS)
 def test_a_model_of_each_system(routing: str, tmp_path: Path) -> None:
     """It is saved and loaded, one timestep stands for many, and every parameter learns."""
-    model = random_model(routing=routing, num_experts=4, top_k=2).eval()
+    model = random_model(routing=routing, num_experts=4, top_k=top_k_of(routing)).eval()
     x, y = torch.randn(3, 3, 8, 8), torch.tensor([0, 4, 5])
     model.save_pretrained(tmp_path)
     again = SwitchDiT.from_pretrained(tmp_path).eval()
@@ -45,7 +45,7 @@ def test_a_model_of_each_system(routing: str, tmp_path: Path) -> None:
 def test_recomputed_activations_change_nothing(routing: str) -> None:
     grads = []
     for recompute in (False, True):
-        model = random_model(routing=routing, num_experts=4, top_k=2, class_dropout_prob=0.0)
+        model = random_model(routing=routing, num_experts=4, top_k=top_k_of(routing), class_dropout_prob=0.0)
         if recompute:
             model.enable_gradient_checkpointing()
         generator = torch.Generator().manual_seed(1)
@@ -64,8 +64,8 @@ def test_recomputed_activations_change_nothing(routing: str) -> None:
 def test_a_run_of_each_system_goes_down(routing: str, tmp_path: Path) -> None:
     """A few steps on digits, whose loss falls, and samples of the result."""
     config = TrainConfig(
-        routing=routing, num_experts=4, batch_size=32, steps=12, lr=2e-3, warmup=2, output=tmp_path,
-        device="cpu", precision="float32",
+        routing=routing, num_experts=4, top_k=top_k_of(routing), batch_size=32, steps=12, lr=2e-3, warmup=2,
+        output=tmp_path, device="cpu", precision="float32",
     )  # fmt: skip
     config.validate()
     trainer = Trainer(config, load_data("digits"))

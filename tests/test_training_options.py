@@ -10,6 +10,7 @@ import pytest
 import torch
 import train_switch_dit
 import upcycle
+from helpers import top_k_of
 from safetensors.torch import load_file
 from switch_dit.checkpoint import load_checkpoint, save_checkpoint
 from switch_dit.data import load_data
@@ -35,6 +36,7 @@ def config(output: Path, **settings) -> TrainConfig:
 
 
 SLOW = pytest.mark.slow
+TEN_SAMPLES = {"generated": 10, "sample_steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,8 @@ SLOW = pytest.mark.slow
         pytest.param({"checkpoint_activations": True, "lr_decay": "inverse-sqrt"}, marks=SLOW),
         *(
             pytest.param(
-                {"routing": routing, "num_experts": 4, "generated": 10, "sample_steps": 2}, marks=SLOW
+                {"routing": routing, "num_experts": 4, "top_k": top_k_of(routing), **TEN_SAMPLES},
+                marks=SLOW,
             )
             for routing in SYSTEMS
         ),

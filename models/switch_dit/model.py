@@ -207,7 +207,8 @@ class SwitchDiT(ModelMixin, ConfigMixin):
             if isinstance(module, (SwitchMoE, TokenMoE)):
                 count = module.num_experts
                 active = min(count, getattr(module, "capacity", None) or module.top_k)
-                of_experts = (p for p in module.parameters(recurse=False) if p.shape[0] == count)
+                own = dict(module.named_parameters(recurse=False))
+                of_experts = [p for name, p in own.items() if name.startswith(("weight", "bias"))]
                 left_out += sum(p.numel() for p in of_experts) * (1 - active / count)
         return round(sum(p.numel() for p in self.parameters()) - left_out)
 

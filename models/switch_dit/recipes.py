@@ -31,13 +31,16 @@ _ON_DIGITS = {
     "dit_moe": (0.997, 1.9), "ec_dit": (0.993, 2.1), "diffmoe": (0.995, 2.0), "mode": (0.972, 2.3),
     "nucleus": (0.996, 1.9), "evomoe": (0.993, 2.5),
 }  # fmt: skip
-_MODE = {"num_experts": 4, "lr": 8e-3}  # as many as in its paper; at 4e-3 and with 8 it has learned less
+_OWN: dict[str, dict[str, Any]] = {
+    "mode": {"num_experts": 4, "lr": 8e-3},  # as many as in its paper; at 4e-3 and with 8 it has learned less
+    "evomoe": {"top_k": 1},
+}
 
 RECIPES = {
     "digits": Recipe({}, "ours: the defaults", "accuracy 0.995, Frechet distance 2.1, one minute on 2 cores"),
     **{
         f"digits-{routing}": Recipe(
-            {"routing": routing, "num_experts": 8, **(_MODE if routing == "mode" else {})},
+            {"routing": routing, "num_experts": 8, **_OWN.get(routing, {})},
             "ours",
             f"accuracy {accuracy}, Frechet distance {distance}, a few minutes on 2 cores",
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from switch_dit.layers import Block, Mlp
@@ -86,6 +87,9 @@ class Mixture(nn.Module):
         more: dict[str, Any] = {"observe": True} if isinstance(self.moe, DiffMoE) else {}
         if self.draws:
             more["noise"] = noise
+        if not self.training and not torch.is_grad_enabled():  # a sampler wants no losses
+            out = self.moe(z, router_input=seen, time_embedding=time)
+            return out, z.new_zeros(()).float()
         out, losses, *observed = self.moe(
             z, router_input=seen, time_embedding=time, with_losses=True, **more
         )  # fmt: skip
@@ -162,6 +166,9 @@ def _mode(shape: Shape, options: dict[str, Any]) -> nn.Module:
 
 
 def _evomoe(shape: Shape, options: dict[str, Any]) -> nn.Module:
+    if shape.top_k != 1:
+        raise ValueError(f"top_k is {shape.top_k}; it must be 1 for 'evomoe', which ends with one expert")
+
     def make() -> Mixture:
         names = ("decay", "highest", "lowest", "decay_steps", "switch", "threshold", "gumbel_gates",
                  "eval_fraction", "activation", "bias")  # fmt: skip

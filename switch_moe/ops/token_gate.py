@@ -138,7 +138,7 @@ def _check(
         check_top_k(choice.quota, num_experts)
         if pool != 1:
             raise ValueError(f"pool is {pool}; it must be 1 with top_k, where each token chooses for itself")
-        _check_groups(num_experts, choice.quota, groups, choice.top_groups)
+        check_groups(num_experts, choice.quota, groups, choice.top_groups)
         return
     check_integers(1, num_experts=num_experts)
     check_integers(1, pool * tokens, capacity=choice.quota)
@@ -151,7 +151,7 @@ def _check(
         )
 
 
-def _check_groups(num_experts: int, top_k: int, groups: int, top_groups: int) -> None:
+def check_groups(num_experts: int, top_k: int, groups: int, top_groups: int) -> None:
     check_integers(1, num_experts, groups=groups)
     check_integers(1, groups, top_groups=top_groups)
     if num_experts % groups:
