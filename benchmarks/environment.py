@@ -60,7 +60,8 @@ def describe(device: str = DEVICE) -> dict[str, Any]:
 
 def slug(machine: dict[str, Any]) -> str:
     """A file name for a machine."""
-    name = machine["gpu"] or f"{machine['cpu']} {machine['isa']} {machine['cores']} cores"
+    family = machine["cpu_family"].partition(",")[0]
+    name = machine["gpu"] or f"{machine['cpu']} {family} {machine['isa']} {machine['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -53,7 +53,10 @@ class Report(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.machine["gpu"] or f"{self.machine['cpu']}, {self.machine['cores']} cores"
+        if self.machine["gpu"]:
+            return self.machine["gpu"]
+        family = self.machine["cpu_family"].partition(",")[0]  # processors of one name differ much by it
+        return f"{self.machine['cpu']} ({family}), {self.machine['cores']} cores"
 
 
 class Line(NamedTuple):

@@ -468,6 +468,6 @@ def test_options_of_the_three() -> None:
     expected = [
         block.moe(torch.zeros(3, 1, 24), e, with_losses=True)[1]["load_balance"] for block in model.blocks
     ]
-    torch.testing.assert_golden(balance, 0.5 * torch.stack(expected).mean())
+    torch.testing.assert_close(balance, 0.5 * torch.stack(expected).mean())
     assert model.t_embedder.mlp[0].weight.grad is None
     assert out.shape == (3, 8, 8, 8)

@@ -14,7 +14,7 @@ from benchmarks.case import BOTH, FORWARD
 
 MACHINE = {
     "device": "cpu", "gpu": None, "cpu": "Made up", "cores": 2, "threads": 2, "isa": "avx2",
-    "cpu_family": "1",
+    "cpu_family": "family 1, model 2",
     "torch": "2.13", "cuda": None, "triton": "3.9", "commit": "0123456789", "quick": False, "dirty": False,
 }  # fmt: skip
 GPU = MACHINE | {"device": "cuda", "gpu": "Made Up 100", "cuda": "13.0"}
@@ -79,7 +79,7 @@ def test_page_readme_and_pictures_come_from_one_command(root: Path) -> None:
     assert text.endswith("<!-- end of benchmarks -->\nafter\n")
     assert "stale" not in text
     assert cells(text, "| Made Up 100")[2:] == ["0.90", "2.44", "3.67", "-"]
-    assert cells(text, "| Made up, 2 cores")[2:] == ["**1.10**", "2.00", "3.00", "-"]
+    assert cells(text, "| Made up (family 1), 2 cores")[2:] == ["**1.10**", "2.00", "3.00", "-"]
     written = {path: path.read_bytes() for path in report.write(root)}
     assert written == {path: path.read_bytes() for path in report.write(root)}
 
