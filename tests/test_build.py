@@ -210,6 +210,7 @@ def test_no_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
         build.find_compiler()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90a", "100"])
 @pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
 def test_kernels_compile_without_warnings_and_spills(

@@ -183,6 +183,7 @@ def test_what_nvidia_smi_says() -> None:
     assert calibrate.parse_samples("No devices were found\n") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_nvidia_smi_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is missing or says something else, a reason takes the place of the numbers."""

@@ -83,6 +83,7 @@ def test_kernel_by_scikit_learn() -> None:
     assert value == pytest.approx(expected, abs=0.2 * error)
 
 
+@pytest.mark.slow
 def test_kernel_distance_has_no_bias() -> None:
     """The expected value is that of the populations, and the error the standard deviation of the value."""
     # x ~ N(0, 1), y ~ N(1, 1) in one dimension: E(xy + 1)^3 needs moments 1, 2, 3 only.

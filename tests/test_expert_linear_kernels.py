@@ -65,6 +65,7 @@ def check(
         assert_error_rule(name, a, e, s, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_small_tiles(shape: tuple[int, ...], dtype: torch.dtype, device: str, small_tiles) -> None:

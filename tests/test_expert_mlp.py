@@ -94,6 +94,7 @@ def check(tensors: list[Tensor], index: Tensor, grad: Tensor, gated: bool, **opt
         assert_error_rule(name, a, e, s, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_small_tiles(

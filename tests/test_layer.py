@@ -70,6 +70,7 @@ def test_each_sample_by_hand(settings: dict) -> None:
     assert_close("x (1 + m(x))", layer(x, e, modulate=True), x * (1 + expected), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", KINDS)
 def test_kernels_in_bfloat16(settings: dict, device: str) -> None:
     """Output and every gradient under autocast, with Triton's kernels, on a GPU where there is one."""

@@ -27,6 +27,7 @@ def arguments(names: tuple[str, ...], device: str = "cpu") -> dict[str, Any]:
     return {keys[name]: given[name].to(device) for name in ("x", *names)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_compiles_whole(name: str) -> None:
     make, names = LAYERS[name]
@@ -52,6 +53,7 @@ def test_a_layer_waits_for_no_device(name: str) -> None:
     assert out.shape == (3, 5, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["mode", "evomoe", "nucleus"])
 def test_blocks_compile(routing: str) -> None:
     settings = {"num_experts": 4, "top_k": top_k_of(routing), "class_dropout_prob": 0.0}

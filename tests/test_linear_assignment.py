@@ -44,6 +44,7 @@ def check_prices(cost: np.ndarray, column: np.ndarray, prices: np.ndarray) -> No
     assert (paid - preferred <= (0 if cost.dtype == np.int64 else 1e-12 * scale)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "count", "largest"), [("native", 400, 40), ("reference", 24, 12)])
 def test_any_start(backend: str, count: int, largest: int) -> None:
     """From useful and useless prices, and those of a similar problem: the same total, and a proof of it."""

@@ -93,6 +93,7 @@ def test_python_example_runs(block: str) -> None:
     exec(block, {})
 
 
+@pytest.mark.slow
 def test_scripts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one process, so that their imports are paid once."""
     monkeypatch.chdir(tmp_path)

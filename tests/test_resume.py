@@ -219,6 +219,7 @@ def test_a_run_survives_a_full_disk(
     assert "no checkpoint at step 6: [Errno 28] No space left on device" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_line_that_was_cut_off(tmp_path: Path) -> None:
     """stats.jsonl is cut to what the checkpoint knows, and has every line once."""
     run_training(config(tmp_path, name="run", steps=9, log_every=2))

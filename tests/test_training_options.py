@@ -145,6 +145,7 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
         Trainer(config(tmp_path, start_from=tmp_path), load_data("digits"))
 
 
+@pytest.mark.slow
 def test_a_run_takes_over_what_its_start_needs_and_goes_on_without_it(tmp_path: Path) -> None:
     """Weights of SiT's time and of another MLP ratio; their folder may go once there is a checkpoint."""
     process = {"name": "flow", "num_timesteps": 1000}
