@@ -29,20 +29,43 @@ struct At3 {
     int x, y, z;
 };
 
-// How a product finds a 16-bit operand in shared memory that TMA has written with a swizzle of 128 bytes:
-// rows of 64 elements. `address` is that of the first element, in a pattern that starts at a multiple of
-// 1024. Where rows run along the summed dimension, `stride` is the distance in bytes of groups of eight rows
-// and `leading` is not used. Where rows run along the operand's other dimension (it is "transposed"),
-// `stride` is the distance of groups of eight summed elements and `leading` that of groups of 64 elements of
-// the other.
+// How the chunks of 16 bytes of a box lie in shared memory. The rows of a box fill the swizzle: they have as
+// many bytes as its name says.
+enum class Swizzle { kNone, k32, k64, k128 };
+
+// How a kernel is started; a cluster is of this many blocks.
+struct Shape {
+    int grid, cluster, threads;
+    uint32_t shared_bytes;
+};
+
 #ifdef __CUDACC__
-__device__ __forceinline__
+#define HOPPER_INLINE __device__ __forceinline__
+#define HOPPER_BOTH __host__ __device__ __forceinline__  // on the host too
 #else
-inline
+#define HOPPER_INLINE inline
+#define HOPPER_BOTH inline
 #endif
-    uint64_t operand(uint32_t address, uint32_t stride = 1024, uint32_t leading = 0) {
+
+// Whether what is compiled can be run: a kernel has no body for other architectures.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HOPPER_CODE 1
+#define HOPPER_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define HOPPER_CODE 0
+#define HOPPER_CLUSTER(blocks)
+#endif
+
+// How a product finds a 16-bit operand in boxes in shared memory. `address` is that of the first element; the
+// pattern of the swizzle starts at a multiple of eight rows. Where rows run along the summed dimension,
+// `stride` is the distance in bytes of groups of eight rows and `leading` is not used. Where rows run along
+// the operand's other dimension (it is "transposed"), `stride` is the distance of groups of eight summed
+// elements and `leading` that of groups of as many elements of the other as a row has.
+template <Swizzle kSwizzle>
+HOPPER_INLINE uint64_t operand(uint32_t address, uint32_t stride, uint32_t leading = 0) {
+    static_assert(kSwizzle == Swizzle::k64 || kSwizzle == Swizzle::k128);
     return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{leading >> 4} << 16 | uint64_t{stride >> 4} << 32 |
-           uint64_t{1} << 62;
+           uint64_t{kSwizzle == Swizzle::k128 ? 1 : 2} << 62;
 }
 
 }  // namespace hopper
@@ -52,12 +75,84 @@ inline
 #else
 
 #include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
 
 namespace hopper {
 
-#define HOPPER_INLINE __device__ __forceinline__
-
 using TensorMap = CUtensorMap;
+
+// ---- On the host
+
+inline void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// A tensor of 2 or 3 dimensions of 16-bit elements and the boxes of it that are copied. Dimensions are given
+// fastest first, strides in bytes and without that of the first.
+inline TensorMap tensor_map(const void* address, std::initializer_list<int64_t> size,
+                            std::initializer_list<int64_t> stride, std::initializer_list<int> box,
+                            Swizzle swizzle) {
+    // Asked of the runtime, so that the module loads where there is no driver.
+    static const auto encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                               &found),
+              "cuTensorMapEncodeTiled");
+        if (found != cudaDriverEntryPointSuccess) {
+            throw std::runtime_error(
+                "the CUDA driver has no cuTensorMapEncodeTiled; it must be that of CUDA 12 or later");
+        }
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    }();
+    cuuint64_t sizes[3], strides[2];
+    cuuint32_t boxes[3];
+    const cuuint32_t steps[3] = {1, 1, 1};
+    int i = 0;
+    for (const int64_t one : size) sizes[i++] = static_cast<cuuint64_t>(one);
+    i = 0;
+    for (const int64_t one : stride) strides[i++] = static_cast<cuuint64_t>(one);
+    i = 0;
+    for (const int one : box) boxes[i++] = static_cast<cuuint32_t>(one);
+    const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
+                                           CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
+    TensorMap map;
+    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, static_cast<cuuint32_t>(size.size()),
+                                   const_cast<void*>(address), sizes, strides, boxes, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) {
+        throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
+    }
+    return map;
+}
+
+// The kernel's own __cluster_dims__ are those of the shape.
+template <typename... Parameters>
+void launch_kernel(void (*kernel)(Parameters...), const Shape& shape, void* stream,
+                   Parameters... parameters) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)),
+          "shared memory of a kernel");
+    void* addresses[] = {&parameters...};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(shape.grid), dim3(shape.threads),
+                           addresses, shape.shared_bytes, static_cast<cudaStream_t>(stream)),
+          "launch of a kernel");
+}
+
+// Of the current device.
+inline int multiprocessors() {
+    int device, count;
+    check(cudaGetDevice(&device), "the current device");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "its multiprocessors");
+    return count;
+}
+
+// ---- In a kernel
 
 extern __shared__ __align__(1024) uint8_t dynamic_shared_memory[];
 

@@ -61,9 +61,9 @@ def build(folder: Path, *sources: Path, include: tuple[Path, ...] = ()) -> ctype
         ([*common, "-O1"], EMULATION / "copies.cpp", emulation),
         *(([*common, "-O1"], source, folder) for source in sources),
     ]
-    objects = [to / f"{source.stem}.o" for _, source, to in compilations]
+    objects = [to / f"{source.name}.o" for _, source, to in compilations]
     running = [
-        subprocess.Popen([*command, "-c", source, "-o", target])
+        subprocess.Popen([*command, "-x", "c++", "-c", source, "-o", target])
         for (command, source, _), target in zip(compilations, objects, strict=True)
         if not target.exists()
     ]

@@ -131,12 +131,12 @@ BUGS = [
         "kTransposedA ? 2048 : 64",
         "first row of a swizzle",
     ),
-    Bug("steps too short in an operand", "operand(b + j * 2048", "operand(b + j * 1024", "error"),
+    Bug("steps too short in an operand", "operand<Swizzle::k128>(b + j * 2048", "operand<Swizzle::k128>(b + j * 1024", "error"),
     Bug("wrong distance in an operand", "1024, kBox)", "1024, 1024)", "error"),
     Bug(
         "operand that starts within a swizzle",
-        "operand(b + j * 2048",
-        "operand(b + 128 + j * 2048",
+        "operand<Swizzle::k128>(b + j * 2048",
+        "operand<Swizzle::k128>(b + 128 + j * 2048",
         "first row of a swizzle",
     ),
     Bug(

@@ -13,36 +13,37 @@ uint32_t swizzled(uint32_t address, Swizzle swizzle) {
         case Swizzle::k64:
             return address ^ (address >> 7 & 3) << 4;
         case Swizzle::k128:
-            return swizzled128(address);
+            return address ^ (address >> 7 & 7) << 4;
         default:
             return address;
     }
 }
-
-namespace {
-
-constexpr int kChunk = 16;  // bytes that stay together under a swizzle
 
 int span_of(Swizzle swizzle) {
     const int spans[] = {0, 32, 64, 128};
     return spans[static_cast<int>(swizzle)];
 }
 
-int bytes_of(const TensorMap& map) { return map.box[0] * map.box[1] * map.box[2] * map.element_bytes; }
+namespace {
+
+constexpr int kElement = 2;  // bytes
+constexpr int kChunk = 16;   // bytes that stay together under a swizzle
+
+int bytes_of(const TensorMap& map) { return map.box[0] * map.box[1] * map.box[2] * kElement; }
 
 // Calls visit(address of the chunk in shared memory, of its first element in the tensor, bytes of it that lie
 // inside the tensor) for every chunk of a box.
 template <typename Visit>
 void for_each_chunk(const TensorMap& map, At3 at, uint32_t shared, Visit visit) {
-    const int row_bytes = map.box[0] * map.element_bytes;
+    const int row_bytes = map.box[0] * kElement;
     for (int z = 0; z < map.box[2]; ++z) {
         for (int y = 0; y < map.box[1]; ++y) {
             const bool inside =
                 at.y + y >= 0 && at.y + y < map.size[1] && at.z + z >= 0 && at.z + z < map.size[2];
             const int64_t row = (at.y + y) * map.stride[1] + (at.z + z) * map.stride[2];
             for (int x = 0; x < row_bytes; x += kChunk, shared += kChunk) {
-                const int64_t first = int64_t{at.x} * map.element_bytes + x;
-                const int64_t end = map.size[0] * map.element_bytes;
+                const int64_t first = int64_t{at.x} * kElement + x;
+                const int64_t end = map.size[0] * kElement;
                 // A negative coordinate starts inside a chunk only if it is no multiple of a chunk's
                 // elements.
                 if (first < 0 && first > -kChunk) fail("a box starts a part of 16 bytes before its tensor");
@@ -141,7 +142,7 @@ void check_end_of_thread(Thread& thread) {
 
 using namespace emulation;
 
-TensorMap tensor_map(void* address, int element_bytes, std::initializer_list<int64_t> size,
+TensorMap tensor_map(const void* address, std::initializer_list<int64_t> size,
                      std::initializer_list<int64_t> stride, std::initializer_list<int> box, Swizzle swizzle) {
     auto require = [](bool condition, const std::string& what) {
         if (!condition) throw Fault("tensor map: " + what);
@@ -151,8 +152,12 @@ TensorMap tensor_map(void* address, int element_bytes, std::initializer_list<int
     require(static_cast<int>(stride.size()) == rank - 1, "a stride for each dimension but the first");
     require(static_cast<int>(box.size()) == rank, "the box has as many dimensions as the tensor");
     require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "the address is no multiple of 16");
-    TensorMap map{static_cast<uint8_t*>(address), rank,      element_bytes, {1, 1, 1},
-                  {element_bytes, 0, 0},          {1, 1, 1}, swizzle};
+    TensorMap map{static_cast<uint8_t*>(const_cast<void*>(address)),
+                  rank,
+                  {1, 1, 1},
+                  {kElement, 0, 0},
+                  {1, 1, 1},
+                  swizzle};
     std::copy(size.begin(), size.end(), map.size);
     std::copy(stride.begin(), stride.end(), map.stride + 1);
     std::copy(box.begin(), box.end(), map.box);
@@ -162,7 +167,7 @@ TensorMap tensor_map(void* address, int element_bytes, std::initializer_list<int
         require(i == 0 || (map.stride[i] % 16 == 0 && map.stride[i] >= 0 && map.stride[i] < int64_t{1} << 40),
                 "a stride is a multiple of 16 below 2^40");
     }
-    const int row_bytes = map.box[0] * element_bytes;
+    const int row_bytes = map.box[0] * kElement;
     require(row_bytes % kChunk == 0, "a row of the box is no multiple of 16 bytes");
     require(swizzle == Swizzle::kNone || row_bytes == span_of(swizzle),
             "a row of the box does not fill the swizzle");

@@ -23,16 +23,16 @@ void run(const Kernel& kernel, uint16_t* a, uint16_t* b, uint16_t* c, const Prob
          const hopper::Schedule& schedule) {
     const auto [batch, rows, columns, depth] = problem;
     auto matrices = [&](void* address, int64_t row, int64_t high) {  // `batch` of `high` rows
-        return hopper::tensor_map(address, 2, {row, high, batch}, {row * 2, row * high * 2}, {64, 64, 1},
+        return hopper::tensor_map(address, {row, high, batch}, {row * 2, row * high * 2}, {64, 64, 1},
                                   Swizzle::k128);
     };
     const int64_t wide = kernel.transposed_a ? rows : depth, high = kernel.transposed_a ? depth : rows;
     const hopper::TensorMap a_map =
-        hopper::tensor_map(a, 2, {wide, high * batch}, {wide * 2}, {64, 64}, Swizzle::k128);
+        hopper::tensor_map(a, {wide, high * batch}, {wide * 2}, {64, 64}, Swizzle::k128);
     const hopper::TensorMap b_map = matrices(b, columns, depth);
     const hopper::TensorMap c_map =
         kernel.transposed_c ? matrices(c, rows, columns) : matrices(c, columns, rows);
-    hopper::launch({grid, 2, 384, 168, kernel.shared_bytes}, schedule,
+    hopper::launch({grid, 2, 384, kernel.shared_bytes}, schedule,
                    [&] { kernel.run(a_map, b_map, c_map, problem); });
 }
 
@@ -66,7 +66,7 @@ extern "C" const char* refusal(int address, int stride, int box, int rows, int g
                                int registers, int bytes) {
     alignas(16) static char memory[16];
     return fault_of([&] {
-        hopper::tensor_map(memory + address, 2, {64, 64}, {stride}, {box, rows}, Swizzle::k128);
-        hopper::launch({grid, 2, threads, registers, static_cast<uint32_t>(bytes)}, {}, [] {});
+        hopper::tensor_map(memory + address, {64, 64}, {stride}, {box, rows}, Swizzle::k128);
+        hopper::launch({grid, 2, threads, static_cast<uint32_t>(bytes)}, {}, [] {}, registers);
     });
 }

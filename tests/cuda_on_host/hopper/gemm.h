@@ -102,11 +102,12 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) 
                 product_fence();
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const uint64_t b_16 = operand(b + j * 2048, 1024, kBox);
+                    const uint64_t b_16 = operand<Swizzle::k128>(b + j * 2048, 1024, kBox);
                     if constexpr (kRegisterA) {
                         product<T, 128, true>(sums, rows[j], b_16, k + j > 0);
                     } else {
-                        const uint64_t a_16 = operand(a + j * (kTransposedA ? 2048 : 32));
+                        const uint64_t a_16 =
+                            operand<Swizzle::k128>(a + j * (kTransposedA ? 2048 : 32), 1024);
                         product<T, 128, kTransposedA, true>(sums, a_16, b_16, k + j > 0);
                     }
                 }

@@ -31,30 +31,34 @@ struct Schedule {
     uint32_t seed = 1;
 };
 
-struct Launch {
-    int grid, cluster, threads;  // threads of a block
-    int registers;               // of a thread when it starts
-    uint32_t shared_bytes;
-};
+// Runs the kernel on every thread of the grid, one cluster after another. Threads start with `registers`, by
+// default what a block of that size leaves each. Throws a Fault.
+void launch(const Shape& shape, const Schedule& schedule, const std::function<void()>& kernel,
+            int registers = 0);
 
-// Runs the kernel on every thread of the grid, one cluster after another. Throws a Fault.
-void launch(const Launch& launch, const Schedule& schedule, const std::function<void()>& kernel);
+// What launch_kernel runs with, and how many multiprocessors the device has.
+inline Schedule current_schedule;
+inline int current_multiprocessors = 4;
 
-enum class Swizzle { kNone, k32, k64, k128 };
+inline int multiprocessors() { return current_multiprocessors; }
+
+template <typename... Parameters>
+void launch_kernel(void (*kernel)(Parameters...), const Shape& shape, void*, Parameters... parameters) {
+    launch(shape, current_schedule, [&] { kernel(parameters...); });
+}
 
 struct TensorMap {
     uint8_t* address;
     int rank;
-    int element_bytes;
-    int64_t size[3];    // elements
-    int64_t stride[3];  // bytes; that of the first dimension is element_bytes
+    int64_t size[3];    // elements of 16 bits
+    int64_t stride[3];  // bytes
     int box[3];
     Swizzle swizzle;
 };
 
 // Dimensions are given fastest first, strides in bytes and without that of the first. Throws a Fault where
 // the driver would refuse, and where the box's rows do not fill the swizzle.
-TensorMap tensor_map(void* address, int element_bytes, std::initializer_list<int64_t> size,
+TensorMap tensor_map(const void* address, std::initializer_list<int64_t> size,
                      std::initializer_list<int64_t> stride, std::initializer_list<int> box, Swizzle swizzle);
 
 // ---- Shared memory, threads

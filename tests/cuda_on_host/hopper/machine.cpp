@@ -210,7 +210,7 @@ void run_cluster() {
 }
 
 void start_cluster() {
-    const Launch& launch = machine.launch;
+    const Shape& launch = machine.launch;
     machine.blocks.assign(launch.cluster, Block{});
     machine.loads.clear();
     machine.stores.clear();
@@ -221,7 +221,7 @@ void start_cluster() {
         block.writer.assign((launch.shared_bytes + kWord - 1) / kWord, 0);
         block.warps.resize(launch.threads / kLanes);
         block.warpgroups.resize((launch.threads + kGroup - 1) / kGroup);
-        for (Warpgroup& warpgroup : block.warpgroups) warpgroup.registers = launch.registers;
+        for (Warpgroup& warpgroup : block.warpgroups) warpgroup.registers = machine.registers;
         block.running = launch.threads;
     }
     while (static_cast<int>(machine.threads.size()) < machine.running) {
@@ -264,7 +264,8 @@ void check_end_of_block(int block) {
 
 using namespace emulation;
 
-void launch(const Launch& launch, const Schedule& schedule, const std::function<void()>& kernel) {
+void launch(const Shape& launch, const Schedule& schedule, const std::function<void()>& kernel,
+            int registers) {
     auto require = [](bool condition, const char* what) {
         if (!condition) throw Fault(std::string("launch: ") + what);
     };
@@ -272,10 +273,12 @@ void launch(const Launch& launch, const Schedule& schedule, const std::function<
     require(launch.grid >= 1 && launch.grid % launch.cluster == 0, "the grid is not made of whole clusters");
     require(launch.threads >= 32 && launch.threads <= 1024 && launch.threads % 32 == 0,
             "a block has 32 to 1024 threads, in whole warps");
-    require(launch.registers >= 24 && launch.registers <= 255 && launch.registers * launch.threads <= 65536,
+    if (registers == 0) registers = std::min(65536 / launch.threads / 8 * 8, 255);
+    require(registers >= 24 && registers <= 255 && registers * launch.threads <= 65536,
             "a thread has 24 to 255 registers, a block 65536");
     require(launch.shared_bytes <= 227 * 1024, "a block has at most 227 KiB of shared memory");
     machine.launch = launch;
+    machine.registers = registers;
     machine.schedule = schedule;
     machine.kernel = &kernel;
     machine.random.seed(schedule.seed);

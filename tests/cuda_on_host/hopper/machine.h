@@ -133,7 +133,8 @@ struct StoreGroup {
 };
 
 struct Machine {
-    Launch launch;
+    Shape launch;
+    int registers = 0;  // of a thread when it starts
     Schedule schedule;
     std::vector<std::unique_ptr<Thread>> threads;
     std::vector<Block> blocks;
@@ -200,7 +201,7 @@ void write_now(Store& store);
 void run_products_until(int block, Warpgroup& warpgroup, int64_t group);
 
 uint32_t swizzled(uint32_t address, Swizzle swizzle);
-inline uint32_t swizzled128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+int span_of(Swizzle swizzle);  // bytes of a row
 
 void check_end_of_thread(Thread& thread);
 void check_end_of_block(int block);

@@ -98,11 +98,15 @@ template <typename Take>
 void read_operand(const Block& owner, uint64_t descriptor, int rows, bool transposed, Take take) {
     auto field = [&](int shift) { return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4; };
     const uint32_t start = field(0), leading = field(16), stride = field(32);
-    if (descriptor >> 62 != 1) fail("product: only a swizzle of 128 bytes is emulated");
-    if ((start >> 7 & 7) != 0)
+    const int code = static_cast<int>(descriptor >> 62);
+    if (code != 1 && code != 2) fail("product: only swizzles of 128 and 64 bytes are emulated");
+    const Swizzle swizzle = code == 1 ? Swizzle::k128 : Swizzle::k64;
+    const int span = span_of(swizzle), elements = span / 2;
+    if (start % (8 * span) >= static_cast<uint32_t>(span)) {
         fail("product: operand " + hex(start) + " is not at the first row of a swizzle");
+    }
     auto chunk = [&](uint32_t address) {  // of 8 elements
-        address = swizzled128(address);
+        address = swizzled(address, swizzle);
         const_cast<Block&>(owner).at(address, 16, 16, "product");
         owner.require_fenced(address, 16, "product");
         return owner.memory.data() + (address - kSharedStart);
@@ -110,17 +114,16 @@ void read_operand(const Block& owner, uint64_t descriptor, int rows, bool transp
     uint16_t bits[8];
     if (transposed) {
         for (int row = 0; row < rows; row += 8) {
+            const uint32_t column = start + row / elements * leading + row % elements * 2;
             for (int k = 0; k < kDepth; ++k) {
-                std::memcpy(bits,
-                            chunk(start + row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128),
-                            16);
+                std::memcpy(bits, chunk(column + k / 8 * stride + k % 8 * span), 16);
                 for (int i = 0; i < 8; ++i) take(row + i, k, bits[i]);
             }
         }
     } else {
         for (int row = 0; row < rows; ++row) {
             for (int k = 0; k < kDepth; k += 8) {
-                std::memcpy(bits, chunk(start + row / 8 * stride + row % 8 * 128 + k * 2), 16);
+                std::memcpy(bits, chunk(start + row / 8 * stride + row % 8 * span + k * 2), 16);
                 for (int i = 0; i < 8; ++i) take(row, k + i, bits[i]);
             }
         }
