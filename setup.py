@@ -39,7 +39,7 @@ CPU_SOURCES = [
     "parallel.cpp",
     "routed_mlp.cpp",
 ]
-CUDA_SOURCES = ["bindings_cuda.cpp", "linear_assignment.cu"]
+CUDA_SOURCES = ["bindings_cuda.cpp", "expert_linear.cu", "linear_assignment.cu"]
 CPU = Extension("switch_moe._cpu", [f"csrc/{name}" for name in CPU_SOURCES])
 CUDA = Extension("switch_moe._cuda", [f"csrc/{name}" for name in CUDA_SOURCES])
 
@@ -215,7 +215,12 @@ class NinjaBuild(build_ext):
             if nvcc:
                 program = escape(shlex.join([str(nvcc), "-ccbin", compiler_of(cxx)]))
                 compile_device = f"{program} {escape(shlex.join(device))} -MD -MF $out.d -c $in -o $out"
-                writer.rule("cu", compile_device, depfile="$out.d")
+                # With these messages ptxas says that it runs asynchronous products one after another.
+                refuse = (
+                    f"{compile_device} > $out.log 2>&1; status=$$?; cat $out.log; "
+                    "if grep -qE '\\(C75(0[89]|1[0-4])\\)' $out.log; then rm -f $out; exit 1; fi; exit $$status"
+                )
+                writer.rule("cu", refuse, depfile="$out.d")
                 writer.rule("link_cu", f"{program} -shared -cudart static $in -o $out")
             for extension, link in [(CPU, "link_cpp"), *([(CUDA, "link_cu")] if nvcc else [])]:
                 objects = []

@@ -390,6 +390,7 @@ __global__ void HOPPER_CLUSTER(kMergedCluster) __launch_bounds__(128 * (kGroups 
     if (threadIdx.x < 128) {
         give_registers<kGroups == 3 ? 32 : 40>();
         if (threadIdx.x == 0) load_operands<kGroups, kTopK, kGradient, Layout>(maps, index, sizes);
+        __syncwarp();  // the cluster's barrier is an instruction of whole warps
     } else {
         take_registers<kGroups == 3 ? 160 : 232>();
         MergedConsumer<T, kGroups, kTopK, kGradient, kModulate, Layout>(maps, index, gate, bias, sizes).run();

@@ -131,7 +131,12 @@ BUGS = [
         "kTransposedA ? 2048 : 64",
         "first row of a swizzle",
     ),
-    Bug("steps too short in an operand", "operand<Swizzle::k128>(b + j * 2048", "operand<Swizzle::k128>(b + j * 1024", "error"),
+    Bug(
+        "steps too short in an operand",
+        "b_16 = operand<Swizzle::k128>(b + j * 2048",
+        "b_16 = operand<Swizzle::k128>(b + j * 1024",
+        "error",
+    ),
     Bug("wrong distance in an operand", "1024, kBox)", "1024, 1024)", "error"),
     Bug(
         "operand that starts within a swizzle",

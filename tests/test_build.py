@@ -210,8 +210,14 @@ def test_no_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
         build.find_compiler()
 
 
-@pytest.mark.parametrize("arch", ["80", "90a", "100"])
-@pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
+@pytest.mark.parametrize(
+    ("source", "arch"),
+    [
+        pytest.param(path.name, arch, marks=[pytest.mark.slow] * (path.stem == "expert_linear"))
+        for path in sorted((ROOT / "csrc").glob("*.cu"))
+        for arch in ("80", "90a", "100")
+    ],
+)
 def test_kernels_compile_without_warnings_and_spills(
     build: ModuleType, tmp_path: Path, source: str, arch: str
 ) -> None:
@@ -223,6 +229,7 @@ def test_kernels_compile_without_warnings_and_spills(
     command = [nvcc, *flags, "-c", ROOT / "csrc" / source, "-o", tmp_path / "kernels.o"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert "(C75" not in result.stderr  # products that ptxas serialises
     kernels = result.stderr.split("Compiling entry function ")[1:]
     assert kernels
     for report in kernels:

@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import assert_error_rule
 from hopper_emulation import LATE, ROOT, Schedule, build, schedules
+from planted_expert_linear import BUGS
 from torch import Tensor
 
 from switch_moe.experts import LinearExperts
 from switch_moe.reference.expert_linear import expert_linear as reference
 
-SOURCES = (ROOT / "csrc" / "expert_linear.cu", ROOT / "tests" / "cuda_on_host" / "expert_linear.cpp")
+CSRC = ROOT / "csrc"
+CALLER = ROOT / "tests" / "cuda_on_host" / "expert_linear.cpp"
 
 
 class Case(NamedTuple):
@@ -32,7 +35,42 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    built = build(tmp_path_factory.mktemp("expert_linear"), *SOURCES)
+    built = build(tmp_path_factory.mktemp("expert_linear"), CSRC / "expert_linear.cu", CALLER)
+    built.merged_product.restype = ctypes.c_char_p
+    return built
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Instead of the launcher one that starts the kernel with bug ``number``, after ``plant(number)``."""
+    folder = tmp_path_factory.mktemp("planted")
+    kernel = (CSRC / "expert_linear_hopper.h").read_text()
+    launcher = (CSRC / "expert_linear.cu").read_text()
+    launcher = launcher[launcher.index("namespace switch_moe") : launcher.index("// Outputs that the blocks")]
+    parts = ["#include <algorithm>", '#include "expert_linear_cuda.h"', '#include "hopper.h"']
+    calls = []
+    for number, bug in enumerate(BUGS):
+        text = kernel[kernel.index("namespace switch_moe") :]
+        for old, new in bug.changes:
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        parts += [f"namespace bug{number} {{ using ::switch_moe::MergedProduct;", text, launcher]
+        dx, out = (f"start<BFloat16, 3, 2, {one}, {str(bug.modulate).lower()}>" for one in ("true", "false"))
+        parts.append(f"""
+            void call(const MergedProduct& product) {{
+                (product.gradient ? {dx} : {out})(product, nullptr);
+            }} }} }} }}""")
+        calls.append(f"bug{number}::switch_moe::call")
+    parts.append(f"""
+        static int planted;
+        extern "C" void plant(int number) {{ planted = number; }}
+        namespace switch_moe {{
+        void merged_product_cuda(const MergedProduct& product, void*) {{
+            void (*const calls[])(const MergedProduct&) = {{{", ".join(calls)}}};
+            calls[planted](product);
+        }} }}""")
+    (folder / "planted.cpp").write_text("\n".join(parts))
+    built = build(folder, folder / "planted.cpp", CALLER)
     built.merged_product.restype = ctypes.c_char_p
     return built
 
@@ -45,11 +83,6 @@ def run(
     addresses = (ctypes.c_void_p * 8)(*(None if one is None else one.data_ptr() for one in tensors))
     fault = kernels.merged_product(sizes, flags, addresses, schedule.as_ints(), case.multiprocessors)
     assert fault is None, fault.decode()
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """The relative RMS; NaN where one is."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def check(kernels: ctypes.CDLL, case: Case, schedule: Schedule, index: Tensor | None = None) -> None:
@@ -84,18 +117,14 @@ def check(kernels: ctypes.CDLL, case: Case, schedule: Schedule, index: Tensor | 
     mixture = empty(batch, tokens, outputs) if case.modulate and case.keep else None
     run(kernels, case, schedule, False, [weight, bias, index, gate, x, None, mixture, out])
     if mixture is not None:
-        exact = reference(x.double(), wide)
-        assert error(mixture, exact) < 1.5 * error(reference(x, experts), exact)
+        exact, baseline_mixture = reference(x.double(), wide), reference(x, experts)
+        assert_error_rule("mixture", mixture, exact, baseline_mixture, case.dtype)
     elif case.modulate:
         mixture = reference(x.double(), wide).to(case.dtype)
     grad_mixture = grad * x if case.modulate else grad
     run(kernels, case, schedule, True, [weight, None, index, gate, grad_mixture, grad, mixture, dx])
-    for name, found, exact, other in zip(("out", "dx"), (out, dx), expected, baseline, strict=True):
-        assert error(found, exact) < 1.5 * error(other, exact), (
-            name,
-            error(found, exact),
-            error(other, exact),
-        )
+    for name, actual, exact, other in zip(("out", "dx"), (out, dx), expected, baseline, strict=True):
+        assert_error_rule(name, actual, exact, other, case.dtype)
 
 
 def test_quick(kernels: ctypes.CDLL) -> None:
@@ -103,12 +132,12 @@ def test_quick(kernels: ctypes.CDLL) -> None:
     check(kernels, Case(inputs=128, outputs=128, modulate=True, keep=True), Schedule(LATE, LATE, LATE))
 
 
-HALF = torch.float16
+BFLOAT, HALF = torch.bfloat16, torch.float16
 CASES = [
-    *(Case(top_k=k, num_experts=5, dtype=dtype) for k in (1, 2, 3, 4) for dtype in (torch.bfloat16, HALF)),
+    *(Case(top_k=k, num_experts=5, dtype=dtype) for k in (1, 2, 3, 4) for dtype in (BFLOAT, HALF)),
     *(Case(inputs=512, outputs=256, top_k=k, num_experts=4) for k in (1, 3, 4)),
-    *(Case(inputs=d, outputs=d, top_k=k, modulate=True, keep=k != 2, num_experts=4, dtype=dtype, batch=1)
-      for d, k, dtype in ((384, 1, HALF), (192, 2, HALF), (256, 2, HALF), (200, 3, HALF), (384, 4, torch.bfloat16))),
+    *(Case(1, 256, d, d, 4, k, dtype, modulate=True, keep=k != 2)
+      for d, k, dtype in ((384, 1, HALF), (192, 2, HALF), (256, 2, HALF), (200, 3, HALF), (384, 4, BFLOAT))),
     Case(batch=1, tokens=1, inputs=8, outputs=8, num_experts=1, top_k=1),
     Case(tokens=7, inputs=40, outputs=136, bias=False),
     Case(tokens=300, inputs=72, outputs=200, num_experts=16, top_k=4, dtype=HALF),
@@ -152,3 +181,13 @@ def test_index(kernels: ctypes.CDLL) -> None:
 def test_refused(kernels: ctypes.CDLL, changes: dict[str, int]) -> None:
     with pytest.raises(AssertionError, match="sizes that no kernel takes"):
         run(kernels, Case()._replace(**changes), Schedule(), False, [None] * 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(BUGS)), ids=[bug.name.replace(" ", "-") for bug in BUGS])
+def test_planted_bug(planted: ctypes.CDLL, number: int) -> None:
+    planted.plant(number)
+    case = Case(2, 264, 384, 384, modulate=BUGS[number].modulate, keep=True, multiprocessors=2)
+    with pytest.raises(AssertionError):  # noqa: PT012
+        for schedule in schedules(8):
+            check(planted, case, schedule)

@@ -71,6 +71,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) 
                 }
             }
         }
+        __syncwarp();  // the barrier at the end is an instruction of whole warps
     } else {
         take_registers<232>();
         const int me = group - 1;
