@@ -216,11 +216,11 @@ class NinjaBuild(build_ext):
                 program = escape(shlex.join([str(nvcc), "-ccbin", compiler_of(cxx)]))
                 compile_device = f"{program} {escape(shlex.join(device))} -MD -MF $out.d -c $in -o $out"
                 # With these messages ptxas says that it runs asynchronous products one after another.
-                refuse = (
-                    f"{compile_device} > $out.log 2>&1; status=$$?; cat $out.log; "
-                    "if grep -qE '\\(C75(0[89]|1[0-4])\\)' $out.log; then rm -f $out; exit 1; fi; exit $$status"
+                refuse = "if grep -qE '\\(C75(0[89]|1[0-4])\\)' $out.log; then rm -f $out; exit 1; fi"
+                logged = (
+                    f"{compile_device} > $out.log 2>&1; status=$$?; cat $out.log; {refuse}; exit $$status"
                 )
-                writer.rule("cu", refuse, depfile="$out.d")
+                writer.rule("cu", logged, depfile="$out.d")
                 writer.rule("link_cu", f"{program} -shared -cudart static $in -o $out")
             for extension, link in [(CPU, "link_cpp"), *([(CUDA, "link_cu")] if nvcc else [])]:
                 objects = []

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +17,7 @@ from hopper_emulation import LATE, ROOT, Schedule, build, schedules
 from planted_expert_linear import BUGS
 from torch import Tensor
 
+from benchmarks import assembler
 from switch_moe.experts import LinearExperts
 from switch_moe.reference.expert_linear import expert_linear as reference
 
@@ -85,15 +91,49 @@ def run(
     assert fault is None, fault.decode()
 
 
-def check(kernels: ctypes.CDLL, case: Case, schedule: Schedule, index: Tensor | None = None) -> None:
+Results = tuple[Tensor, Tensor | None, Tensor]  # the output, m(x) where kept, and the gradient of x
+
+
+def emulated(kernels: ctypes.CDLL, case: Case, schedule: Schedule) -> Callable[..., Results]:
+    """What :func:`check` calls, on the emulation."""
+
+    def call(
+        x: Tensor, experts: LinearExperts, grad_mixture: Tensor, grad: Tensor, mixture: Tensor
+    ) -> Results:
+        out, dx = torch.full_like(mixture, torch.nan), torch.full_like(x, torch.nan)
+        kept = out.clone() if case.modulate and case.keep else None
+        run(kernels, case, schedule, False, [*experts, x, None, kept, out])
+        if kept is not None:
+            mixture = kept
+        run(kernels, case, schedule, True, [*experts, grad_mixture, grad, mixture, dx])
+        return out, kept, dx
+
+    return call
+
+
+def on_gpu(case: Case) -> Callable[..., Results]:
+    def call(x: Tensor, experts: LinearExperts, *grads: Tensor) -> Results:
+        from switch_moe.kernels import expert_linear_hopper
+
+        experts = LinearExperts(*(None if one is None else one.cuda() for one in experts))
+        x, grad_mixture, grad, mixture = (one.cuda() for one in (x, *grads))
+        assert expert_linear_hopper.reason(x, experts) is None
+        keep = case.modulate and case.keep
+        out, kept = expert_linear_hopper.forward(x, experts, case.modulate, keep)
+        dx = expert_linear_hopper.grad_x(
+            grad_mixture, grad, kept if keep else mixture, experts, case.modulate
+        )
+        return out.cpu(), kept.cpu() if keep else None, dx.cpu()
+
+    return call
+
+
+def check(call: Callable[..., Results], case: Case, index: Tensor | None = None) -> None:
     """The forward and dx: at most 1.5 times the error of the unmerged reference in the same type."""
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=generator)).to(case.dtype)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=case.dtype)
 
     batch, tokens, inputs, outputs, num_experts, top_k = case[:6]
     x, grad = random(batch, tokens, inputs), random(batch, tokens, outputs)
@@ -105,31 +145,24 @@ def check(kernels: ctypes.CDLL, case: Case, schedule: Schedule, index: Tensor | 
     experts = LinearExperts(weight, bias, index, gate)
     wide = LinearExperts(weight.double(), None if bias is None else bias.double(), index, gate.double())
 
-    def with_gradient(x: Tensor, experts: LinearExperts, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def with_gradient(x: Tensor, experts: LinearExperts, grad: Tensor) -> list[Tensor]:
+        """The output, m(x), and the gradient of x."""
         x = x.clone().requires_grad_()
         out = reference(x, experts, case.modulate)
         out.backward(grad)
-        return out.detach(), x.grad
+        return [out.detach(), reference(x.detach(), experts), x.grad]
 
-    expected = with_gradient(x.double(), wide, grad.double())
-    baseline = with_gradient(x, experts, grad)
-    out, dx = empty(batch, tokens, outputs), empty(batch, tokens, inputs)
-    mixture = empty(batch, tokens, outputs) if case.modulate and case.keep else None
-    run(kernels, case, schedule, False, [weight, bias, index, gate, x, None, mixture, out])
-    if mixture is not None:
-        exact, baseline_mixture = reference(x.double(), wide), reference(x, experts)
-        assert_error_rule("mixture", mixture, exact, baseline_mixture, case.dtype)
-    elif case.modulate:
-        mixture = reference(x.double(), wide).to(case.dtype)
+    exact, baseline = with_gradient(x.double(), wide, grad.double()), with_gradient(x, experts, grad)
     grad_mixture = grad * x if case.modulate else grad
-    run(kernels, case, schedule, True, [weight, None, index, gate, grad_mixture, grad, mixture, dx])
-    for name, actual, exact, other in zip(("out", "dx"), (out, dx), expected, baseline, strict=True):
-        assert_error_rule(name, actual, exact, other, case.dtype)
+    results = call(x, experts, grad_mixture, grad, exact[1].to(case.dtype))
+    for name, actual, *others in zip(("out", "mixture", "dx"), results, exact, baseline, strict=True):
+        if actual is not None:
+            assert_error_rule(name, actual, *others, case.dtype)
 
 
 def test_quick(kernels: ctypes.CDLL) -> None:
-    check(kernels, Case(), Schedule(LATE, LATE, LATE))
-    check(kernels, Case(inputs=128, outputs=128, modulate=True, keep=True), Schedule(LATE, LATE, LATE))
+    for case in (Case(), Case(inputs=128, outputs=128, modulate=True, keep=True)):
+        check(emulated(kernels, case, Schedule(LATE, LATE, LATE)), case)
 
 
 BFLOAT, HALF = torch.bfloat16, torch.float16
@@ -151,8 +184,8 @@ CASES = [
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_edges(kernels: ctypes.CDLL, number: int) -> None:
     orders = list(schedules(8))
-    check(kernels, CASES[number], orders[number % len(orders)])
-    check(kernels, CASES[number], orders[-1 - number % 2])
+    for schedule in (orders[number % len(orders)], orders[-1 - number % 2]):
+        check(emulated(kernels, CASES[number], schedule), CASES[number])
 
 
 @pytest.mark.slow
@@ -162,14 +195,15 @@ def test_every_schedule(kernels: ctypes.CDLL, width: int, warpgroups: int, modul
     """Several tiles for each cluster, more steps than stages."""
     case = Case(2, 264, width, width, modulate=modulate, keep=True, multiprocessors=2)
     for schedule in schedules(warpgroups):
-        check(kernels, case, schedule)
+        check(emulated(kernels, case, schedule), case)
 
 
 @pytest.mark.slow
 def test_index(kernels: ctypes.CDLL) -> None:
     """One expert twice, and all samples alike; an index out of range makes its sample NaN and no other."""
     case = Case(3, 40, 64, 64, num_experts=4)
-    check(kernels, case, Schedule(LATE), torch.tensor([[1, 1], [1, 1], [1, 1]], dtype=torch.int32))
+    twice = torch.tensor([[1, 1], [1, 1], [1, 1]], dtype=torch.int32)
+    check(emulated(kernels, case, Schedule(LATE)), case, twice)
     x, weight, gate = torch.randn(3, 40, 64).bfloat16(), torch.randn(4, 64, 64).bfloat16(), torch.ones(3, 2)
     index, out = torch.tensor([[0, 1], [2, 4], [-1, 3]], dtype=torch.int32), torch.empty_like(x)
     run(kernels, case, Schedule(), False, [weight, None, index, gate, x, None, None, out])
@@ -190,4 +224,40 @@ def test_planted_bug(planted: ctypes.CDLL, number: int) -> None:
     case = Case(2, 264, 384, 384, modulate=BUGS[number].modulate, keep=True, multiprocessors=2)
     with pytest.raises(AssertionError):  # noqa: PT012
         for schedule in schedules(8):
-            check(planted, case, schedule)
+            check(emulated(planted, case, schedule), case)
+
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_on_the_gpu(number: int) -> None:
+    check(on_gpu(CASES[number]), CASES[number])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(assembler.cuda_tool("nvcc") is None, reason="needs nvcc; CI has it")
+def test_machine_code(tmp_path: Path) -> None:
+    """Merged weights are operands in registers, tokens are multicast, and nothing lives in local memory."""
+    triton = pytest.importorskip("triton")
+    command = [assembler.cuda_tool("nvcc"), "-O3", "-std=c++17", "-arch=sm_90a", "-cubin"]
+    subprocess.run([*command, CSRC / "expert_linear.cu", "-o", tmp_path / "code.cubin"], check=True)
+    tools = Path(triton.knobs.nvidia.cuobjdump.path)
+    path = f"{tools.parent}{os.pathsep}{os.environ['PATH']}"  # cuobjdump calls nvdisasm
+    command = [tools, "-sass", tmp_path / "code.cubin"]
+    listing = subprocess.run(
+        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
+    )
+    kernels = listing.stdout.split("Function : ")[1:]
+    assert len(kernels) == 64  # two types, two tiles, k from 1 to 4, two orientations, modulate or not
+    for kernel in kernels:
+        groups = int(re.search(r"merged_product\w+?ELi(\d)", kernel)[1])
+        products = re.findall(r"HGMMA\.64x128x16\.F32\S* (R\d+, \S+)", kernel)
+        # Two halves of the tokens; two of the two steps of a stage where these are unrolled.
+        assert len(products) == (4 if groups == 2 else 2)
+        assert all(re.match(r"R\d+, R\d+", operands) for operands in products), products
+        assert len(re.findall(r"UTMALDG\.3D\.MULTICAST", kernel)) == 1
+        assert not re.search(r"\b(STL|LDL)\b", kernel)
+        # setmaxnreg gives a consumer so many.
+        assert max(map(int, re.findall(r"\bR(\d+)\b", kernel))) < (160 if groups == 3 else 232)
