@@ -21,6 +21,11 @@ struct Float16 {
     uint16_t bits;
 };
 
+template <typename T>
+constexpr bool kIsBFloat16 = false;
+template <>
+inline constexpr bool kIsBFloat16<BFloat16> = true;
+
 // A position in a tensor, the fastest dimension first. It is an index of elements, and may lie outside.
 struct At2 {
     int x, y;
@@ -100,9 +105,14 @@ inline TensorMap tensor_map(const void* address, std::initializer_list<int64_t> 
     static const auto encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
         check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
                                                &found),
               "cuTensorMapEncodeTiled");
+#else
+        check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
+              "cuTensorMapEncodeTiled");
+#endif
         if (found != cudaDriverEntryPointSuccess) {
             throw std::runtime_error(
                 "the CUDA driver has no cuTensorMapEncodeTiled; it must be that of CUDA 12 or later");

@@ -1,7 +1,7 @@
 """Products of ``expert_linear`` on Hopper, by the CUDA kernels of ``csrc/expert_linear_hopper.h``.
 
-They form ``m(x_b) = x_b V_b + v_b`` and ``dx_b = dm_b V_b^T``; the gradients of experts and gates are Triton's.
-No GPU has run them yet, so nothing chooses them.
+They form ``m(x_b) = x_b V_b + v_b`` and ``dx_b = dm_b V_b^T``; other gradients are Triton's. No GPU has run
+them yet, so nothing chooses them.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def grad_x(
 ) -> Tensor:
     """``dm_b V_b^T``; with ``modulate`` also ``grad (1 + m(x))`` is added. Arguments as in :func:`forward`.
 
-    ``grad_mixture [B, T, Dout]`` is dm: the gradient of the output, ``grad``, or with ``modulate`` its product
-    with x.
+    ``grad_mixture [B, T, Dout]`` is dm: the gradient of the output, ``grad``, or with ``modulate`` its
+    product with x.
     """
     d_in = experts.weight.shape[1]
     out = grad_mixture.new_empty((*grad_mixture.shape[:2], d_in))

@@ -137,7 +137,7 @@ Float16 to_float16(float value);
 
 template <typename T>
 T from_float(float value) {
-    if constexpr (std::is_same_v<T, BFloat16>) {
+    if constexpr (kIsBFloat16<T>) {
         return to_bfloat16(value);
     } else {
         return to_float16(value);
@@ -169,11 +169,11 @@ void multiply(const Operands& operands);
 
 template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false>
 void product(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
-    multiply({std::is_same_v<T, BFloat16>, kTransposedA, kTransposedB, add, kColumns, d, nullptr, a, b});
+    multiply({kIsBFloat16<T>, kTransposedA, kTransposedB, add, kColumns, d, nullptr, a, b});
 }
 template <typename T, int kColumns, bool kTransposedB = false>
 void product(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
-    multiply({std::is_same_v<T, BFloat16>, false, kTransposedB, add, kColumns, d, a, 0, b});
+    multiply({kIsBFloat16<T>, false, kTransposedB, add, kColumns, d, a, 0, b});
 }
 void product_fence();
 void product_commit();
