@@ -39,7 +39,7 @@ CPU_SOURCES = [
     "parallel.cpp",
     "routed_mlp.cpp",
 ]
-CUDA_SOURCES = ["bindings_cuda.cpp", "linear_assignment.cu"]
+CUDA_SOURCES = ["bindings_cuda.cpp", "expert_linear.cu", "linear_assignment.cu"]
 CPU = Extension("switch_moe._cpu", [f"csrc/{name}" for name in CPU_SOURCES])
 CUDA = Extension("switch_moe._cuda", [f"csrc/{name}" for name in CUDA_SOURCES])
 
@@ -215,7 +215,12 @@ class NinjaBuild(build_ext):
             if nvcc:
                 program = escape(shlex.join([str(nvcc), "-ccbin", compiler_of(cxx)]))
                 compile_device = f"{program} {escape(shlex.join(device))} -MD -MF $out.d -c $in -o $out"
-                writer.rule("cu", compile_device, depfile="$out.d")
+                # By these messages, C7508 to C7515, ptxas says that it runs products one after another.
+                refuse = "if grep -q 'wgmma.* are serialized' $out.log; then rm -f $out; exit 1; fi"
+                logged = (
+                    f"{compile_device} > $out.log 2>&1; status=$$?; cat $out.log; {refuse}; exit $$status"
+                )
+                writer.rule("cu", logged, depfile="$out.d")
                 writer.rule("link_cu", f"{program} -shared -cudart static $in -o $out")
             for extension, link in [(CPU, "link_cpp"), *([(CUDA, "link_cu")] if nvcc else [])]:
                 objects = []

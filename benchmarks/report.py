@@ -271,7 +271,8 @@ def calibration_section(report: Report) -> str:
 
 
 def readme_block(reports: list[Report]) -> str:
-    """The table and the sentences of the README."""
+    """The table and the sentences of the README, from the reports that have measured expert_linear."""
+    reports = [report for report in reports if lines(report, "expert_linear")]
     body = []
     for report in reports:
         layers = {(str(line.first["shape"]), line.first["dtype"]): line

@@ -2,6 +2,7 @@
 // calls.
 #include <pybind11/pybind11.h>
 
+#include "expert_linear_cuda.h"
 #include "linear_assignment_cuda.h"
 
 namespace py = pybind11;
@@ -20,4 +21,33 @@ PYBIND11_MODULE(_cuda, m) {
         },
         py::arg("cost"), py::arg("integer"), py::arg("n"), py::arg("prices"), py::arg("column"),
         py::arg("stream"));
+    m.def(
+        "merged_product",
+        [](bool is_bfloat16, bool gradient, bool modulate, int64_t batch, int64_t tokens, int64_t inputs,
+           int64_t outputs, int64_t num_experts, int64_t top_k, uintptr_t weight, uintptr_t bias,
+           uintptr_t index, uintptr_t gate, uintptr_t input, uintptr_t grad, uintptr_t mixture,
+           uintptr_t output, uintptr_t stream) {
+            const switch_moe::MergedProduct product{is_bfloat16,
+                                                    gradient,
+                                                    modulate,
+                                                    batch,
+                                                    tokens,
+                                                    inputs,
+                                                    outputs,
+                                                    num_experts,
+                                                    top_k,
+                                                    reinterpret_cast<const void*>(weight),
+                                                    reinterpret_cast<const void*>(bias),
+                                                    reinterpret_cast<const int32_t*>(index),
+                                                    reinterpret_cast<const float*>(gate),
+                                                    reinterpret_cast<const void*>(input),
+                                                    reinterpret_cast<const void*>(grad),
+                                                    reinterpret_cast<void*>(mixture),
+                                                    reinterpret_cast<void*>(output)};
+            switch_moe::merged_product_cuda(product, reinterpret_cast<void*>(stream));
+        },
+        py::arg("is_bfloat16"), py::arg("gradient"), py::arg("modulate"), py::arg("batch"), py::arg("tokens"),
+        py::arg("inputs"), py::arg("outputs"), py::arg("num_experts"), py::arg("top_k"), py::arg("weight"),
+        py::arg("bias"), py::arg("index"), py::arg("gate"), py::arg("input"), py::arg("grad"),
+        py::arg("mixture"), py::arg("output"), py::arg("stream"));
 }

@@ -15,20 +15,10 @@
 #include <barrier>
 #include <thread>
 #else
-#include <setjmp.h>
-#include <ucontext.h>
+#include "fibers.h"
 #endif
 
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __launch_bounds__(threads)
-#define __shared__ static
-
-struct Dim {
-    int x;
-};
-inline thread_local Dim threadIdx{0};
+#include "keywords.h"
 
 namespace warp {
 
@@ -54,51 +44,22 @@ inline void run(const std::function<void()>& kernel, bool) {
 
 #else
 
-// Entered by makecontext, switched by setjmp, which unlike swapcontext makes no system call.
-struct Fiber {
-    std::vector<char> stack = std::vector<char>(1 << 18);
-    ucontext_t context;
-    jmp_buf resume;
-    bool entered = false, finished = false;
-};
-
 inline Fiber fibers[kLanes];
-inline jmp_buf scheduler;
 inline const std::function<void()>* kernel_of_fibers;
 
-inline void wait() {
-    Fiber& self = fibers[threadIdx.x];
-    if (_setjmp(self.resume) == 0) _longjmp(scheduler, 1);
-}
-
-inline void enter() {
-    (*kernel_of_fibers)();
-    fibers[threadIdx.x].finished = true;
-    _longjmp(scheduler, 1);
-}
+inline void wait() { Fiber::yield(); }
 
 // Every turn runs each lane to its next barrier; the lanes' order within a turn must not matter.
 inline void run(const std::function<void()>& kernel, bool last_lane_first) {
     kernel_of_fibers = &kernel;
-    for (Fiber& fiber : fibers) fiber.entered = fiber.finished = false;
+    for (Fiber& fiber : fibers) fiber.start([] { (*kernel_of_fibers)(); });
     for (int finished = 0; finished < kLanes;) {
-        static int turn;  // survives longjmp
         finished = 0;
-        for (turn = 0; turn < kLanes; ++turn) {
+        for (int turn = 0; turn < kLanes; ++turn) {
             threadIdx.x = last_lane_first ? kLanes - 1 - turn : turn;
-            Fiber& fiber = fibers[threadIdx.x];
-            if (_setjmp(scheduler) == 0) {
-                if (fiber.entered) _longjmp(fiber.resume, 1);
-                fiber.entered = true;
-                getcontext(&fiber.context);
-                fiber.context.uc_stack.ss_sp = fiber.stack.data();
-                fiber.context.uc_stack.ss_size = fiber.stack.size();
-                fiber.context.uc_link = nullptr;
-                makecontext(&fiber.context, enter, 0);
-                setcontext(&fiber.context);
-            }
+            fibers[threadIdx.x].resume();
+            finished += fibers[threadIdx.x].finished();
         }
-        for (const Fiber& fiber : fibers) finished += fiber.finished;
         if (finished != 0 && finished != kLanes) std::abort();  // lanes that took different ways
     }
 }

@@ -1,0 +1,44 @@
+// What test_expert_linear_hopper.py calls: the kernels of expert_linear.cu on a CPU.
+#include <string>
+
+#include "expert_linear_cuda.h"
+#include "hopper.h"
+
+// Null, or what went wrong.
+extern "C" const char* merged_product(const int64_t* sizes, const bool* flags, void* const* tensors,
+                                      const int* schedule, int multiprocessors) {
+    static std::string fault;
+    auto when = [&](int i) { return static_cast<hopper::When>(schedule[i]); };
+    hopper::current_schedule = {when(0),
+                                when(1),
+                                when(2),
+                                schedule[3],
+                                schedule[4] != 0,
+                                schedule[5] != 0,
+                                static_cast<uint32_t>(schedule[6])};
+    hopper::current_multiprocessors = multiprocessors;
+    const switch_moe::MergedProduct product{flags[0],
+                                            flags[1],
+                                            flags[2],
+                                            sizes[0],
+                                            sizes[1],
+                                            sizes[2],
+                                            sizes[3],
+                                            sizes[4],
+                                            sizes[5],
+                                            tensors[0],
+                                            tensors[1],
+                                            static_cast<const int32_t*>(tensors[2]),
+                                            static_cast<const float*>(tensors[3]),
+                                            tensors[4],
+                                            tensors[5],
+                                            tensors[6],
+                                            tensors[7]};
+    try {
+        switch_moe::merged_product_cuda(product, nullptr);
+    } catch (const std::exception& error) {
+        fault = error.what();
+        return fault.c_str();
+    }
+    return nullptr;
+}
