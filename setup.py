@@ -141,6 +141,8 @@ class NinjaBuild(build_ext):
         nvcc, why_no_cuda = cuda_choice()
         outputs = {extension.name: self._output(extension) for extension in (CPU, CUDA)}
         folder = self._write_ninja_file(nvcc, outputs)
+        if nvcc:  # both at once take half of the time; who fails is asked below, where each is built alone
+            self._ninja(folder, *outputs.values(), keep_going=True)
         if not self._ninja(folder, outputs[CPU.name]):
             raise BuildError("compiling the CPU module failed, the compiler's messages are above")
         if fault := load_fault(outputs[CPU.name]):
@@ -178,9 +180,10 @@ class NinjaBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         return output
 
-    def _ninja(self, folder: Path, output: Path) -> bool:
+    def _ninja(self, folder: Path, *outputs: Path, keep_going: bool = False) -> bool:
         ninja = Path(import_ninja().BIN_DIR) / "ninja"
-        return subprocess.run([ninja, "-C", folder, output], check=False).returncode == 0
+        options = ["-k", "0"] if keep_going else []
+        return subprocess.run([ninja, "-C", folder, *options, *outputs], check=False).returncode == 0
 
     def _write_ninja_file(self, nvcc: Path | None, outputs: dict[str, Path]) -> Path:
         try:

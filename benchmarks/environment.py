@@ -60,7 +60,7 @@ def describe(device: str = DEVICE) -> dict[str, Any]:
 
 def slug(machine: dict[str, Any]) -> str:
     """A file name for a machine."""
-    family = machine["cpu_family"].partition(",")[0]
+    family = machine.get("cpu_family", "").partition(",")[0]
     name = machine["gpu"] or f"{machine['cpu']} {family} {machine['isa']} {machine['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

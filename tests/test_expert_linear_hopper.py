@@ -160,6 +160,7 @@ def check(call: Callable[..., Results], case: Case, index: Tensor | None = None)
             assert_error_rule(name, actual, *others, case.dtype)
 
 
+@pytest.mark.slow
 def test_quick(kernels: ctypes.CDLL) -> None:
     for case in (Case(), Case(inputs=128, outputs=128, modulate=True, keep=True)):
         check(emulated(kernels, case, Schedule(LATE, LATE, LATE)), case)

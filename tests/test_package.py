@@ -57,6 +57,7 @@ def test_the_layer_needs_torch_numpy_and_triton_only() -> None:
     assert python(MINIMAL).strip() == "works"
 
 
+@pytest.mark.slow
 def test_plain_pytorch_in_place_of_compiled_code_is_said_once() -> None:
     code = (
         "import torch, warnings; from switch_moe import SwitchMoE, native; from unittest import mock; "

@@ -109,6 +109,7 @@ def test_any_step_can_be_replayed_alone(tmp_path: Path) -> None:
         assert a is b is None or torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_signals_save_and_say_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After SIGTERM and after SIGINT, at steps that are no multiple of anything."""
     run_training(config(tmp_path, name="calm"))
@@ -133,6 +134,7 @@ def test_signals_save_and_say_how_to_go_on(tmp_path: Path, monkeypatch: pytest.M
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_changed_setting_is_named(tmp_path: Path) -> None:
     run_training(config(tmp_path, name="run"))
     with pytest.raises(ValueError, match=r"lr is 0\.1, and the run in .*run has 0\.004; give it the same"):
@@ -203,6 +205,7 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

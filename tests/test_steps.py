@@ -88,6 +88,7 @@ def rows_of(case: Prepared) -> dict[str, dict]:
     return {row["contender"]: row for row in case.rows(timed)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [TRAIN, SAMPLE])
 def test_rows(which: str) -> None:
     rows = rows_of(prepared(which))

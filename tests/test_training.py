@@ -87,6 +87,7 @@ def test_a_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(again)))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_bitwise_the_same_losses(tmp_path: Path) -> None:
     for _ in range(2):
         run_training(config(tmp_path, generated=0, resume=False))

@@ -117,6 +117,7 @@ def test_activations_are_kept_or_computed_again(recomputed: bool, tmp_path: Path
     assert calls == [0, 1, *([1, 0] if recomputed else [])]
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
     """An upcycled model continues where the dense one ended: the first loss is the same to the bit."""
     train_switch_dit.run(config(tmp_path, name="dense", routing="none"))
