@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=STEMS, default=STEMS, help="tests of these stems; all by default"
     )
+    parser.add_argument("--skip", nargs="+", choices=STEMS, default=(), help="no tests of these stems")
     arguments = parser.parse_args()
     names = arguments.tritons or list(TRITONS)
     unknown = [name for name in names if name not in TRITONS]
@@ -63,7 +64,7 @@ def main() -> int:
         parser.error(f"TRITON is {unknown[0]}; it must be one of {', '.join(TRITONS)}")
     try:
         for name in names:
-            test(name, arguments.only)
+            test(name, [stem for stem in arguments.only if stem not in arguments.skip])
     except subprocess.CalledProcessError as failed:
         return failed.returncode
     return 0
