@@ -33,7 +33,8 @@ from benchmarks.test_steps import (
 
 DENSE = "dense DiT, equal active FLOPs"
 EXPERTS, TOP_K = 8, 2
-# As they are at the end of a run: EvoMoE with one expert for a token, Nucleus-Image with its last capacity.
+# These two change during a run and are timed as they end: EvoMoE with one expert for a token, Nucleus-Image
+# with its last capacity.
 AT_THE_END = {
     "evomoe": {"top_k": 1, "mixture": {"switch": -1}},
     "nucleus": {"mixture": {"capacity": 2.0, "capacity_end": 2.0}},

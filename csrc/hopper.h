@@ -154,7 +154,7 @@ void launch_kernel(void (*kernel)(Parameters...), const Shape& shape, void* stre
           "launch of a kernel");
 }
 
-// Of the current device.
+// How many multiprocessors the current device has.
 inline int multiprocessors() {
     int device, count;
     check(cudaGetDevice(&device), "the current device");
@@ -384,10 +384,10 @@ HOPPER_INLINE float second_of<BFloat16>(uint32_t packed) {
 
 // ---- Products of a warpgroup: d[64 x N] += a[64 x 16] b[16 x N] (wgmma)
 
-// Of d, lane l of warp w holds in d[4 c] the element in row 16 w + l / 4 and column 8 c + 2 (l % 4); the next
-// number is in the next column, and the two after are eight rows below. Of a, register 0 holds two elements
-// of row 16 w + l / 4, in columns 2 (l % 4) and the next; register 1 is eight rows below, registers 2 and 3
-// are eight columns to the right of these.
+// Fragments: lane l of warp w holds in d[4 c] the element in row 16 w + l / 4 and column 8 c + 2 (l % 4); the
+// next number is in the next column, and the two after are eight rows below. Register 0 of a holds two
+// elements of row 16 w + l / 4, in columns 2 (l % 4) and the next; register 1 is eight rows below, registers
+// 2 and 3 are eight columns to the right of these.
 
 // Orders accesses to registers before the products that follow.
 HOPPER_INLINE void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from .balance import z_loss
-from .gumbel import gumbel_like
+from .gumbel import check_noise, gumbel_like
 from .ops._checks import (
     check_choice,
-    check_device,
     check_flags,
     check_integers,
     check_numbers,
-    check_shape,
-    check_tensors,
 )
 from .ops._operator import without_autocast
 from .ops.token_gate import TokenGate
@@ -193,16 +190,10 @@ class DenseToSparseMoE(TokenMoE):
         ``load_balance`` is ``M sum_e mean(gates_e) mean(chosen_e)``, without a gradient through the choice;
         with a temperature of zero it is 0.
         """
-        check_tensors(x=x)
-        check_shape("x", x, ("B", "T", self.hidden_size))
-        if router_input is not None:
-            check_tensors(router_input=router_input)
-            check_shape("router_input", router_input, tuple(x.shape))
+        seen = self._router_input(x, router_input)
         if noise is not None:
-            check_tensors(noise=noise)
-            check_shape("noise", noise, (*x.shape[:2], self.num_experts))
-            check_device("noise", noise, x.device)
-        logits, of_time = self.router(x if router_input is None else router_input, time_embedding)
+            check_noise(noise, x, self.num_experts)
+        logits, of_time = self.router(seen, time_embedding)
         with without_autocast(x.device):
             logits = logits if of_time is None else logits + of_time[:, None]
             gate = self.gate(logits, noise)

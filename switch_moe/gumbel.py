@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ops._checks import check_device, check_shape, check_tensors
+
 
 def gumbel_of(uniform: Tensor) -> Tensor:
     """Gumbel numbers ``-log(-log u)`` from uniform ones in (0, 1)."""
@@ -19,3 +21,10 @@ def gumbel_like(logits: Tensor) -> Tensor:
     """
     drawn = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_()
     return -drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log()
+
+
+def check_noise(noise: Tensor, x: Tensor, num_experts: int) -> None:
+    """``ValueError`` or ``TypeError`` unless ``noise`` is ``[B, T, M]`` beside tokens x ``[B, T, D]``."""
+    check_tensors(noise=noise)
+    check_shape("noise", noise, (*x.shape[:2], num_experts))
+    check_device("noise", noise, x.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpu.expert_linear import COMPILED_FROM
 from .ops._backend import native_reason
 from .ops._checks import check_flags, check_shape, check_tensors
 from .ops._operator import autocast_dtype, cast, without_autocast
@@ -17,8 +18,6 @@ from .ops.routed_mlp import routed_mlp
 from .routes import Routes
 from .torch_compat import silu
 
-# Multiply-adds from which the compiled product of float32 beats torch's; below, its packing does not pay.
-COMPILED_FROM = 2**25
 # The same of the layers before the activation, which the compiled experts with a hidden layer fuse: .8 of the
 # time at width 384 with 1024 tokens, 1.4 at width 128 with 64.
 COMPILED_MLP_FROM = 2**29

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .gumbel import gumbel_like
+from .gumbel import check_noise, gumbel_like
 from .merged import MergedExperts, merge_mlp
 from .ops._checks import (
     check_device,
@@ -184,21 +184,15 @@ class NoiseMoE(TokenMoE):
                 check_range("expert_index", expert_index, self.num_experts, "the experts")
                 found = self.choose(of_all, expert_index)
             else:
-                found = self.draw(of_all, self._noise(noise, of_all, tokens))
+                if noise is None:
+                    noise = gumbel_like(of_all.detach()[:, None].expand(-1, tokens, -1))
+                check_noise(noise, x, self.num_experts)
+                found = self.draw(of_all, noise)
             out = self._by_token(x, found)
         else:
             found = self.likeliest(probs)
             out = self._by_sample(x, found)
         return (out, self.losses(found, logits)) if with_losses else out
-
-    def _noise(self, noise: Tensor | None, probs: Tensor, tokens: int) -> Tensor:
-        shape = (len(probs), tokens, self.num_experts)
-        if noise is None:
-            return gumbel_like(probs.detach()[:, None].expand(shape))
-        check_tensors(noise=noise)
-        check_shape("noise", noise, shape)
-        check_device("noise", noise, probs.device)
-        return noise
 
     def _by_token(self, x: Tensor, found: Routing) -> Tensor:
         """The experts of each token."""

@@ -253,7 +253,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_machine_code(ptx: Path, number: int) -> None:
-    """Of each assembler: merged weights are operands in registers, tokens are multicast, nothing spills."""
+    """Each assembler takes merged weights from registers, multicasts tokens and spills nothing."""
     triton = pytest.importorskip("triton")
     candidates = [path for path in assembler.candidates() if Path(path).exists()]
     if number >= len(candidates):

@@ -115,7 +115,7 @@ def test_choices_of_experts(rows: int, choose: str, dtype: torch.dtype, poisoned
 def test_parts_and_compiled_products(dtype: torch.dtype, monkeypatch, poisoned_memory) -> None:
     """An expert's pairs in several parts, and products by the code that large calls take."""
     monkeypatch.setattr(cpu, "_MOST_PAIRS", 16)
-    monkeypatch.setattr(cpu, "_COMPILED_FROM", 0)
+    monkeypatch.setattr(cpu.linear, "COMPILED_FROM", 0)
     for activation in ("gelu", "swiglu_second"):
         check_native(*case(70, 50, 52, 3, 2, activation), activation, dtype)
 
@@ -155,7 +155,7 @@ def test_the_same_bits_with_any_number_of_threads(dtype: torch.dtype, monkeypatc
     values, index = case(200, 96, 130, 3, 2, "swiglu")
     before, found = torch.get_num_threads(), []
     for compiled_from in (0, 2**60):
-        monkeypatch.setattr(cpu, "_COMPILED_FROM", compiled_from)
+        monkeypatch.setattr(cpu.linear, "COMPILED_FROM", compiled_from)
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)

@@ -20,6 +20,9 @@ from ..experts import LinearExperts
 from ..native import address
 from ..torch_compat import cpu_has
 
+# Multiply-adds from which the compiled product of float32 beats torch's; below, its packing does not pay.
+COMPILED_FROM = 2**25
+
 _VECTOR_WIDTHS = {"AVX512": 16, "AVX2": 8}  # floats of a vector
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1}  # DType of csrc
 

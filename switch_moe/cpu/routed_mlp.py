@@ -30,9 +30,6 @@ _ACTIVATION_CODE = {
 }  # Activation of csrc
 _MOST_PAIRS = 2048  # of a part
 
-# Multiply-adds from which the compiled product of float32 beats torch's; below, its packing does not pay.
-_COMPILED_FROM = 2**25
-
 
 @torch.no_grad()  # an exported program calls the operator with weights that require gradients
 def forward(
@@ -184,7 +181,7 @@ def _multiply(a: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
     """``out = a weight``, or ``a weight^T``: a [n, I], weight [I, O]."""
     if (
         a.dtype == torch.float32
-        and a.shape[0] * weight.numel() >= _COMPILED_FROM
+        and a.shape[0] * weight.numel() >= linear.COMPILED_FROM
         and linear.vector_width(torch.float32) > 0
     ):
         index, gate = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)

@@ -77,7 +77,7 @@ struct Warpgroup {
 
 struct Block {
     std::vector<uint8_t> memory;
-    // For every word: 0, or 1 + the thread that wrote it and has not called fence_async since.
+    // What every word has: 0, or 1 + the thread that wrote it and has not called fence_async since.
     std::vector<uint16_t> writer;
     int unfenced = 0;  // words whose entry is a thread
     std::map<uint32_t, Barrier> barriers;
@@ -89,7 +89,7 @@ struct Block {
     int running = 0;  // threads that have not ended
 
     uint8_t* at(uint32_t address, int bytes, int alignment, const char* what);
-    // For asynchronous work: a Fault if threads have written there and not fenced.
+    // Raises a Fault if threads have written there and not fenced; asynchronous work calls it.
     void require_fenced(uint32_t address, int bytes, const char* what) const;
 };
 
