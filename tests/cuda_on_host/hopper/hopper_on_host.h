@@ -26,8 +26,8 @@ enum class When { kEarly, kLate, kRandom };
 struct Schedule {
     When loads = When::kEarly, stores = When::kEarly, products = When::kEarly;
     int lagging = -1;           // a warpgroup of every cluster, counted over its blocks, that runs last
-    bool reversed = false;      // the order of warps and lanes
-    bool random_warps = false;  // warps run in a random order, and sometimes not at all
+    bool reversed = false;      // the order of clusters, warps and lanes
+    bool random_warps = false;  // clusters and warps run in a random order, warps sometimes not at all
     uint32_t seed = 1;
 };
 

@@ -285,7 +285,12 @@ void launch(const Shape& launch, const Schedule& schedule, const std::function<v
     machine.current = nullptr;
     machine.fault.clear();
     gridDim.x = launch.grid;
-    for (machine.first_block = 0; machine.first_block < launch.grid; machine.first_block += launch.cluster) {
+    std::vector<int> clusters(launch.grid / launch.cluster);
+    std::iota(clusters.begin(), clusters.end(), 0);
+    if (schedule.reversed) std::reverse(clusters.begin(), clusters.end());
+    if (schedule.random_warps) std::shuffle(clusters.begin(), clusters.end(), machine.random);
+    for (const int cluster : clusters) {
+        machine.first_block = cluster * launch.cluster;
         start_cluster();
         run_cluster();
     }
