@@ -39,7 +39,7 @@ CPU_SOURCES = [
     "parallel.cpp",
     "routed_mlp.cpp",
 ]
-CUDA_SOURCES = ["bindings_cuda.cpp", "expert_linear.cu", "linear_assignment.cu"]
+CUDA_SOURCES = ["bindings_cuda.cpp", "expert_linear.cu", "expert_linear_weight.cu", "linear_assignment.cu"]
 CPU = Extension("switch_moe._cpu", [f"csrc/{name}" for name in CPU_SOURCES])
 CUDA = Extension("switch_moe._cuda", [f"csrc/{name}" for name in CUDA_SOURCES])
 

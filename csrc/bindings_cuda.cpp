@@ -50,4 +50,43 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("inputs"), py::arg("outputs"), py::arg("num_experts"), py::arg("top_k"), py::arg("weight"),
         py::arg("bias"), py::arg("index"), py::arg("gate"), py::arg("input"), py::arg("grad"),
         py::arg("mixture"), py::arg("output"), py::arg("stream"));
+    m.attr("max_gradient_top_k") = switch_moe::kMaxGradientTopK;
+    m.attr("max_gradient_experts") = switch_moe::kMaxGradientExperts;
+    m.def(
+        "weight_gradient_workspace",
+        [](int64_t batch, int64_t tokens, int64_t inputs, int64_t outputs, int64_t num_experts, int64_t top_k,
+           bool bias) {
+            return switch_moe::weight_gradient_workspace(
+                {batch, tokens, inputs, outputs, num_experts, top_k, bias});
+        },
+        py::arg("batch"), py::arg("tokens"), py::arg("inputs"), py::arg("outputs"), py::arg("num_experts"),
+        py::arg("top_k"), py::arg("bias"));
+    m.def(
+        "weight_gradient",
+        [](bool is_bfloat16, bool single, int64_t batch, int64_t tokens, int64_t inputs, int64_t outputs,
+           int64_t num_experts, int64_t top_k, uintptr_t weight, uintptr_t bias, uintptr_t order,
+           uintptr_t index, uintptr_t gate, uintptr_t x, uintptr_t grad, uintptr_t workspace,
+           uintptr_t weight_grad, uintptr_t bias_grad, uintptr_t gate_grad, uintptr_t stream) {
+            const switch_moe::WeightGradient gradient{
+                {batch, tokens, inputs, outputs, num_experts, top_k, bias != 0},
+                is_bfloat16,
+                single,
+                reinterpret_cast<const void*>(weight),
+                reinterpret_cast<const void*>(bias),
+                reinterpret_cast<const int32_t*>(order),
+                reinterpret_cast<const int32_t*>(index),
+                reinterpret_cast<const float*>(gate),
+                reinterpret_cast<const void*>(x),
+                reinterpret_cast<const void*>(grad),
+                reinterpret_cast<void*>(workspace),
+                reinterpret_cast<void*>(weight_grad),
+                reinterpret_cast<void*>(bias_grad),
+                reinterpret_cast<float*>(gate_grad)};
+            switch_moe::weight_gradient_cuda(gradient, reinterpret_cast<void*>(stream));
+        },
+        py::arg("is_bfloat16"), py::arg("single"), py::arg("batch"), py::arg("tokens"), py::arg("inputs"),
+        py::arg("outputs"), py::arg("num_experts"), py::arg("top_k"), py::arg("weight"), py::arg("bias"),
+        py::arg("order"), py::arg("index"), py::arg("gate"), py::arg("x"), py::arg("grad"),
+        py::arg("workspace"), py::arg("weight_grad"), py::arg("bias_grad"), py::arg("gate_grad"),
+        py::arg("stream"));
 }

@@ -32,33 +32,37 @@ bool merged_product_runs(const MergedProduct& product);
 void merged_product_cuda(const MergedProduct& product, void* stream);
 
 // Gradients of weights, biases and gates. Sizes and tensors as above.
-struct WeightGradient {
-    bool is_bfloat16;                        // else float16
-    bool single;                             // gradients of weights and biases are float32
+struct WeightGradientProblem {
     int64_t batch, tokens, inputs, outputs;  // B, T, Din, Dout
     int64_t num_experts, top_k;              // M, k
-    const void* weight;                      // [M, Din, Dout]
-    const void* bias;                        // [M, Dout], or null
-    const int32_t* order;                    // [B]: every sample once, those with the same experts together
-    const int32_t* index;                    // [B, k]; one out of range is expert 0 with a gate of NaN
-    const float* gate;                       // [B, k]
-    const void* x;                           // [B, T, Din]
-    const void* grad;                        // [B, T, Dout], of the mixture: dm
-    void* workspace;                         // as many bytes as weight_gradient_workspace says
-    void* weight_grad;                       // [M, Din, Dout]
-    void* bias_grad;                         // [M, Dout]; not written without a bias
-    float* gate_grad;                        // [B, k]
+    bool has_bias;
+};
+struct WeightGradient {
+    WeightGradientProblem problem;
+    bool is_bfloat16;      // else float16
+    bool single;           // gradients of weights and biases are float32
+    const void* weight;    // [M, Din, Dout]
+    const void* bias;      // [M, Dout], or null
+    const int32_t* order;  // [B]: every sample once, best those with the same experts together
+    const int32_t* index;  // [B, k]; one out of range is expert 0 with a gate of NaN
+    const float* gate;     // [B, k]
+    const void* x;         // [B, T, Din]
+    const void* grad;      // [B, T, Dout], of the mixture: dm
+    void* workspace;       // as many bytes as weight_gradient_workspace says, from a multiple of 16 on
+    void* weight_grad;     // [M, Din, Dout]
+    void* bias_grad;       // [M, Dout]; not written without a bias
+    float* gate_grad;      // [B, k]
 };
 
-// Whether a kernel of this build can form them: k at most 2, M at most 64, Din and Dout multiples of 8, B, T,
-// Din and Dout not 0, sizes that fit 32 bits.
-bool weight_gradient_runs(const WeightGradient& gradient);
+constexpr int kMaxGradientTopK = 2, kMaxGradientExperts = 32;
 
 // How many bytes weight_gradient_cuda works in on the current device. It splits the samples into parts, as
-// many as its model of the device finds fastest, but never so that their sums take more than 256 MB.
-int64_t weight_gradient_workspace(const WeightGradient& gradient);
+// many as a model of the device finds fastest, but never so that their sums take more than 256 MB. Throws
+// where no kernel of this build takes the sizes: k and M at most as above, Din and Dout multiples of 8, B, T,
+// Din and Dout not 0, sizes that fit 32 bits.
+int64_t weight_gradient_workspace(const WeightGradientProblem& problem);
 
-// On `stream` (a cudaStream_t) of the current device, which is of compute capability 9.0.
+// On `stream` (a cudaStream_t) of the current device, which is of compute capability 9.0. Throws as above.
 void weight_gradient_cuda(const WeightGradient& gradient, void* stream);
 
 }  // namespace switch_moe

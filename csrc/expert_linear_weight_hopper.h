@@ -6,8 +6,8 @@
 // experts are neighbours. A block owns a tile of 128 x 128 and goes through a part of the samples: P and
 // the sums of up to two experts are in the registers of two warpgroups, and a sum is written when a sample
 // has other experts. The first warpgroup has a thread that loads and a warp for what is small: s, and the
-// sums of the other warps' shares in dgate. Every number is written by one thread, and a second kernel adds the
-// parts in a fixed order.
+// sums of the other warps' shares in dgate. Every number is written by one thread, and a second kernel adds
+// the parts in a fixed order.
 //
 // The two blocks of a cluster have tiles that are neighbours in a row or a column, and each loads half of
 // what both read.
@@ -40,14 +40,14 @@ struct WeightGradientSizes {
     GradientTiles tiles;
 };
 
-// Four numbers of a thread that multiplies: columns 8 i + 2 (lane % 4) and the next, in row lane / 4 of the 16
-// of its warp, and the same columns eight rows below.
+// Four numbers of a thread that multiplies: columns 8 i + 2 (lane % 4) and the next, in row lane / 4 of the
+// 16 of its warp, and the same columns eight rows below.
 struct alignas(16) Quad {
     float numbers[4];
 };
 
-// The parts of the gradients. A tile of weights is kept as its threads have it: [2 warpgroups, 16 values of i,
-// 128 threads].
+// The parts of the gradients. A tile of weights is kept as its threads have it: [2 warpgroups, 16 values of
+// i, 128 threads].
 struct WeightGradientParts {
     Quad* weight;  // [S, tiles, M, 4096]
     float* bias;   // [S, rows of tiles, M, Dout], or null where there is no bias
@@ -55,15 +55,14 @@ struct WeightGradientParts {
 };
 
 constexpr int kGradientTile = 128;
-constexpr int kMostGradientExperts = 32;  // bits that tell which of them a block has written
 constexpr int kTileQuads = kGradientTile * kGradientTile / 4;
 
 // What a block keeps in shared memory, in bytes.
 template <int kTopK>
 struct WeightGradientLayout {
-    static constexpr int kDeep = 64;                    // tokens of a stage
-    static constexpr uint32_t kBox = 64 * kDeep * 2;    // 64 columns of x or of dm
-    static constexpr uint32_t kGradAt = 2 * kBox;       // in a stage
+    static constexpr int kDeep = 64;                  // tokens of a stage
+    static constexpr uint32_t kBox = 64 * kDeep * 2;  // 64 columns of x or of dm
+    static constexpr uint32_t kGradAt = 2 * kBox;     // in a stage
     static constexpr uint32_t kStageBytes = 4 * kBox;
     static constexpr uint32_t kWeightBox = kGradientTile * 64 * 2;
     static constexpr uint32_t kWeightBytes = 2 * kWeightBox;  // a tile of one expert
@@ -195,7 +194,7 @@ struct GradientWarp {
     int rank;
     uint32_t memory;
     Turn<Layout::kStages> stage;
-    uint32_t samples = 0;         // that are done
+    uint32_t samples = 0;        // that are done
     uint32_t weight_parity = 0;  // a bit for each place: how often it has changed
     Places<kTopK> places;
 
@@ -352,12 +351,13 @@ struct GradientConsumer : GradientWarp<kTopK> {
         float gates[kTopK];
         bool used[kTopK];
 #pragma unroll
-        for (int place = 0; place < kTopK; ++place) gates[place] = this->places.gate(place, route, used[place]);
+        for (int place = 0; place < kTopK; ++place)
+            gates[place] = this->places.gate(place, route, used[place]);
         multiply();
         const uint32_t slot = this->samples % 2;
         barrier_wait(this->barrier(Layout::kShareEmpty, slot), (this->samples / 2 + 1) % 2);
-        const uint32_t shares =
-            this->memory + Layout::kSharesAt + slot * Layout::kShareBytes + (threadIdx.x / 32 - 4) * (kTopK * 4);
+        const uint32_t shares = this->memory + Layout::kSharesAt + slot * Layout::kShareBytes +
+                                (threadIdx.x / 32 - 4) * (kTopK * 4);
 #pragma unroll
         for (int place = 0; place < kTopK; ++place) {
             float share = 0.f;
@@ -432,14 +432,15 @@ struct GradientConsumer : GradientWarp<kTopK> {
     }
 
     HOPPER_INLINE Quad* quads(int expert) const {
-        return weight + (int64_t{part} * this->sizes.experts + expert) * kTileQuads + group * (16 * 128) + thread;
+        return weight + (int64_t{part} * this->sizes.experts + expert) * kTileQuads + group * (16 * 128) +
+               thread;
     }
 
     // Adds the sum of a place to what memory has of its expert, and clears it.
     HOPPER_INLINE void write(int place) {
         const int expert = this->places.expert[place];
         if (expert < 0) return;
-        float(&sum)[64] = sums[place];
+        float (&sum)[64] = sums[place];
         Quad* at = quads(expert);
         if (written >> expert & 1) {
 #pragma unroll
@@ -701,8 +702,7 @@ __global__ void __launch_bounds__(256)
     block -= blocks.weight;
     const bool of_bias = block < blocks.bias;
     if (!of_bias) block -= blocks.bias;
-    const int64_t count =
-        of_bias ? int64_t{sizes.experts} * sizes.outputs : int64_t{sizes.batch} * top_k;
+    const int64_t count = of_bias ? int64_t{sizes.experts} * sizes.outputs : int64_t{sizes.batch} * top_k;
     const int rows = of_bias ? sizes.splits * tiles.rows : tiles.rows * tiles.columns;
     const int64_t at = int64_t{block} * 256 + thread;
     if (at >= count) return;

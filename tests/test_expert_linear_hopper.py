@@ -1,8 +1,9 @@
-"""csrc/expert_linear_hopper.h on an emulated Hopper, against the operator's reference in float64."""
+"""csrc/expert_linear*_hopper.h on an emulated Hopper, against the operator's reference in float64."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import subprocess
@@ -12,9 +13,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import assert_error_rule
+from helpers import assert_close, assert_error_rule
 from hopper_emulation import LATE, ROOT, Schedule, build, schedules
-from planted_expert_linear import BUGS
+from planted_expert_linear import BUGS, WEIGHT_BUGS, Bug
 from torch import Tensor
 
 from benchmarks import assembler
@@ -22,7 +23,12 @@ from switch_moe.experts import LinearExperts
 from switch_moe.reference.expert_linear import expert_linear as reference
 
 CSRC = ROOT / "csrc"
-CALLER = ROOT / "tests" / "cuda_on_host" / "expert_linear.cpp"
+CALLERS = [
+    ROOT / "tests" / "cuda_on_host" / f"{name}.cpp" for name in ("expert_linear", "expert_linear_weight")
+]
+
+
+BFLOAT, HALF = torch.bfloat16, torch.float16
 
 
 class Case(NamedTuple):
@@ -37,99 +43,182 @@ class Case(NamedTuple):
     modulate: bool = False
     keep: bool = False
     multiprocessors: int = 4
+    single: bool = False  # gradients of weights and biases are float32
+    sorted: bool = True  # samples with the same experts come together
+
+
+class Results(NamedTuple):
+    """The output, m(x) where it is kept, and gradients; None where a kernel does not form it."""
+
+    out: Tensor | None = None
+    mixture: Tensor | None = None
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+
+
+def load(folder: Path, *sources: Path) -> ctypes.CDLL:
+    built = build(folder, *sources)
+    for name in ("merged_product", "weight_gradient"):
+        if hasattr(built, name):
+            getattr(built, name).restype = ctypes.c_char_p
+    return built
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    built = build(tmp_path_factory.mktemp("expert_linear"), CSRC / "expert_linear.cu", CALLER)
-    built.merged_product.restype = ctypes.c_char_p
-    return built
+    sources = [CSRC / "expert_linear.cu", CSRC / "expert_linear_weight.cu", *CALLERS]
+    return load(tmp_path_factory.mktemp("expert_linear"), *sources)
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Instead of the launcher one that starts the kernel with bug ``number``, after ``plant(number)``."""
-    folder = tmp_path_factory.mktemp("planted")
-    kernel = (CSRC / "expert_linear_hopper.h").read_text()
-    launcher = (CSRC / "expert_linear.cu").read_text()
-    launcher = launcher[launcher.index("namespace switch_moe") : launcher.index("// Outputs that the blocks")]
-    parts = ["#include <algorithm>", '#include "expert_linear_cuda.h"', '#include "hopper.h"']
-    calls = []
-    for number, bug in enumerate(BUGS):
-        text = kernel[kernel.index("namespace switch_moe") :]
+def plant(
+    bugs: list[Bug], kernel: str, launcher: str, parameter: str, calls: list[str], function: str
+) -> str:
+    """C++ of a launcher ``function`` that starts the kernel with bug ``number``, after ``plant(number)``."""
+    parts = [
+        "#include <algorithm>",
+        "#include <stdexcept>",
+        '#include "expert_linear_cuda.h"',
+        '#include "hopper.h"',
+    ]
+    kernel = kernel[kernel.index("namespace switch_moe") :]
+    for number, (bug, call) in enumerate(zip(bugs, calls, strict=True)):
+        text = kernel
         for old, new in bug.changes:
             assert text.count(old) == 1, old
             text = text.replace(old, new)
-        parts += [f"namespace bug{number} {{ using ::switch_moe::MergedProduct;", text, launcher]
-        dx, out = (f"start<BFloat16, 3, 2, {one}, {str(bug.modulate).lower()}>" for one in ("true", "false"))
-        parts.append(f"""
-            void call(const MergedProduct& product) {{
-                (product.gradient ? {dx} : {out})(product, nullptr);
-            }} }} }} }}""")
-        calls.append(f"bug{number}::switch_moe::call")
+        parts += [f"namespace bug{number} {{ using namespace ::switch_moe;", text, launcher]
+        parts.append(f"void call(const {parameter}& arguments) {{ ({call})(arguments, nullptr); }} }} }} }}")
+    names = ", ".join(f"bug{number}::switch_moe::call" for number in range(len(bugs)))
     parts.append(f"""
         static int planted;
         extern "C" void plant(int number) {{ planted = number; }}
         namespace switch_moe {{
-        void merged_product_cuda(const MergedProduct& product, void*) {{
-            void (*const calls[])(const MergedProduct&) = {{{", ".join(calls)}}};
-            calls[planted](product);
+        void {function}(const {parameter}& arguments, void*) {{
+            void (*const calls[])(const {parameter}&) = {{{names}}};
+            calls[planted](arguments);
         }} }}""")
-    (folder / "planted.cpp").write_text("\n".join(parts))
-    built = build(folder, folder / "planted.cpp", CALLER)
-    built.merged_product.restype = ctypes.c_char_p
-    return built
+    return "\n".join(parts)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("planted")
+    launcher = (CSRC / "expert_linear.cu").read_text()
+    launcher = launcher[launcher.index("namespace switch_moe") : launcher.index("// Outputs that the blocks")]
+    calls = []
+    for bug in BUGS:
+        dx, out = (f"start<BFloat16, 3, 2, {one}, {str(bug.modulate).lower()}>" for one in ("true", "false"))
+        calls.append(f"arguments.gradient ? {dx} : {out}")
+    kernel = (CSRC / "expert_linear_hopper.h").read_text()
+    text = plant(BUGS, kernel, launcher, "MergedProduct", calls, "merged_product_cuda")
+    (folder / "planted.cpp").write_text(text)
+    return load(folder, folder / "planted.cpp", CALLERS[0])
+
+
+@pytest.fixture(scope="module")
+def planted_weight(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("planted_weight")
+    launcher = (CSRC / "expert_linear_weight.cu").read_text()
+    # The launcher up to the checks; how large the workspace must be is asked of the one without a bug.
+    end = launcher.index("void weight_gradient_cuda")
+    right = launcher[launcher.index("namespace switch_moe") : end]
+    launcher = right[: right.index("void check(")]
+    kernel = (CSRC / "expert_linear_weight_hopper.h").read_text()
+    calls = ["start<BFloat16, 2>"] * len(WEIGHT_BUGS)
+    text = plant(WEIGHT_BUGS, kernel, launcher, "WeightGradient", calls, "weight_gradient_cuda")
+    text = f'#include "expert_linear_weight_hopper.h"\n{text}\n{right} }}'
+    (folder / "planted.cpp").write_text(text)
+    return load(folder, folder / "planted.cpp", CALLERS[1])
 
 
 def run(
-    kernels: ctypes.CDLL, case: Case, schedule: Schedule, gradient: bool, tensors: list[Tensor | None]
-) -> None:
+    function: Callable[..., bytes | None], case: Case, schedule: Schedule, flags: list[bool],
+    tensors: list[Tensor | None],
+) -> None:  # fmt: skip
     sizes = (ctypes.c_int64 * 6)(*case[:6])
-    flags = (ctypes.c_bool * 3)(case.dtype == torch.bfloat16, gradient, case.modulate)
-    addresses = (ctypes.c_void_p * 8)(*(None if one is None else one.data_ptr() for one in tensors))
-    fault = kernels.merged_product(sizes, flags, addresses, schedule.as_ints(), case.multiprocessors)
+    bools = (ctypes.c_bool * len(flags))(*flags)
+    addresses = (ctypes.c_void_p * len(tensors))(
+        *(None if one is None else one.data_ptr() for one in tensors)
+    )
+    fault = function(sizes, bools, addresses, schedule.as_ints(), case.multiprocessors)
     assert fault is None, fault.decode()
 
 
-Results = tuple[Tensor, Tensor | None, Tensor]  # the output, m(x) where kept, and the gradient of x
+def emulated_products(
+    kernels: ctypes.CDLL, case: Case, schedule: Schedule, x: Tensor, experts: LinearExperts,
+    grad_mixture: Tensor, grad: Tensor, mixture: Tensor,
+) -> Results:  # fmt: skip
+    """The forward and the gradient of x."""
+    out, dx = torch.full_like(mixture, torch.nan), torch.full_like(x, torch.nan)
+    kept = out.clone() if case.modulate and case.keep else None
+    flags = [case.dtype == BFLOAT, False, case.modulate]
+    run(kernels.merged_product, case, schedule, flags, [*experts, x, None, kept, out])
+    flags[1] = True
+    tensors = [*experts, grad_mixture, grad, mixture if kept is None else kept, dx]
+    run(kernels.merged_product, case, schedule, flags, tensors)
+    return Results(out, kept, dx)
+
+
+def order_of(case: Case, index: Tensor) -> Tensor:
+    """Samples with the same experts together, in the order of the smallest sets; or in any order."""
+    generator = torch.Generator().manual_seed(7)
+    numbers = torch.randperm(case.batch, generator=generator).tolist()
+    if case.sorted:
+        numbers.sort(key=lambda number: sorted(set(index[number].tolist())))
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def emulated_gradients(
+    kernels: ctypes.CDLL, case: Case, schedule: Schedule, x: Tensor, experts: LinearExperts,
+    grad_mixture: Tensor, *_: Tensor,
+) -> Results:  # fmt: skip
+    """The gradients of weight, bias and gate."""
+    weight, bias, index, gate = experts
+    dtype = torch.float32 if case.single else case.dtype
+    grads = [
+        None if like is None else torch.full_like(like, torch.nan, dtype=of)
+        for like, of in ((weight, dtype), (bias, dtype), (gate, torch.float32))
+    ]
+    tensors = [weight, bias, order_of(case, index), index, gate, x, grad_mixture, *grads]
+    run(kernels.weight_gradient, case, schedule, [case.dtype == BFLOAT, case.single], tensors)
+    return Results(weight=grads[0], bias=grads[1], gate=grads[2])
 
 
 def emulated(kernels: ctypes.CDLL, case: Case, schedule: Schedule) -> Callable[..., Results]:
     """What :func:`check` calls, on the emulation."""
 
-    def call(
-        x: Tensor, experts: LinearExperts, grad_mixture: Tensor, grad: Tensor, mixture: Tensor
-    ) -> Results:
-        out, dx = torch.full_like(mixture, torch.nan), torch.full_like(x, torch.nan)
-        kept = out.clone() if case.modulate and case.keep else None
-        run(kernels, case, schedule, False, [*experts, x, None, kept, out])
-        if kept is not None:
-            mixture = kept
-        run(kernels, case, schedule, True, [*experts, grad_mixture, grad, mixture, dx])
-        return out, kept, dx
+    def call(x: Tensor, experts: LinearExperts, grad_mixture: Tensor, *others: Tensor) -> Results:
+        results = emulated_products(kernels, case, schedule, x, experts, grad_mixture, *others)
+        if case.top_k > 2:
+            return results
+        grads = emulated_gradients(kernels, case, schedule, x, experts, grad_mixture)
+        return grads._replace(out=results.out, mixture=results.mixture, x=results.x)
 
     return call
 
 
 def on_gpu(case: Case) -> Callable[..., Results]:
-    def call(x: Tensor, experts: LinearExperts, *grads: Tensor) -> Results:
+    def call(x: Tensor, experts: LinearExperts, _: Tensor, grad: Tensor, mixture: Tensor) -> Results:
         from switch_moe.kernels import expert_linear_hopper
 
         experts = LinearExperts(*(None if one is None else one.cuda() for one in experts))
-        x, grad_mixture, grad, mixture = (one.cuda() for one in (x, *grads))
+        x, grad, mixture = x.cuda(), grad.cuda(), mixture.cuda()
         assert expert_linear_hopper.reason(x, experts) is None
         keep = case.modulate and case.keep
         out, kept = expert_linear_hopper.forward(x, experts, case.modulate, keep)
-        dx = expert_linear_hopper.grad_x(
-            grad_mixture, grad, kept if keep else mixture, experts, case.modulate
+        grads = expert_linear_hopper.backward(
+            grad, x, experts, kept if keep else mixture, case.modulate, [True] * 4, single=case.single
         )
-        return out.cpu(), kept.cpu() if keep else None, dx.cpu()
+        cpu = [None if one is None or one.numel() == 0 else one.cpu() for one in (kept, *grads)]
+        return Results(out.cpu(), *cpu)
 
     return call
 
 
-def check(call: Callable[..., Results], case: Case, index: Tensor | None = None) -> None:
-    """The forward and dx: at most 1.5 times the error of the unmerged reference in the same type."""
+def check(call: Callable[..., Results], case: Case, index: Tensor | None = None) -> Results:
+    """Output and gradients: at most 1.5 times the error of the unmerged reference in the same type."""
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -143,21 +232,30 @@ def check(call: Callable[..., Results], case: Case, index: Tensor | None = None)
         index = torch.rand(batch, num_experts, generator=generator).argsort(1)[:, :top_k].int().contiguous()
     gate = torch.rand(batch, top_k, generator=generator)
     experts = LinearExperts(weight, bias, index, gate)
-    wide = LinearExperts(weight.double(), None if bias is None else bias.double(), index, gate.double())
 
-    def with_gradient(x: Tensor, experts: LinearExperts, grad: Tensor) -> list[Tensor]:
-        """The output, m(x), and the gradient of x."""
-        x = x.clone().requires_grad_()
-        out = reference(x, experts, case.modulate)
-        out.backward(grad)
-        return [out.detach(), reference(x.detach(), experts), x.grad]
+    def differentiated(dtype: torch.dtype) -> Results:
+        given = [None if one is None else one.to(dtype).requires_grad_() for one in (x, weight, bias)]
+        gates = gate.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        wide = LinearExperts(*given[1:], index, gates)
+        out = reference(given[0], wide, case.modulate)
+        out.backward(grad.to(dtype))
+        grads = [None if one is None else one.grad for one in (*given, gates)]
+        return Results(out.detach(), reference(given[0], wide).detach(), *grads)
 
-    exact, baseline = with_gradient(x.double(), wide, grad.double()), with_gradient(x, experts, grad)
+    exact, baseline = differentiated(torch.float64), differentiated(case.dtype)
     grad_mixture = grad * x if case.modulate else grad
-    results = call(x, experts, grad_mixture, grad, exact[1].to(case.dtype))
-    for name, actual, *others in zip(("out", "mixture", "dx"), results, exact, baseline, strict=True):
-        if actual is not None:
-            assert_error_rule(name, actual, *others, case.dtype)
+    results = call(x, experts, grad_mixture, grad, exact.mixture.to(case.dtype))
+    for name, actual, expected, similar in zip(Results._fields, results, exact, baseline, strict=True):
+        if actual is None:
+            continue
+        if case.single and name in ("weight", "bias") and not case.modulate:  # whose dm is rounded
+            assert_close(name, actual, expected, 1e-5)
+        else:
+            assert_error_rule(name, actual.to(similar.dtype), expected, similar, case.dtype)
+        assert actual.dtype == (
+            torch.float32 if case.single and name in ("weight", "bias") else similar.dtype
+        )
+    return results
 
 
 @pytest.mark.slow
@@ -166,8 +264,13 @@ def test_quick(kernels: ctypes.CDLL) -> None:
         check(emulated(kernels, case, Schedule(LATE, LATE, LATE)), case)
 
 
-BFLOAT, HALF = torch.bfloat16, torch.float16
+# The edges of test_expert_linear_kernels.py that the kernels accept, and their own: both tiles, tokens and
+# sizes on either side of a tile, more steps than stages, blocks without work.
 CASES = [
+    *(Case(*shape, dtype=dtype, modulate=shape[2] == shape[3], keep=True)
+      for dtype in (BFLOAT, HALF)
+      for shape in ((3, 40, 24, 40, 3, 2), (3, 7, 8, 8, 4, 4), (3, 17, 24, 24, 8, 3), (6, 16, 16, 16, 5, 1),
+                    (2, 130, 72, 72, 3, 2), (1, 257, 136, 136, 8, 2), (2, 65, 80, 80, 4, 3))),
     *(Case(top_k=k, num_experts=5, dtype=dtype) for k in (1, 2, 3, 4) for dtype in (BFLOAT, HALF)),
     *(Case(inputs=512, outputs=256, top_k=k, num_experts=4) for k in (1, 3, 4)),
     *(Case(1, 256, d, d, 4, k, dtype, modulate=True, keep=k != 2)
@@ -178,6 +281,13 @@ CASES = [
     Case(tokens=257, inputs=392, outputs=392, modulate=True, keep=True),
     Case(batch=7, tokens=40, inputs=96, outputs=520, num_experts=16, top_k=3, multiprocessors=132),
     Case(batch=5, tokens=33, inputs=24, outputs=24, modulate=True, multiprocessors=1),
+    # Parts of the samples, an odd tile alone, places that change at every sample.
+    Case(9, 70, 264, 136, 4, multiprocessors=132, single=True),
+    Case(9, 70, 136, 264, 4, dtype=HALF, multiprocessors=132, single=True, bias=False),
+    Case(12, 64, 128, 128, 16, multiprocessors=2, sorted=False),
+    Case(12, 320, 136, 392, 5, multiprocessors=6, sorted=False),
+    Case(8, 64, 392, 128, 16, 1, HALF, multiprocessors=8, sorted=False),
+    Case(4, 100, 256, 256, 2, 2, modulate=True, keep=True, single=True, multiprocessors=132),
 ]  # fmt: skip
 
 
@@ -200,22 +310,88 @@ def test_every_schedule(kernels: ctypes.CDLL, width: int, warpgroups: int, modul
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rows", "columns", "top_k"), [(392, 264, 2), (264, 392, 2), (136, 136, 1)])
+def test_gradients_are_the_same_in_every_schedule(
+    kernels: ctypes.CDLL, rows: int, columns: int, top_k: int
+) -> None:
+    """To the bit, whatever runs first, and whichever cluster does."""
+    case = Case(7, 200, rows, columns, 5, top_k, single=True, multiprocessors=32)
+    first, *others = (
+        check(functools.partial(emulated_gradients, kernels, case, schedule), case)
+        for schedule in schedules(6, seeds=4)
+    )
+    for other in others:
+        for name in ("weight", "bias", "gate"):
+            assert torch.equal(getattr(other, name), getattr(first, name)), name
+
+
+@pytest.mark.slow
 def test_index(kernels: ctypes.CDLL) -> None:
     """One expert twice, and all samples alike; an index out of range makes its sample NaN and no other."""
     case = Case(3, 40, 64, 64, num_experts=4)
     twice = torch.tensor([[1, 1], [1, 1], [1, 1]], dtype=torch.int32)
     check(emulated(kernels, case, Schedule(LATE)), case, twice)
+    for mixed in ([[1, 1], [1, 2], [2, 2]], [[3, 0], [3, 3], [0, 3]], [[0, 0], [1, 1], [0, 1]]):
+        index = torch.tensor(mixed, dtype=torch.int32)
+        check(emulated(kernels, case._replace(sorted=False), Schedule()), case, index)
     x, weight, gate = torch.randn(3, 40, 64).bfloat16(), torch.randn(4, 64, 64).bfloat16(), torch.ones(3, 2)
     index, out = torch.tensor([[0, 1], [2, 4], [-1, 3]], dtype=torch.int32), torch.empty_like(x)
-    run(kernels, case, Schedule(), False, [weight, None, index, gate, x, None, None, out])
+    flags = [True, False, False]
+    run(kernels.merged_product, case, Schedule(), flags, [weight, None, index, gate, x, None, None, out])
     assert out.isnan().flatten(1).all(1).tolist() == [False, True, True]
     assert out[0].isfinite().all()
+    experts = LinearExperts(weight, None, index, gate)
+    weight_grad = emulated_gradients(kernels, case, Schedule(), x, experts, x).weight
+    assert weight_grad.isnan().flatten(1).all(1).tolist() == [True, False, False, False]  # that of expert 0
+    assert weight_grad[1:].isfinite().all()
 
 
+@pytest.mark.slow
+def test_what_an_expert_was_not_given_is_not_in_its_gradient(kernels: ctypes.CDLL) -> None:
+    """A sample that is not finite spoils the gradients of its own experts; those of no sample are zero."""
+    case = Case(3, 40, 64, 64, num_experts=6)
+    x, weight, gate = torch.randn(3, 40, 64).bfloat16(), torch.randn(6, 64, 64).bfloat16(), torch.rand(3, 2)
+    index = torch.tensor([[0, 1], [3, 2], [1, 0]], dtype=torch.int32)
+    x[1] = torch.inf
+    experts = LinearExperts(weight, weight[:, 0].clone(), index, gate)
+    found = emulated_gradients(kernels, case, Schedule(), x, experts, torch.randn_like(x))
+    finite = [True, True, False, False, True, True]
+    assert found.weight.isfinite().flatten(1).all(1).tolist() == finite
+    assert found.weight[4:].count_nonzero() == found.bias[4:].count_nonzero() == 0
+    assert found.bias.isfinite().all()
+    assert found.gate.isfinite().tolist() == [[True] * 2, [False] * 2, [True] * 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"top_k": 5}, {"inputs": 12}, {"outputs": 4}, {"tokens": 0}])
 def test_refused(kernels: ctypes.CDLL, changes: dict[str, int]) -> None:
+    case = Case()._replace(**changes)
     with pytest.raises(AssertionError, match="sizes that no kernel takes"):
-        run(kernels, Case()._replace(**changes), Schedule(), False, [None] * 8)
+        run(kernels.merged_product, case, Schedule(), [False] * 3, [None] * 8)
+    with pytest.raises(AssertionError, match="sizes that no kernel takes"):
+        run(kernels.weight_gradient, case, Schedule(), [False] * 2, [None] * 10)
+
+
+@pytest.mark.slow
+def test_gradients_refused(kernels: ctypes.CDLL) -> None:
+    for changes in ({"top_k": 3}, {"num_experts": 33}):
+        with pytest.raises(AssertionError, match="sizes that no kernel takes"):
+            run(kernels.weight_gradient, Case()._replace(**changes), Schedule(), [False] * 2, [None] * 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", range(len(WEIGHT_BUGS)), ids=[bug.name.replace(" ", "-") for bug in WEIGHT_BUGS]
+)
+def test_planted_bug_in_gradients(planted_weight: ctypes.CDLL, number: int) -> None:
+    planted_weight.plant(number)
+    case = Case(9, WEIGHT_BUGS[number].tokens, 392, 264, 5, single=True, multiprocessors=8)
+    index = torch.randint(5, (9, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    assert (index[:, 0] == index[:, 1]).any()
+
+    with pytest.raises(AssertionError):  # noqa: PT012
+        for schedule in schedules(6, seeds=6):
+            check(functools.partial(emulated_gradients, planted_weight, case, schedule), case, index)
 
 
 @pytest.mark.slow
@@ -225,7 +401,7 @@ def test_planted_bug(planted: ctypes.CDLL, number: int) -> None:
     case = Case(2, 264, 384, 384, modulate=BUGS[number].modulate, keep=True, multiprocessors=2)
     with pytest.raises(AssertionError):  # noqa: PT012
         for schedule in schedules(8):
-            check(emulated(planted, case, schedule), case)
+            check(functools.partial(emulated_products, planted, case, schedule), case)
 
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

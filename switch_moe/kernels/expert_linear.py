@@ -61,7 +61,7 @@ def backward(
     if wanted[0]:
         _grad_x(grad, x, experts, mixture, modulate, schedule, of_x, grads[0])
     if any(wanted[1:]):
-        _grad_weight(grad, x, experts, modulate, schedule, of_x, grads, wanted)
+        grad_weight(grad, x, experts, modulate, schedule, of_x, grads, wanted)
     return tuple(grads)
 
 
@@ -81,7 +81,7 @@ def _grad_x(
     )  # fmt: skip
 
 
-def _grad_weight(
+def grad_weight(
     grad: Tensor, x: Tensor, experts: LinearExperts, modulate: bool, schedule: Tensor, of_x: Kind,
     grads: list[Tensor], wanted: list[bool],
 ) -> None:  # fmt: skip

@@ -1,7 +1,7 @@
 """Products of ``expert_linear`` on Hopper, by the CUDA kernels of ``csrc/expert_linear_hopper.h``.
 
-They form ``m(x_b) = x_b V_b + v_b`` and ``dx_b = dm_b V_b^T``; other gradients are Triton's. No GPU has run
-them yet, so nothing chooses them.
+They form ``m(x_b) = x_b V_b + v_b`` and ``dx_b = dm_b V_b^T``, and for up to two chosen experts the gradients
+of weights, biases and gates. No GPU has run them yet, so nothing chooses them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from torch import Tensor
 from .. import native
 from ..experts import LinearExperts
 from ..native import address
+from . import expert_linear as triton_kernels
+from ._launch import kind
+from .dispatch import dispatch
 
 MAX_TOP_K = 4
 
@@ -63,6 +66,83 @@ def grad_x(
         return out.zero_()
     _launch(grad_mixture, grad if modulate else None, mixture, out, experts, modulate, gradient=True)
     return out
+
+
+def backward(
+    grad: Tensor, x: Tensor, experts: LinearExperts, mixture: Tensor | None, modulate: bool,
+    wanted: list[bool], schedule: Tensor | None = None, single: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, weight, bias and gate; empty where not wanted. ``mixture``: m(x) where modulated.
+
+    With ``single`` those of weight and bias are float32. More than two chosen experts, or more experts than
+    the kernel counts, are left to Triton's kernel, which knows no ``single``.
+    """
+    if x.numel() == 0 or experts.weight.numel() == 0:
+        return tuple(one.zero_() for one in experts.empty_gradients(x, wanted))
+    grads = experts.empty_gradients(x, [False, *wanted[1:]])
+    # dm is the operand of all that follows, and formed once.
+    grad_mixture = grad * x if modulate else grad
+    if wanted[0]:
+        grads[0] = grad_x(grad_mixture, grad, mixture, experts, modulate)
+    if any(wanted[1:]):
+        if schedule is None:
+            schedule = dispatch(experts.expert_index, len(experts.weight))
+        if gradients_reason(experts) is None:
+            grads[1:] = _grad_experts(grad_mixture, x, experts, schedule, wanted, single)
+        else:
+            triton_kernels.grad_weight(grad_mixture, x, experts, False, schedule, kind(x), grads, wanted)
+    return tuple(grads)
+
+
+def gradients_reason(experts: LinearExperts) -> str | None:
+    """Why the gradients of these experts are Triton's, or None."""
+    module = native.cuda.require()
+    top_k, num_experts = experts.expert_index.shape[1], len(experts.weight)
+    if top_k > module.max_gradient_top_k:
+        return f"top_k is {top_k}; the kernel takes at most {module.max_gradient_top_k}"
+    if num_experts > module.max_gradient_experts:
+        return f"there are {num_experts} experts; the kernel takes at most {module.max_gradient_experts}"
+    return None
+
+
+def _grad_experts(
+    grad_mixture: Tensor, x: Tensor, experts: LinearExperts, schedule: Tensor, wanted: list[bool],
+    single: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of weight, bias and gate. Those that are not wanted are formed all the same, and dropped."""
+    weight, bias, index, gate = experts
+    (batch, tokens, d_in), (num_experts, _, d_out) = x.shape, weight.shape
+    top_k, dtype = index.shape[1], x.dtype
+    of_weights = torch.float32 if single else dtype
+    grads = [
+        torch.empty_like(weight, dtype=of_weights),
+        torch.empty(0 if bias is None else bias.shape, dtype=of_weights, device=x.device),
+        torch.empty_like(gate),
+    ]
+    module = native.cuda.require()
+    sizes = {
+        "batch": batch, "tokens": tokens, "inputs": d_in, "outputs": d_out, "num_experts": num_experts,
+        "top_k": top_k,
+    }  # fmt: skip
+
+    def of(tensor: Tensor | None, numbers: int, dtype: torch.dtype = dtype) -> int:
+        return address(tensor, dtype, numbers, "cuda")
+
+    with torch.cuda.device(x.device):
+        size = module.weight_gradient_workspace(**sizes, bias=bias is not None)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        module.weight_gradient(
+            is_bfloat16=dtype == torch.bfloat16, single=single, **sizes,
+            weight=of(weight, num_experts * d_in * d_out), bias=of(bias, num_experts * d_out),
+            order=of(schedule[:batch], batch, torch.int32), index=of(index, batch * top_k, torch.int32),
+            gate=of(gate, batch * top_k, torch.float32), x=of(x, batch * tokens * d_in),
+            grad=of(grad_mixture, batch * tokens * d_out), workspace=of(workspace, size, torch.uint8),
+            weight_grad=of(grads[0], weight.numel(), of_weights),
+            bias_grad=of(grads[1], grads[1].numel(), of_weights),
+            gate_grad=of(grads[2], batch * top_k, torch.float32),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    return [one if want else one.new_empty(0) for one, want in zip(grads, wanted[1:], strict=True)]
 
 
 def _launch(

@@ -1,21 +1,11 @@
-// What test_expert_linear_hopper.py calls: the kernels of expert_linear.cu on a CPU.
-#include <string>
-
+// What test_expert_linear_hopper.py calls: the products of expert_linear.cu on a CPU.
 #include "expert_linear_cuda.h"
-#include "hopper.h"
+#include "schedule.h"
 
 // Null, or what went wrong.
 extern "C" const char* merged_product(const int64_t* sizes, const bool* flags, void* const* tensors,
                                       const int* schedule, int multiprocessors) {
-    static std::string fault;
-    auto when = [&](int i) { return static_cast<hopper::When>(schedule[i]); };
-    hopper::current_schedule = {when(0),
-                                when(1),
-                                when(2),
-                                schedule[3],
-                                schedule[4] != 0,
-                                schedule[5] != 0,
-                                static_cast<uint32_t>(schedule[6])};
+    hopper::current_schedule = schedule_of(schedule);
     hopper::current_multiprocessors = multiprocessors;
     const switch_moe::MergedProduct product{flags[0],
                                             flags[1],
@@ -34,11 +24,5 @@ extern "C" const char* merged_product(const int64_t* sizes, const bool* flags, v
                                             tensors[5],
                                             tensors[6],
                                             tensors[7]};
-    try {
-        switch_moe::merged_product_cuda(product, nullptr);
-    } catch (const std::exception& error) {
-        fault = error.what();
-        return fault.c_str();
-    }
-    return nullptr;
+    return fault_of([&] { switch_moe::merged_product_cuda(product, nullptr); });
 }

@@ -1,7 +1,5 @@
 // Runs a kernel of kernels.inc, which the test writes: gemm.h as it is, and with planted bugs.
-#include <string>
-
-#include "hopper.h"
+#include "../schedule.h"
 
 namespace {
 
@@ -36,29 +34,12 @@ void run(const Kernel& kernel, uint16_t* a, uint16_t* b, uint16_t* c, const Prob
                    [&] { kernel.run(a_map, b_map, c_map, problem); });
 }
 
-// What the function throws, or null.
-template <typename Function>
-const char* fault_of(Function function) {
-    static std::string fault;
-    try {
-        function();
-    } catch (const hopper::Fault& error) {
-        fault = error.what();
-        return fault.c_str();
-    }
-    return nullptr;
-}
-
 }  // namespace
 
 extern "C" const char* run_gemm(int kernel, uint16_t* a, uint16_t* b, uint16_t* c, int batch, int rows,
                                 int columns, int depth, int grid, const int* schedule) {
-    auto when = [&](int i) { return static_cast<hopper::When>(schedule[i]); };
-    return fault_of([&] {
-        run(kernels[kernel], a, b, c, {batch, rows, columns, depth}, grid,
-            {when(0), when(1), when(2), schedule[3], schedule[4] != 0, schedule[5] != 0,
-             static_cast<uint32_t>(schedule[6])});
-    });
+    return fault_of(
+        [&] { run(kernels[kernel], a, b, c, {batch, rows, columns, depth}, grid, schedule_of(schedule)); });
 }
 
 // Why a tensor map or a launch is refused.
