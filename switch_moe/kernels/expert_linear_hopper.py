@@ -1,10 +1,12 @@
 """Products of ``expert_linear`` on Hopper, by the CUDA kernels of ``csrc/expert_linear_hopper.h``.
 
 They form ``m(x_b) = x_b V_b + v_b`` and ``dx_b = dm_b V_b^T``; other gradients are Triton's. No GPU has run
-them yet, so nothing chooses them.
+them yet, so they run for ``backend="cuda"`` only: see :mod:`switch_moe.kernels.measured`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,24 +15,42 @@ from .. import native
 from ..experts import LinearExperts
 from ..native import address
 
+DTYPES = (torch.bfloat16, torch.float16)
 MAX_TOP_K = 4
+_device_reasons: dict[torch.device, str | None] = {}  # each device is asked for once
+
+
+def device_reason(device: torch.device) -> str | None:
+    """Why no product can be formed by the kernels on ``device``, or None."""
+    if device.type != "cuda":
+        return f"the CUDA kernels run on CUDA tensors, not on {device.type} tensors; use backend='auto'"
+    if torch.cuda.is_available():  # else the tensor is fake, and stands for one on a GPU
+        major, minor = torch.cuda.get_device_capability(device.index or 0)
+        if (major, minor) != (9, 0):
+            return f"the CUDA kernels are for compute capability 9.0, not {major}.{minor}; use backend='auto'"
+    if native.cuda.module is None:
+        return native.cuda.reason
+    if "90a" not in native.cuda.module.architectures.split():
+        return (
+            f"{native.cuda.module.__name__} was built for {native.cuda.module.architectures}, not for 90a; "
+            "build it with SWITCH_MOE_CUDA_ARCHS=90a"
+        )
+    return None
 
 
 def reason(x: Tensor, experts: LinearExperts) -> str | None:
     """Why the kernels cannot form these products, or None. Sizes are those of ``expert_linear``."""
-    if native.cuda.module is None:
-        return native.cuda.reason
-    if "90a" not in native.cuda.module.architectures.split():
-        return f"the CUDA module was built for {native.cuda.module.architectures}, not for 90a"
-    if torch.cuda.get_device_capability(x.device) != (9, 0):
-        return "the kernels are for compute capability 9.0"
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"the kernels take bfloat16 and float16, not {x.dtype}"
+    if x.device not in _device_reasons:
+        _device_reasons[x.device] = device_reason(x.device)
+    if (why := _device_reasons[x.device]) is not None:
+        return why
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; the CUDA kernels take bfloat16 and float16"
     _, d_in, d_out = experts.weight.shape
     if d_in % 8 or d_out % 8:
-        return f"Din and Dout must be multiples of 8, and are {d_in} and {d_out}"
+        return f"Din and Dout are {d_in} and {d_out}; the CUDA kernels take multiples of 8"
     top_k = experts.expert_index.shape[1]
-    return None if top_k <= MAX_TOP_K else f"top_k is {top_k}; the kernels take at most {MAX_TOP_K}"
+    return None if top_k <= MAX_TOP_K else f"top_k is {top_k}; the CUDA kernels take at most {MAX_TOP_K}"
 
 
 def forward(x: Tensor, experts: LinearExperts, modulate: bool, keep: bool) -> tuple[Tensor, Tensor]:
@@ -63,6 +83,31 @@ def grad_x(
         return out.zero_()
     _launch(grad_mixture, grad if modulate else None, mixture, out, experts, modulate, gradient=True)
     return out
+
+
+def backward(
+    grad: Tensor, x: Tensor, experts: LinearExperts, mixture: Tensor | None, modulate: bool,
+    wanted: list[bool], schedule: Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of x, weight, bias and gate; empty where not wanted. ``mixture``: m(x) where modulated.
+
+    ``schedule``: that of ``dispatch``, for the gradients that are Triton's; it is made where there is none.
+    """
+    grads = experts.empty_gradients(x, [False, *wanted[1:]])
+    grad_mixture = grad * x if modulate else grad
+    if wanted[0]:
+        grads[0] = grad_x(grad_mixture, grad, mixture, experts, modulate)
+    if any(wanted[1:]) and (x.numel() == 0 or experts.weight.numel() == 0):
+        grads[1:] = [one.zero_() for one in grads[1:]]
+    elif any(wanted[1:]):
+        from . import expert_linear as of_triton
+        from ._launch import kind
+        from .dispatch import dispatch
+
+        if schedule is None:
+            schedule = dispatch(experts.expert_index, len(experts.weight))
+        of_triton._grad_weight(grad_mixture, x, experts, False, schedule, kind(x), grads, wanted)
+    return tuple(grads)
 
 
 def _launch(

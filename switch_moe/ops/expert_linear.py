@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..cpu import expert_linear as compiled
 from ..experts import LinearExperts
+from ..kernels import expert_linear_hopper
+from ..kernels.measured import fastest
 from ..reference.expert_linear import expert_linear as reference_expert_linear
 from ._backend import KERNEL_DTYPES, choose, operation
 from ._checks import (
@@ -29,7 +31,10 @@ from ._operator import autocast_dtype, cast, contiguous, operator, without_autoc
 from .dispatch import check_given_schedule, check_schedule, schedule_of
 from .merge_experts import merge_experts
 
-_OPERATION = operation("expert_linear", native=("cpu",), triton=True, dtypes=KERNEL_DTYPES)
+_OPERATION = operation(
+    "expert_linear", native=("cpu",), triton=True, dtypes=KERNEL_DTYPES, cuda=expert_linear_hopper.DTYPES
+)
+_ON_GPU = ("triton", "cuda")
 
 
 def expert_linear(
@@ -59,10 +64,12 @@ def expert_linear(
         modulate: return ``x * (1 + m(x))`` instead of ``m(x)``; needs Din = Dout.
         schedule: of :func:`dispatch` for this ``expert_index``, which saves the kernels a launch. On a GPU
             nobody checks that it is.
-        backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only), ``native`` (compiled,
-            CPU) or ``reference`` (plain PyTorch, any device, also float64). On CUDA tensors indices are not
-            checked, which would wait for the host: the kernels take one out of range for expert 0 with a gate
-            of NaN, so its sample becomes NaN, and with it the gradients of expert 0.
+        backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only), ``cuda`` (compiled, for
+            compute capability 9.0, half types, Din and Dout multiples of 8, k up to 4; no GPU has run it),
+            ``native`` (compiled, CPU) or ``reference`` (plain PyTorch, any device, also float64). On CUDA
+            tensors indices are not checked, which would wait for the host: the kernels take one out of range
+            for expert 0 with a gate of NaN, so its sample becomes NaN, and with it the gradients of expert 0.
+            On a GPU ``auto`` is ``triton``, and ``cuda`` for shapes where that was measured to be faster.
 
     Returns:
         ``[B, T, Dout]`` in the type of ``x``; differentiable in ``x``, ``weight``, ``bias``, ``expert_gate``.
@@ -83,13 +90,15 @@ def expert_linear(
     if x.dim() == 3 and expert_index.dim() == 2 and expert_index.shape[0] == 1 != x.shape[0]:
         _check(x, experts, modulate, rows=1)
         return _shared(x, experts, modulate, path)
+    if path == "triton" and backend == "auto":
+        path, _ = fastest(x, experts, modulate)
     # Operators check what they are given; indices only where compiled code reads them.
-    if path == "reference" or (path == "triton" and has_values(expert_index)):
+    if path == "reference" or (path in _ON_GPU and has_values(expert_index)):
         _check(x, experts, modulate)
         check_range("expert_index", expert_index, weight.shape[0], "the experts")
     if path == "reference":
         return reference_expert_linear(x, experts._replace(expert_gate=as_gate(expert_gate, x)), modulate)
-    if path == "triton":
+    if path in _ON_GPU:
         check_given_schedule(schedule, expert_index, weight.shape[0])
     out: Tensor = _ExpertLinear.apply(x, *experts, schedule, modulate, path)
     return out
@@ -98,7 +107,7 @@ def expert_linear(
 def _shared(x: Tensor, experts: LinearExperts, modulate: bool, path: str) -> Tensor:
     """A batch of one route: one product of all its tokens with one matrix."""
     weight, bias, index, gate = experts
-    if path != "triton":  # there the samples become one of many tokens
+    if path not in _ON_GPU:  # there the samples become one of many tokens
         rows = x.reshape(1, x.shape[0] * x.shape[1], x.shape[2])
         out = expert_linear(rows, weight, bias, index, gate, modulate, backend=path)
         return out.view(*x.shape[:2], weight.shape[2])
@@ -108,6 +117,12 @@ def _shared(x: Tensor, experts: LinearExperts, modulate: bool, path: str) -> Ten
         if shift is not None:
             mixture = mixture + shift[0]
         return torch.addcmul(x, x, mixture) if modulate else mixture
+
+
+def _check_kernels(x: Tensor, experts: LinearExperts, backend: str) -> None:
+    """``RuntimeError`` for what the CUDA kernels do not take; Triton's take everything."""
+    if backend == "cuda" and (reason := expert_linear_hopper.reason(x, experts)) is not None:
+        raise RuntimeError(f"backend 'cuda' of expert_linear cannot run: {reason}")
 
 
 def _check(x: Tensor, experts: LinearExperts, modulate: bool, rows: int | None = None) -> None:
@@ -163,8 +178,9 @@ def _converted(x: Tensor, experts: LinearExperts) -> LinearExperts:
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    experts, modulate, keep = LinearExperts(*arguments[:4]), *arguments[4:6]
+    experts, (modulate, keep, backend) = LinearExperts(*arguments[:4]), arguments[4:7]
     _check(x, experts, modulate)
+    _check_kernels(x, experts, backend)
     return experts.empty_outputs(x, keep)
 
 
@@ -196,7 +212,7 @@ def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
     experts, (of_x, of_weight, of_bias, of_gate), backend = LinearExperts(*arguments[:4]), *arguments[6:8]
     weight, bias, expert_index, _ = experts
     product, top_k = _product(x, experts), expert_index.shape[1]
-    if backend == "triton":
+    if backend in _ON_GPU:
         each = weight.shape[0] > 4  # MAX_ACCUMULATORS of the kernels: above, a product for each pair
         of_experts = top_k if each else 1
         return int(product * (of_x + (of_weight or of_bias or of_gate) * of_experts))
@@ -215,12 +231,15 @@ def _forward(
     """The output and, where kept, the mixture m(x), else an empty tensor."""
     experts = LinearExperts(weight, bias, index, gate)
     _check(x, experts, modulate)
+    _check_kernels(x, experts, backend)
     experts = _converted(x, experts)
-    if backend == "triton":
-        from ..kernels import expert_linear as kernels
-
+    if backend in _ON_GPU:
         check_schedule(schedule, experts.expert_index, weight.shape[0])
         x, schedule, *read = contiguous(x, schedule, *experts, aligned=True)
+        if backend == "cuda":
+            return expert_linear_hopper.forward(x, LinearExperts(*read), modulate, keep)
+        from ..kernels import expert_linear as kernels
+
         return kernels.forward(x, LinearExperts(*read), modulate, keep, schedule)
     check_range("expert_index", index, weight.shape[0], "the experts")
     x, *read = contiguous(x, *experts)
@@ -241,20 +260,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
     experts = LinearExperts(weight, bias, index, gate)
-    if backend == "triton":
+    if backend in _ON_GPU:
         _check(x, experts, modulate)
+        _check_kernels(x, experts, backend)
     elif bias is not None:  # the rest goes by native.address or torch's products, which check sizes
         check_shape("bias", bias, (weight.shape[0], weight.shape[2]))
     experts = _converted(x, experts)
     check_like("grad", grad, x, (x.shape[0], x.shape[1], weight.shape[2]))
     if mixture is not None:
         check_like("mixture", mixture, x, tuple(grad.shape))
-    if backend == "triton":
-        from ..kernels import expert_linear as kernels
-
+    if backend in _ON_GPU:
         check_schedule(schedule, experts.expert_index, weight.shape[0])
         grad, x, mixture, schedule, *read = contiguous(grad, x, mixture, schedule, *experts, aligned=True)
-        return kernels.backward(grad, x, LinearExperts(*read), mixture, modulate, wanted, schedule)
+        given = grad, x, LinearExperts(*read), mixture, modulate, wanted, schedule
+        if backend == "cuda":
+            return expert_linear_hopper.backward(*given)
+        from ..kernels import expert_linear as kernels
+
+        return kernels.backward(*given)
     check_range("expert_index", index, weight.shape[0], "the experts")
     grad, x, mixture, *read = contiguous(grad, x, mixture, *experts)
     return compiled.backward(grad, x, LinearExperts(*read), mixture, modulate, wanted)
