@@ -183,7 +183,7 @@ def test_opcheck(hopper_gpu) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_auto_compiles_whole(hopper_gpu, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is part of the program, and breaks no graph."""
     use(monkeypatch, row(B=1, T=3))
