@@ -15,6 +15,7 @@ Outputs = tuple[Tensor, ...]
 Memo = dict[Any, Outputs]  # float64 results of one contender, good for the next that has the same inputs
 
 SWITCH_MOE, MODULATED, LINEAR, COMPILED = "switch_moe", "switch_moe x(1+m)", "F.linear", "torch.compile"
+WITH_CUDA = " cuda"  # behind the name of a contender: by the CUDA kernels, where the other is Triton's
 WITH_TABLE = "switch_moe + table"  # routes all timesteps too, as the official layer does
 FORWARD, BOTH = "forward", "forward+backward"
 PEER_TOLERANCE = 3e-2  # for others in bfloat16: some round gates or sums that switch_moe keeps in float32

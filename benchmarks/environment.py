@@ -52,9 +52,15 @@ def describe(device: str = DEVICE) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        **(
-            {"assemblers": assembler.describe(torch.cuda.get_device_capability())} if device == "cuda" else {}
-        ),
+        **(of_gpu(torch.cuda.get_device_capability()) if device == "cuda" else {}),
+    }
+
+
+def of_gpu(capability: tuple[int, int]) -> dict[str, Any]:
+    """What decides about the machine code of kernels."""
+    return {
+        "architecture": f"sm_{capability[0]}{capability[1]}",
+        "assemblers": assembler.describe(capability),
     }
 
 

@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
@@ -39,8 +41,9 @@ MARGIN = 45.0  # seconds for the benchmark that begins last; torch.compile takes
 ASSEMBLED = ("expert_linear_kernels", "expert_mlp", "routed_mlp_kernels", "dispatch")
 QUICK = "not broken"  # kernels broken on purpose need no GPU to be noticed
 CALCULATES = f"{QUICK} and not compile and not opcheck"
-SANITIZED = ("dispatch", "expert_linear_kernels", "routed_mlp_kernels", "timestep_gate", "token_gate",
-             "route_pairs", "diffusion_prior", "linear_assignment")  # fmt: skip
+SANITIZED = ("dispatch", "expert_linear_kernels", "expert_linear_hopper", "routed_mlp_kernels",
+             "timestep_gate", "token_gate", "route_pairs", "diffusion_prior",
+             "linear_assignment")  # fmt: skip
 MEASURED = ("expert_linear", "layer", "expert_mlp", "routed_mlp", "steps", "growth", "timestep_gate",
             "token_gate", "diffusion_prior", "linear_assignment", "family_steps")  # fmt: skip
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -109,6 +112,16 @@ def test(what: str, arguments: list[str], processes: int, seconds: float, **vari
     run(what, [*TESTS, *parallel, *arguments], seconds, OMP_NUM_THREADS=threads, **variables)
 
 
+def outcomes(path: Path) -> dict[str, dict[str, int]]:
+    """How many tests of each file passed and how many were skipped, from the XML that pytest wrote."""
+    found: dict[str, Counter[str]] = {}
+    for case in ElementTree.parse(path).iter("testcase"):
+        file = ".".join(case.attrib["classname"].split(".")[:2])  # the rest is the class
+        states = [part.tag for part in case if part.tag in ("failure", "error", "skipped")]
+        found.setdefault(file, Counter())[states[0] if states else "passed"] += 1
+    return {file: dict(count) for file, count in sorted(found.items())}
+
+
 def test_again(processes: int, seconds: float) -> None:
     """Runs the tests of kernels that a wrong assembler may spoil, under another one where there is any."""
     own, second, variable = assembler.pair(torch.cuda.get_device_capability())
@@ -154,8 +167,10 @@ def all_steps(arguments: argparse.Namespace) -> Path:
     if not arguments.no_build:
         with budget.step("build"):
             build(budget.left())
-    with budget.step("tests"):
-        test("the tests", ["tests", "-k", QUICK], processes, budget.left())
+    with budget.step("tests"), tempfile.TemporaryDirectory() as scratch:
+        xml = Path(scratch, "tests.xml")
+        test("the tests", ["tests", "-k", QUICK, f"--junitxml={xml}"], processes, budget.left())
+        tested = outcomes(xml)
     with budget.step("tests under another assembler"):
         test_again(processes, budget.left())
     if arguments.sanitize:
@@ -165,7 +180,7 @@ def all_steps(arguments: argparse.Namespace) -> Path:
     target = output / f"{slug(describe('cuda'))}.json"
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         ready, information = Path(scratch, target.name), Path(scratch, "machine.json")
-        found: dict[str, Any] = {"seconds_of_steps": budget.took}
+        found: dict[str, Any] = {"seconds_of_steps": budget.took, "tests": tested}
         if not arguments.no_calibration:
             with budget.step("calibration"):
                 command = [sys.executable, "-m", "benchmarks.calibrate", str(information)]

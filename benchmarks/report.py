@@ -1,4 +1,5 @@
-"""Writes benchmarks/README.md, its pictures and the block in README.md from the files in benchmarks/results.
+"""Writes benchmarks/README.md, its pictures, the block in README.md and switch_moe/kernels/measured.json from
+the files in benchmarks/results.
 
     python -m benchmarks.report            # make bench-report
 
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import plots
+from benchmarks import measured, plots
 from benchmarks.case import BOTH, FORWARD, LINEAR, SWITCH_MOE, WITH_TABLE
 from benchmarks.environment import ROOT
 from benchmarks.peers import OFFICIAL
@@ -115,6 +116,19 @@ def load(path: Path) -> Report:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a JSON of `pytest benchmarks`: {error!r} is missing") from None
     return report
+
+
+def load_all(folder: Path) -> dict[str, Report]:
+    """The result files of ``pytest benchmarks`` by name."""
+    return {path.name: load(path) for path in sorted(folder.glob("*.json")) if path.name != "compiled.json"}
+
+
+def measured_rows(files: dict[str, Report], root: Path) -> list[Row]:
+    """What switch_moe/kernels/measured.json holds: where the CUDA kernels of expert_linear are faster."""
+    found: list[Row] = []
+    for name, report in files.items():
+        found += measured.rows(name, report.machine, lines(report, "expert_linear"), root)
+    return measured.merge(found)
 
 
 def lines(report: Report, *operations: str) -> list[Line]:
@@ -262,9 +276,9 @@ def calibration_section(report: Report) -> str:
     if not calibration:
         return ""
     body = []
-    for name, measured in calibration.items():
-        numbers = [f"{measured[key]:.4g}" if key in measured else "-" for key in CALIBRATED]
-        body.append(["", name, *numbers, measured.get("left_out") or ""])
+    for name, limits in calibration.items():
+        numbers = [f"{limits[key]:.4g}" if key in limits else "-" for key in CALIBRATED]
+        body.append(["", name, *numbers, limits.get("left_out") or ""])
     return (
         f"## Limits of {report.name}\n\n{LIMITS}\n\n{table(['', 'kernel', *CALIBRATED.values(), ''], body)}\n"
     )
@@ -326,7 +340,8 @@ def step_sentence(report: Report, operation: str, word: str) -> str:
 def write(root: Path) -> list[Path]:
     """Writes page, pictures and README block under ``root``; ``ValueError`` where that cannot be done."""
     folder, readme = root / "benchmarks" / "results", root / "README.md"
-    reports = [load(path) for path in sorted(folder.glob("*.json")) if path.name != "compiled.json"]
+    files = load_all(folder)
+    reports = list(files.values())
     if not reports:
         raise ValueError(f"{folder} has no result file; `make bench` writes one")
     reports.sort(key=lambda report: report.machine["gpu"] is None)  # GPUs come first
@@ -354,12 +369,17 @@ def write(root: Path) -> list[Path]:
             calibration="\n".join(calibration_section(report) for report in reports if report.machine["gpu"]),
         )
     )
-    return [page, readme, *pictures]
+    choice = root / "switch_moe" / "kernels" / "measured.json"
+    choice.write_text(measured.text(measured_rows(files, root)))
+    return [page, readme, choice, *pictures]
 
 
 def main() -> int:
     try:
         written = write(ROOT)
+        for name, report in load_all(ROOT / "benchmarks" / "results").items():
+            if report.machine["gpu"] and (fault := measured.fault(report.machine, ROOT)) is not None:
+                print(f"report: {name} enables no CUDA kernels: {fault}", file=sys.stderr)
     except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

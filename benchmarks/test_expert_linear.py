@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.case import COMPILED, LINEAR, MODULATED, SWITCH_MOE, Case, Contender, Inputs, Outputs
+from benchmarks.case import (
+    COMPILED,
+    LINEAR,
+    MODULATED,
+    SWITCH_MOE,
+    WITH_CUDA,
+    Case,
+    Contender,
+    Inputs,
+    Outputs,
+)
 from benchmarks.peers import EXPERT_LOOP, GROUPED_MM, Peer, peers
+from switch_moe.kernels.expert_linear_hopper import device_reason
 from switch_moe.ops import expert_linear
 
 reference = functools.partial(expert_linear, backend="reference")
@@ -50,7 +61,7 @@ def linear_case(
         inputs["gate"] = torch.rand(batch, top_k, generator=generator, device=device)
         return inputs
 
-    def call(function: Callable[..., Tensor], i: Inputs, **options: bool) -> Outputs:
+    def call(function: Callable[..., Tensor], i: Inputs, **options: bool | str) -> Outputs:
         return (function(i["x"], i["weight"], i["bias"], i["index"], i["gate"], **options),)
 
     def exact(i: Inputs, _: Outputs) -> Outputs:
@@ -63,14 +74,26 @@ def linear_case(
 
         return Contender(peer.name, run, exact, leaves, ("index",))
 
+    def modulated(i: Inputs, _: Outputs) -> Outputs:
+        return call(reference, i, modulate=True)
+
+    def of_switch_moe(backend: str) -> list[Contender]:
+        def run(i: Inputs) -> Outputs:
+            return call(expert_linear, i, backend=backend)
+
+        def run_modulated(i: Inputs) -> Outputs:
+            return call(expert_linear, i, modulate=True, backend=backend)
+
+        name = WITH_CUDA if backend == "cuda" else ""
+        return [
+            Contender(SWITCH_MOE + name, run, exact, leaves, ("index",), True),
+            Contender(MODULATED + name, run_modulated, modulated, leaves, ("index",), True),
+        ]
+
     leaves = ("x", "weight", "bias", "gate")
     contenders = [
         dense_layer(),
-        Contender(SWITCH_MOE, lambda i: call(expert_linear, i), exact, leaves, ("index",), True),
-        Contender(
-            MODULATED, lambda i: call(expert_linear, i, modulate=True),
-            lambda i, _: call(reference, i, modulate=True), leaves, ("index",), True,
-        ),
+        *(one for backend in backends(device) for one in of_switch_moe(backend)),
         *(of_peer(peer) for peer in linear_peers()),
     ]  # fmt: skip
     if compiled:
@@ -78,6 +101,12 @@ def linear_case(
         contenders.append(Contender(COMPILED, lambda i: call(function, i), exact, leaves, ("index",)))
     shape: dict[str, int | str] = {"D": size, "B": batch, "T": tokens, "M": experts, "k": top_k}
     return Case("expert_linear", shape, dtype, make, contenders, {"out": "grad"})
+
+
+def backends(device: str) -> tuple[str, ...]:
+    """Both kinds of kernels where both run, so that each is measured; else what auto takes."""
+    both = device == "cuda" and device_reason(torch.device("cuda")) is None
+    return ("triton", "cuda") if both else ("auto",)
 
 
 def dense_layer() -> Contender:

@@ -50,8 +50,6 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("inputs"), py::arg("outputs"), py::arg("num_experts"), py::arg("top_k"), py::arg("weight"),
         py::arg("bias"), py::arg("index"), py::arg("gate"), py::arg("input"), py::arg("grad"),
         py::arg("mixture"), py::arg("output"), py::arg("stream"));
-    m.attr("max_gradient_top_k") = switch_moe::kMaxGradientTopK;
-    m.attr("max_gradient_experts") = switch_moe::kMaxGradientExperts;
     m.def(
         "weight_gradient_workspace",
         [](int64_t batch, int64_t tokens, int64_t inputs, int64_t outputs, int64_t num_experts, int64_t top_k,

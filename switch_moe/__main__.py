@@ -9,6 +9,7 @@ import sys
 import torch
 
 from . import __version__, native
+from .kernels import measured
 from .ops._backend import OPERATIONS, triton_reason
 
 
@@ -57,6 +58,22 @@ def _triton_state() -> str:
     return f"on: {operations}, for {where}"
 
 
+def _expert_linear() -> str:
+    """What ``backend="auto"`` takes for expert_linear on each kind of device here, and why."""
+    on_cpu = f"reference: {native.cpu.reason}" if native.cpu.reason else "native on a CPU"
+    if not torch.cuda.is_available():
+        return f"{on_cpu}; there is no GPU here"
+    found: dict[str, list[str]] = {}
+    for i in range(torch.cuda.device_count()):
+        device = torch.device("cuda", i)
+        reason = triton_reason(device)
+        text = measured.summary(device) if reason is None else f"reference: {reason}"
+        found.setdefault(text, []).append(str(device))
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"on {' and '.join(devices)} {text}" for text, devices in found.items())
+
+
 def main() -> None:
     """Prints the report."""
     lines = {
@@ -69,6 +86,7 @@ def main() -> None:
         "native cpu": _cpu_state(),
         "native cuda": _cuda_state(),
         "triton kernels": _triton_state(),
+        "expert_linear": f"auto takes {_expert_linear()}",
     }
     for name, text in lines.items():
         sys.stdout.write(f"{name:15} {text}\n")

@@ -42,7 +42,7 @@ class SwitchMoE(nn.Module):
         router: whether the layer has its own router; without one, every call needs ``routing``, from a
             :class:`switch_moe.Router` of all blocks.
         backend: see :func:`switch_moe.ops.expert_linear` and ``expert_mlp``; the router takes it too, but for
-            ``native``.
+            ``native`` and ``cuda``, with which it takes ``auto``.
 
     Parameters: ``router.weight [1, M, D]`` and ``router.bias [1, M]``, unless ``router=False``; for linear
     experts ``weight [M, D, D]`` and ``bias [M, D]``, for the others ``weight_in [M, D, H]``, ``bias_in``,
@@ -72,8 +72,9 @@ class SwitchMoE(nn.Module):
             raise ValueError(
                 f"expert_hidden_size is {expert_hidden_size}; linear experts have no hidden layer"
             )
-        if expert != "linear" and backend == "native":
-            raise ValueError(f"backend is {backend!r}; {expert} experts have no compiled CPU kernels")
+        if expert != "linear" and backend in ("native", "cuda"):
+            kernels = "compiled CPU kernels" if backend == "native" else "CUDA kernels beside Triton's"
+            raise ValueError(f"backend is {backend!r}; {expert} experts have no {kernels}")
         hidden = 4 * hidden_size if expert_hidden_size is None else expert_hidden_size
         check_integers(expert_hidden_size=hidden)
         check_top_k(top_k, num_experts)

@@ -77,7 +77,12 @@ class MergedExperts(NamedTuple):
 def merge_linear(
     weight: Tensor, bias: Tensor | None, expert_index: Tensor, expert_gate: Tensor, backend: str
 ) -> list[MergedExperts]:
-    """Linear experts of each route, arguments as in :func:`switch_moe.ops.merge_experts`."""
+    """Linear experts of each route, arguments as in :func:`switch_moe.ops.merge_experts`.
+
+    With ``cuda`` Triton merges: the CUDA kernels merge inside of a product only, and merged experts are one
+    plain product.
+    """
+    backend = "triton" if backend == "cuda" else backend
     merged, shift = merge_experts(weight, bias, expert_index, expert_gate, backend=backend)
     shifts = [None] * len(merged) if shift is None else shift.unbind()
     return [MergedExperts(*pair, backend=backend) for pair in zip(merged.unbind(), shifts, strict=True)]

@@ -73,8 +73,8 @@ torch.serialization.add_safe_globals([Routing])  # for torch.load with weights_o
 
 
 def backend_beside(experts: str) -> str:
-    """The backend of a router whose experts have the backend ``experts``: it has no compiled CPU kernel."""
-    return "auto" if experts == "native" else experts
+    """The backend of a router whose experts have the backend ``experts``: it has no compiled kernels."""
+    return "auto" if experts in ("native", "cuda") else experts
 
 
 class Router(nn.Module):

@@ -144,6 +144,8 @@ class TokenMoE(nn.Module):
         check_choice("score", score, SCORES)
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("backend", backend, BACKENDS)
+        if backend == "cuda":
+            raise ValueError(f"backend is {backend!r}; these experts have no CUDA kernels beside Triton's")
         check_flags(bias=bias, normalise=normalise, router_bias=router_bias)
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.capacity, self.capacity_rounding, self.pool = capacity, capacity_rounding, pool

@@ -415,9 +415,9 @@ def test_reference_gradients(modulate: bool) -> None:
         ({"bias": 0.0}, TypeError, r"bias is 0.0 \(float\); it must be a tensor"),
         ({"modulate": None}, TypeError, "modulate is None"),
         (
-            {"backend": "cuda"},
+            {"backend": "cudnn"},
             ValueError,
-            "backend is 'cuda'; it must be one of auto, reference, native, triton",
+            "backend is 'cudnn'; it must be one of auto, reference, native, triton, cuda",
         ),
         (
             {"weight": torch.zeros(3, 4, 5), "bias": None, "modulate": True},

@@ -20,6 +20,14 @@ from benchmarks.assembler import Assembler
 OWN, SECOND = Assembler("/own", (12, 8, 93)), Assembler("/second", (13, 1, 80))
 
 
+XML = """<testsuites><testsuite>
+<testcase classname="tests.test_a" name="one"><properties/></testcase>
+<testcase classname="tests.test_a.TestClass" name="two"><system-out>said</system-out></testcase>
+<testcase classname="tests.test_a" name="three"><skipped message="needs two GPUs"/></testcase>
+<testcase classname="tests.test_b" name="four"><failure message="wrong"/></testcase>
+</testsuite></testsuites>"""
+
+
 class Commands:
     """Takes the place of subprocess.run: records commands, and fails at the one that has ``fail`` in it."""
 
@@ -33,6 +41,8 @@ class Commands:
             raise subprocess.TimeoutExpired(command, timeout)
         failed = self.fail in command
         options = dict(argument.split("=", 1) for argument in command if "=" in argument)
+        if "--junitxml" in options and not failed:
+            Path(options["--junitxml"]).write_text(XML)
         if "benchmarks.calibrate" in command and not failed:
             Path(command[-1]).write_text(json.dumps({"copies": {"tb_s_from_l2": 5.5}}))
         if "--benchmark-json" in options and not failed:
@@ -75,6 +85,7 @@ def test_all_steps_in_order(machine: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert report[-1] == "benchmarks.report"
     result = json.loads((machine / "made-up-100.json").read_text())
     assert result["calibration"] == {"copies": {"tb_s_from_l2": 5.5}}
+    assert result["tests"] == {"tests.test_a": {"passed": 2, "skipped": 1}, "tests.test_b": {"failure": 1}}
     assert [path.name for path in machine.iterdir()] == ["made-up-100.json"]
     said = capsys.readouterr().out
     assert all(f"gpu: {step} took" in said for step in gpu.SHARES if step != "sanitizer")

@@ -145,9 +145,11 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         "native cpu",
         "native cuda",
         "triton kernels",
+        "expert_linear",
     ):
         assert re.search(rf"^{name} ", report, re.MULTILINE), name
     assert "native cpu      on: expert_linear" in report
+    assert "expert_linear   auto takes " in report
     if not torch.cuda.is_available():
         monkeypatch.delenv("TRITON_INTERPRET")
         __main__.main()
@@ -179,6 +181,19 @@ def test_a_module_that_does_not_load_says_why(tmp_path: Path, monkeypatch: pytes
 def test_core_never_imports_models() -> None:
     for path in (ROOT / "switch_moe").rglob("*.py"):
         assert "switch_dit" not in re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL), path
+
+
+def test_data_files_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the package reads beside its modules is in the wheel."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.chdir(ROOT)
+    distribution = setuptools.Distribution()
+    distribution.parse_config_files()
+    patterns = distribution.package_data["switch_moe"]
+    files = {path for pattern in patterns for path in (ROOT / "switch_moe").glob(pattern)}
+    there = set((ROOT / "switch_moe").rglob("*.json"))
+    assert there
+    assert there <= files
 
 
 def test_versions_agree() -> None:

@@ -56,7 +56,8 @@ def save(path: Path, rows: list[dict[str, Any]], machine: dict[str, Any] = MACHI
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A repository with a README and no results."""
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for folder in ("benchmarks/results", "switch_moe/kernels"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "README.md").write_text(
         "before\n<!-- benchmarks: x -->\nstale\n<!-- end of benchmarks -->\nafter\n"
     )

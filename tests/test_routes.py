@@ -160,7 +160,7 @@ INDEX = torch.zeros(3, 2, dtype=torch.int64)
             "expert_gate is on meta; it must be on cpu",
         ),
         (lambda: Routes.of_rows(INDEX, X, True), TypeError, "num_experts is True"),
-        (lambda: Routes.of_rows(INDEX, X, 2, backend="cuda"), ValueError, "backend is 'cuda'"),
+        (lambda: Routes.of_rows(INDEX, X, 2, backend="cudnn"), ValueError, "backend is 'cudnn'"),
         (lambda: Routes.of_experts(3, X, 2), TypeError, "row_index is 3"),
         (lambda: Routes.of_experts(INDEX, X[:, :1], 2), ValueError, r"expert_gate has shape \(3, 1\)"),
         (lambda: Routes.of_experts(INDEX, X.bool(), 2), TypeError, r"expert_gate is torch\.bool"),

@@ -278,7 +278,7 @@ def test_operators_stay_in_float32_under_autocast(path: str, device: str) -> Non
         ({"top_k": 0}, ValueError, "top_k is 0; it must be between 1 and the number of experts, 3"),
         ({"top_k": 4}, ValueError, "top_k is 4; it must be between 1"),
         ({"backend": "native"}, RuntimeError, "timestep_gate has no compiled kernel for cpu tensors; use"),
-        ({"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of auto, reference, native"),
+        ({"backend": "cudnn"}, ValueError, "backend is 'cudnn'; it must be one of auto, reference, native"),
     ],
 )
 def test_errors(change: dict, error: type[Exception], message: str) -> None:

@@ -445,7 +445,7 @@ def test_compile_for_any_batch(case: Any, device: str) -> None:
         ({"normalise": 1}, TypeError, "normalise is 1"),
         ({"scale": float("nan")}, ValueError, "scale is nan; it must be a finite number"),
         ({"backend": "native"}, RuntimeError, "token_gate has no compiled kernel for cpu tensors; use"),
-        ({"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of auto, reference, native"),
+        ({"backend": "cudnn"}, ValueError, "backend is 'cudnn'; it must be one of auto, reference, native"),
         ({"logits": torch.zeros(2, 4, 3).double(), "backend": "triton"}, TypeError, r"logits is torch"),
     ],
 )  # fmt: skip

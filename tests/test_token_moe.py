@@ -145,7 +145,7 @@ def test_no_tokens_and_one() -> None:
         ({"capacity_rounding": "nearest"}, "capacity_rounding is 'nearest'; it must be one of down, up"),
         ({"score": "cosine"}, "score is 'cosine'; it must be one of softmax, sigmoid, identity"),
         ({"activation": "silu"}, "activation is 'silu'"),
-        ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"backend": "cudnn"}, "backend is 'cudnn'"),
         ({"shared_hidden_size": -1}, "shared_hidden_size is -1; it must be at least 0"),
         ({"pool": -1}, "pool is -1; it must be at least 0"),
     ],

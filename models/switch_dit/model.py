@@ -96,7 +96,7 @@ class SwitchDiT(ModelMixin, ConfigMixin):
         frequency_shift, time_scale, time_offset: how timesteps are embedded, see
             :class:`switch_dit.layers.TimestepEmbedder`. The defaults are DiT's; weights of other codes need
             others (:mod:`switch_dit.upcycle`).
-        backend: of the experts and, but for ``native``, of the router: see
+        backend: of the experts and, but for ``native`` and ``cuda``, of the router: see
             :func:`switch_moe.ops.expert_linear`.
 
     The type of the weights may be any floating one; timesteps and routers are computed in float32 at least.

@@ -7,13 +7,17 @@ reference    ``switch_moe/reference/``   every operation, any device, float64 to
 native       ``switch_moe/cpu/``         CPU tensors, where the operation has compiled code; on CUDA
              ``csrc/``                   tensors ``linear_assignment`` only
 triton       ``switch_moe/kernels/``     CUDA tensors; CPU tensors on request, in Triton's interpreter
+cuda         ``csrc/``                   ``expert_linear`` on GPUs of compute capability 9.0, in bfloat16 and
+                                         float16; gradients of weights are Triton's for more than two of
+                                         the experts, or of more than 32
 ===========  ==========================  =================================================================
 
-``auto`` takes the last row that can run. A backend that is named and cannot run raises: nothing is silently
-replaced, with one exception. The kernels have first derivatives only, so under torch.func (grad, jvp, vmap)
-and in forward-mode AD the reference computes every operation that has gradients, whatever the backend; second
-derivatives come from it too, and so does what torch.onnx exports. Among the compiled algorithms of
-``expert_linear`` on a CPU, :func:`switch_moe.cpu.expert_linear.algorithm` decides.
+``auto`` takes the last row that can run, but ``cuda`` only for calls of which
+:func:`switch_moe.kernels.measured.fastest` knows that it is faster. A backend that is named and cannot run
+raises: nothing is silently replaced, with one exception. The kernels have first derivatives only, so under
+torch.func (grad, jvp, vmap) and in forward-mode AD the reference computes every operation that has gradients,
+whatever the backend; second derivatives come from it too, and so does what torch.onnx exports. Among the
+compiled algorithms of ``expert_linear`` on a CPU, :func:`switch_moe.cpu.expert_linear.algorithm` decides.
 """
 
 from __future__ import annotations
@@ -28,13 +32,14 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..kernels.expert_linear_hopper import device_reason as cuda_reason
 from ..torch_compat import exporting_onnx, transforming
 from ._checks import check_choice, check_dtype
 
 INTERPRETER_HAS_BFLOAT16 = False
 """Whether products of bfloat16 are right in Triton's interpreter. The tests cure it, and say so here."""
 
-BACKENDS = ("auto", "reference", "native", "triton")
+BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # looked for, not imported
@@ -48,6 +53,7 @@ class Operation(NamedTuple):
     triton: bool = False
     dtypes: tuple[torch.dtype, ...] = ()  # what that code takes for the first tensor; empty: any type
     differentiable: bool = True
+    cuda: tuple[torch.dtype, ...] = ()  # what its CUDA kernels beside Triton's take; empty: it has none
 
 
 OPERATIONS: list[Operation] = []
@@ -56,10 +62,10 @@ OPERATIONS: list[Operation] = []
 
 def operation(
     name: str, *, native: tuple[str, ...] = (), triton: bool = False, dtypes: tuple[torch.dtype, ...] = (),
-    differentiable: bool = True,
+    differentiable: bool = True, cuda: tuple[torch.dtype, ...] = (),
 ) -> Operation:  # fmt: skip
     """Notes what an operation has, for :func:`choose` and for ``python -m switch_moe``."""
-    OPERATIONS.append(Operation(name, native, triton, dtypes, differentiable))
+    OPERATIONS.append(Operation(name, native, triton, dtypes, differentiable, cuda))
     return OPERATIONS[-1]
 
 
@@ -112,8 +118,9 @@ def _warn(reason: str) -> None:
 
 
 def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
-    """The backend of a call of ``op`` on ``tensors``: 'triton', 'native' or 'reference'.
+    """The backend of a call of ``op`` on ``tensors``: 'cuda', 'triton', 'native' or 'reference'.
 
+    'cuda' only where it is named: whether it is faster depends on more than these tensors.
     The first tensor tells the device and the type. The reference takes calls with an empty tensor.
 
     Raises:
@@ -124,9 +131,10 @@ def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
     if op.differentiable and (transforming() or exporting_onnx()):
         return "reference"
     dtype = tensors[0].dtype
-    if path != "reference" and op.dtypes and dtype not in op.dtypes:
+    dtypes = op.cuda if path == "cuda" else op.dtypes
+    if path != "reference" and dtypes and dtype not in dtypes:
         if backend == path:
-            check_dtype("x", tensors[0], *op.dtypes)
+            check_dtype("x", tensors[0], *dtypes)
         return "reference"
     in_interpreter = path == "triton" and tensors[0].device.type == "cpu"
     if in_interpreter and dtype == torch.bfloat16 and op.dtypes and not INTERPRETER_HAS_BFLOAT16:
@@ -138,10 +146,23 @@ def choose(op: Operation, backend: str, *tensors: Tensor) -> str:
 
 
 def runs_triton(backend: str, device: torch.device) -> bool:
-    """Whether an operation that has Triton kernels runs them, for this ``backend`` and device."""
-    return (
-        _available(Operation("", triton=True), backend, device) == "triton" if backend != "native" else False
-    )
+    """Whether an operation that has Triton kernels runs them, for this ``backend`` and device.
+
+    Beside the CUDA kernels Triton's sort the samples, and compute some gradients of weights.
+    """
+    if backend == "native":
+        return False
+    beside = "auto" if backend == "cuda" else backend
+    return _available(Operation("", triton=True), beside, device) == "triton"
+
+
+def _cuda_reason(op: Operation, device: torch.device) -> str | None:
+    """Why the CUDA kernels of ``op`` that stand beside Triton's cannot run on ``device``, or None."""
+    if op.cuda:
+        return cuda_reason(device) or triton_reason(device)
+    if "cuda" in op.native:
+        return "its CUDA kernel is backend 'native'; use that or backend='auto'"
+    return "it has no CUDA kernel; use backend='auto'"
 
 
 def _available(op: Operation, backend: str, device: torch.device) -> str:
@@ -154,6 +175,10 @@ def _available(op: Operation, backend: str, device: torch.device) -> str:
         if reason is not None:
             raise RuntimeError(f"backend 'triton' of {op.name} cannot run: {reason}")
         return "triton"
+    if backend == "cuda":
+        if (reason := _cuda_reason(op, device)) is not None:
+            raise RuntimeError(f"backend 'cuda' of {op.name} cannot run: {reason}")
+        return "cuda"
     if backend == "auto" and op.triton and device.type == "cuda" and triton_reason(device) is None:
         return "triton"
     if device.type not in op.native:

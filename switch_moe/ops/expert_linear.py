@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..cpu import expert_linear as compiled
 from ..experts import LinearExperts
+from ..kernels import expert_linear_hopper
+from ..kernels.measured import fastest
 from ..reference.expert_linear import expert_linear as reference_expert_linear
 from ._backend import KERNEL_DTYPES, choose, operation
 from ._checks import (
@@ -29,7 +31,10 @@ from ._operator import autocast_dtype, cast, contiguous, operator, without_autoc
 from .dispatch import check_given_schedule, check_schedule, schedule_of
 from .merge_experts import merge_experts
 
-_OPERATION = operation("expert_linear", native=("cpu",), triton=True, dtypes=KERNEL_DTYPES)
+_OPERATION = operation(
+    "expert_linear", native=("cpu",), triton=True, dtypes=KERNEL_DTYPES, cuda=expert_linear_hopper.DTYPES
+)
+_ON_GPU = ("triton", "cuda")
 
 
 def expert_linear(
@@ -51,7 +56,8 @@ def expert_linear(
 
     Args:
         x: tokens, ``[B, T, Din]`` float32, bfloat16 or float16.
-        weight: experts, ``[M, Din, Dout]`` in the type of ``x``. Under autocast both are cast.
+        weight: experts, ``[M, Din, Dout]`` in the type of ``x``. Under autocast both are cast; with backend
+            ``cuda`` the gradient of a float32 weight is formed in float32 all the same.
         bias: ``[M, Dout]`` in the type of ``x``, or None.
         expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``; or ``[1, k]``
             for all samples alike: then the experts merge once, before one plain product.
@@ -59,10 +65,12 @@ def expert_linear(
         modulate: return ``x * (1 + m(x))`` instead of ``m(x)``; needs Din = Dout.
         schedule: of :func:`dispatch` for this ``expert_index``, which saves the kernels a launch. On a GPU
             nobody checks that it is.
-        backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only), ``native`` (compiled,
-            CPU) or ``reference`` (plain PyTorch, any device, also float64). On CUDA tensors indices are not
-            checked, which would wait for the host: the kernels take one out of range for expert 0 with a gate
-            of NaN, so its sample becomes NaN, and with it the gradients of expert 0.
+        backend: ``auto``, ``triton`` (CUDA; on a CPU in Triton's interpreter only), ``cuda`` (compiled, for
+            compute capability 9.0, half types, Din and Dout multiples of 8, k up to 4; no GPU has run it),
+            ``native`` (compiled, CPU) or ``reference`` (plain PyTorch, any device, also float64). On CUDA
+            tensors indices are not checked, which would wait for the host: the kernels take one out of range
+            for expert 0 with a gate of NaN, so its sample becomes NaN, and with it the gradients of expert 0.
+            On a GPU ``auto`` is ``triton``, and ``cuda`` for shapes where that was measured to be faster.
 
     Returns:
         ``[B, T, Dout]`` in the type of ``x``; differentiable in ``x``, ``weight``, ``bias``, ``expert_gate``.
@@ -75,6 +83,7 @@ def expert_linear(
     if bias is not None:
         check_tensors(bias=bias)
     check_flags(modulate=modulate)
+    given = weight, bias
     x, weight, bias = cast(autocast_dtype(x.device), x, weight, bias)
     if not torch.compiler.is_compiling() and expert_index.is_inference() and torch.is_grad_enabled():
         expert_index = expert_index.clone()  # else it could not be saved for the backward
@@ -83,14 +92,18 @@ def expert_linear(
     if x.dim() == 3 and expert_index.dim() == 2 and expert_index.shape[0] == 1 != x.shape[0]:
         _check(x, experts, modulate, rows=1)
         return _shared(x, experts, modulate, path)
+    if path == "triton" and backend == "auto":
+        path, _ = fastest(x, experts, modulate)
     # Operators check what they are given; indices only where compiled code reads them.
-    if path == "reference" or (path == "triton" and has_values(expert_index)):
+    if path == "reference" or (path in _ON_GPU and has_values(expert_index)):
         _check(x, experts, modulate)
         check_range("expert_index", expert_index, weight.shape[0], "the experts")
     if path == "reference":
         return reference_expert_linear(x, experts._replace(expert_gate=as_gate(expert_gate, x)), modulate)
-    if path == "triton":
+    if path in _ON_GPU:
         check_given_schedule(schedule, expert_index, weight.shape[0])
+    if path == "cuda" and all(one is None or one.dtype == torch.float32 for one in given):
+        experts = experts._replace(weight=given[0], bias=given[1])  # their gradients are float32 then
     out: Tensor = _ExpertLinear.apply(x, *experts, schedule, modulate, path)
     return out
 
@@ -98,7 +111,7 @@ def expert_linear(
 def _shared(x: Tensor, experts: LinearExperts, modulate: bool, path: str) -> Tensor:
     """A batch of one route: one product of all its tokens with one matrix."""
     weight, bias, index, gate = experts
-    if path != "triton":  # there the samples become one of many tokens
+    if path not in _ON_GPU:  # there the samples become one of many tokens
         rows = x.reshape(1, x.shape[0] * x.shape[1], x.shape[2])
         out = expert_linear(rows, weight, bias, index, gate, modulate, backend=path)
         return out.view(*x.shape[:2], weight.shape[2])
@@ -108,6 +121,12 @@ def _shared(x: Tensor, experts: LinearExperts, modulate: bool, path: str) -> Ten
         if shift is not None:
             mixture = mixture + shift[0]
         return torch.addcmul(x, x, mixture) if modulate else mixture
+
+
+def _check_kernels(x: Tensor, experts: LinearExperts, backend: str) -> None:
+    """``RuntimeError`` for what the CUDA kernels do not take; Triton's take everything."""
+    if backend == "cuda" and (reason := expert_linear_hopper.reason(x, experts)) is not None:
+        raise RuntimeError(f"backend 'cuda' of expert_linear cannot run: {reason}")
 
 
 def _check(x: Tensor, experts: LinearExperts, modulate: bool, rows: int | None = None) -> None:
@@ -126,32 +145,44 @@ def _check(x: Tensor, experts: LinearExperts, modulate: bool, rows: int | None =
 
 
 class _ExpertLinear(torch.autograd.Function):
-    """Saves x, the experts and, with modulate, m(x). The backward forms the merged weights again."""
+    """Saves x, the experts and, with modulate, m(x). The backward forms the merged weights again.
+
+    Weights and biases in float32 beside a half x are cast here. Their gradients come in float32, not rounded
+    to the type of x before.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        *experts, schedule, modulate, backend = arguments
+        *given, schedule, modulate, backend = arguments
+        experts = [*cast(x.dtype, *given[:2]), *given[2:]]
+        ctx.single = experts[0] is not given[0]
         keep = modulate and ctx.needs_input_grad[0]
         if schedule is None and backend == "triton":
             schedule = schedule_of(experts[2], experts[0].shape[0])
         out: Tensor
         out, mixture = _forward(x, *experts, modulate, keep, backend, schedule)
         ctx.modulate, ctx.backend = modulate, backend
-        ctx.save_for_backward(x, *experts, mixture if keep else None, schedule)
+        before = given[:2] if ctx.single else ()
+        ctx.save_for_backward(x, *experts, mixture if keep else None, schedule, *before)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[:5]
-        *inputs, mixture, schedule = ctx.saved_tensors
+        x, *experts, mixture, schedule = ctx.saved_tensors[:7]
+        inputs = [x, *experts]
         if create_graph():
+            if ctx.single:
+                inputs[1:3] = ctx.saved_tensors[7:]
 
             def function(x: Tensor, *experts: Any) -> Tensor:
+                experts = (*cast(x.dtype, *experts[:2]), *experts[2:])
                 return reference_expert_linear(x, LinearExperts(*experts), ctx.modulate)
 
             return (*differentiable_gradients(function, inputs, [grad_out], needed), None, None, None)
         wanted = [*needed[:3], needed[4]]
-        found = _backward(grad_out, *inputs, mixture, ctx.modulate, wanted, ctx.backend, schedule)
+        options = ctx.modulate, wanted, ctx.backend, schedule, ctx.single
+        found = _backward(grad_out, *inputs, mixture, *options)
         grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
         return (*grads[:3], None, grads[3], None, None, None)
 
@@ -163,8 +194,9 @@ def _converted(x: Tensor, experts: LinearExperts) -> LinearExperts:
 
 
 def _fake_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    experts, modulate, keep = LinearExperts(*arguments[:4]), *arguments[4:6]
+    experts, (modulate, keep, backend) = LinearExperts(*arguments[:4]), arguments[4:7]
     _check(x, experts, modulate)
+    _check_kernels(x, experts, backend)
     return experts.empty_outputs(x, keep)
 
 
@@ -196,8 +228,10 @@ def _flops_backward(_grad: Tensor, x: Tensor, *arguments: Any) -> int:
     experts, (of_x, of_weight, of_bias, of_gate), backend = LinearExperts(*arguments[:4]), *arguments[6:8]
     weight, bias, expert_index, _ = experts
     product, top_k = _product(x, experts), expert_index.shape[1]
-    if backend == "triton":
-        each = weight.shape[0] > 4  # MAX_ACCUMULATORS of the kernels: above, a product for each pair
+    if backend in _ON_GPU:
+        each = weight.shape[0] > 4  # MAX_ACCUMULATORS of Triton's kernels: above, a product for each pair
+        if backend == "cuda":
+            each &= not expert_linear_hopper.forms_gradients(experts)
         of_experts = top_k if each else 1
         return int(product * (of_x + (of_weight or of_bias or of_gate) * of_experts))
     through_bias = 2 * x.shape[0] * weight.shape[0] * weight.shape[2] if of_gate and bias is not None else 0
@@ -215,12 +249,15 @@ def _forward(
     """The output and, where kept, the mixture m(x), else an empty tensor."""
     experts = LinearExperts(weight, bias, index, gate)
     _check(x, experts, modulate)
+    _check_kernels(x, experts, backend)
     experts = _converted(x, experts)
-    if backend == "triton":
-        from ..kernels import expert_linear as kernels
-
+    if backend in _ON_GPU:
         check_schedule(schedule, experts.expert_index, weight.shape[0])
         x, schedule, *read = contiguous(x, schedule, *experts, aligned=True)
+        if backend == "cuda":
+            return expert_linear_hopper.forward(x, LinearExperts(*read), modulate, keep)
+        from ..kernels import expert_linear as kernels
+
         return kernels.forward(x, LinearExperts(*read), modulate, keep, schedule)
     check_range("expert_index", index, weight.shape[0], "the experts")
     x, *read = contiguous(x, *experts)
@@ -230,31 +267,43 @@ def _forward(
 def _fake_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     experts, modulate, wanted = LinearExperts(*arguments[:4]), *arguments[5:7]
     _check(x, experts, modulate)
-    return tuple(_converted(x, experts).empty_gradients(x, wanted))
+    grads = _converted(x, experts).empty_gradients(x, wanted)
+    if len(arguments) > 9 and arguments[9]:
+        grads[1:3] = [one.float() for one in grads[1:3]]
+    return tuple(grads)
 
 
 @operator("expert_linear_backward", fake=_fake_backward, flops=_flops_backward, autocast=0)
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, gate: Tensor,
     mixture: Tensor | None, modulate: bool, wanted: list[bool], backend: str,
-    schedule: Tensor | None = None,
+    schedule: Tensor | None = None, single: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted."""
+    """Gradients of x, weight, bias and gate; an empty tensor stands for one that is not wanted.
+
+    With ``single``, for backend ``cuda``, those of weight and bias are float32.
+    """
     experts = LinearExperts(weight, bias, index, gate)
-    if backend == "triton":
+    if single and backend != "cuda":
+        raise ValueError(f"single is True; backend {backend!r} has gradients in the type of x only")
+    if backend in _ON_GPU:
         _check(x, experts, modulate)
+        _check_kernels(x, experts, backend)
     elif bias is not None:  # the rest goes by native.address or torch's products, which check sizes
         check_shape("bias", bias, (weight.shape[0], weight.shape[2]))
     experts = _converted(x, experts)
     check_like("grad", grad, x, (x.shape[0], x.shape[1], weight.shape[2]))
     if mixture is not None:
         check_like("mixture", mixture, x, tuple(grad.shape))
-    if backend == "triton":
-        from ..kernels import expert_linear as kernels
-
+    if backend in _ON_GPU:
         check_schedule(schedule, experts.expert_index, weight.shape[0])
         grad, x, mixture, schedule, *read = contiguous(grad, x, mixture, schedule, *experts, aligned=True)
-        return kernels.backward(grad, x, LinearExperts(*read), mixture, modulate, wanted, schedule)
+        given = grad, x, LinearExperts(*read), mixture, modulate, wanted, schedule
+        if backend == "cuda":
+            return expert_linear_hopper.backward(*given, single)
+        from ..kernels import expert_linear as kernels
+
+        return kernels.backward(*given)
     check_range("expert_index", index, weight.shape[0], "the experts")
     grad, x, mixture, *read = contiguous(grad, x, mixture, *experts)
     return compiled.backward(grad, x, LinearExperts(*read), mixture, modulate, wanted)

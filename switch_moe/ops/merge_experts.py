@@ -44,7 +44,7 @@ def merge_experts(
         bias: ``[M, Dout]`` in the type of ``weight``, or None.
         expert_index: chosen experts of each route, ``[R, k]`` int32 (int64 is converted), each in ``[0, M)``.
         expert_gate: their gates, ``[R, k]``; computed with in float32.
-        backend: as in :func:`expert_linear`.
+        backend: as in :func:`expert_linear`, but for ``cuda``, which merges inside of a product only.
 
     Returns:
         ``[R, Din, Dout]`` and ``[R, Dout]``, or None without a bias, in the type of ``weight``, summed in
