@@ -83,8 +83,8 @@ def expert_linear(
     if bias is not None:
         check_tensors(bias=bias)
     check_flags(modulate=modulate)
-    given = weight, bias
-    x, weight, bias = cast(autocast_dtype(x.device), x, weight, bias)
+    given, autocast = (weight, bias), autocast_dtype(x.device)
+    x, weight, bias = cast(autocast, x, weight, bias)
     if not torch.compiler.is_compiling() and expert_index.is_inference() and torch.is_grad_enabled():
         expert_index = expert_index.clone()  # else it could not be saved for the backward
     path = choose(_OPERATION, backend, x, weight)
@@ -102,9 +102,12 @@ def expert_linear(
         return reference_expert_linear(x, experts._replace(expert_gate=as_gate(expert_gate, x)), modulate)
     if path in _ON_GPU:
         check_given_schedule(schedule, expert_index, weight.shape[0])
-    if path == "cuda" and all(one is None or one.dtype == torch.float32 for one in given):
-        experts = experts._replace(weight=given[0], bias=given[1])  # their gradients are float32 then
-    out: Tensor = _ExpertLinear.apply(x, *experts, schedule, modulate, path)
+    before: tuple[Tensor | None, ...] = ()
+    if path == "cuda" and autocast and all(one is None or one.dtype == torch.float32 for one in given):
+        # Gradients go past the cast to the float32 weights, which the kernels write as they have summed them.
+        before = given
+        experts = experts._replace(weight=weight.detach(), bias=None if bias is None else bias.detach())
+    out: Tensor = _ExpertLinear.apply(x, *experts, schedule, modulate, path, *before)
     return out
 
 
@@ -147,44 +150,46 @@ def _check(x: Tensor, experts: LinearExperts, modulate: bool, rows: int | None =
 class _ExpertLinear(torch.autograd.Function):
     """Saves x, the experts and, with modulate, m(x). The backward forms the merged weights again.
 
-    Weights and biases in float32 beside a half x are cast here. Their gradients come in float32, not rounded
-    to the type of x before.
+    The last arguments may be the weight and the bias before they were cast from float32. Then they have the
+    gradients, which are not rounded to the type of x.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        *given, schedule, modulate, backend = arguments
-        experts = [*cast(x.dtype, *given[:2]), *given[2:]]
-        ctx.single = experts[0] is not given[0]
+        *experts, schedule, modulate, backend = arguments[:7]
         keep = modulate and ctx.needs_input_grad[0]
         if schedule is None and backend == "triton":
             schedule = schedule_of(experts[2], experts[0].shape[0])
         out: Tensor
         out, mixture = _forward(x, *experts, modulate, keep, backend, schedule)
         ctx.modulate, ctx.backend = modulate, backend
-        before = given[:2] if ctx.single else ()
-        ctx.save_for_backward(x, *experts, mixture if keep else None, schedule, *before)
+        ctx.save_for_backward(x, *experts, mixture if keep else None, schedule, *arguments[7:])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[:5]
+        needed = list(ctx.needs_input_grad[:5])
         x, *experts, mixture, schedule = ctx.saved_tensors[:7]
-        inputs = [x, *experts]
+        before = ctx.saved_tensors[7:]
+        if before:
+            needed[1:3] = ctx.needs_input_grad[8:]
         if create_graph():
-            if ctx.single:
-                inputs[1:3] = ctx.saved_tensors[7:]
 
             def function(x: Tensor, *experts: Any) -> Tensor:
-                experts = (*cast(x.dtype, *experts[:2]), *experts[2:])
-                return reference_expert_linear(x, LinearExperts(*experts), ctx.modulate)
+                weights = cast(x.dtype if before else None, *experts[:2])
+                return reference_expert_linear(x, LinearExperts(*weights, *experts[2:]), ctx.modulate)
 
-            return (*differentiable_gradients(function, inputs, [grad_out], needed), None, None, None)
-        wanted = [*needed[:3], needed[4]]
-        options = ctx.modulate, wanted, ctx.backend, schedule, ctx.single
-        found = _backward(grad_out, *inputs, mixture, *options)
-        grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
-        return (*grads[:3], None, grads[3], None, None, None)
+            inputs = [x, *(before or experts[:2]), *experts[2:]]
+            grads = differentiable_gradients(function, inputs, [grad_out], needed)
+        else:
+            wanted = [*needed[:3], needed[4]]
+            options = ctx.modulate, wanted, ctx.backend, schedule, bool(before)
+            found = _backward(grad_out, x, *experts, mixture, *options)
+            grads = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
+            grads.insert(3, None)
+        if before:
+            return grads[0], None, None, *grads[3:], None, None, None, *grads[1:3]
+        return *grads, None, None, None
 
 
 def _converted(x: Tensor, experts: LinearExperts) -> LinearExperts:
