@@ -329,7 +329,7 @@ def test_kernels_compile_without_warnings_and_spills(
     command = [nvcc, *flags, "-c", ROOT / "csrc" / source, "-o", tmp_path / "kernels.o"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "serialized" not in result.stderr  # products one after another
+    assert "Potential Performance Loss" not in result.stderr
     kernels = result.stderr.split("Compiling entry function ")[1:]
     assert kernels
     for report in kernels:
