@@ -1,5 +1,7 @@
 .PHONY: install test tritons fuzz kill-test lint format bench bench-report gpu
 
+CPP = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
 install:
 	pip install -e ".[dev]"
 
@@ -24,12 +26,12 @@ lint:
 	ruff check .
 	ruff format --check .
 	mypy
-	clang-format --dry-run --Werror csrc/* benchmarks/*.cu
+	clang-format --dry-run --Werror $(CPP)
 
 format:
 	ruff check --fix .
 	ruff format .
-	clang-format -i csrc/* benchmarks/*.cu
+	clang-format -i $(CPP)
 
 # Measures on this machine, into benchmarks/results, and writes the page and the README's table.
 # ARGS="--peer-path official=DIR" adds the official code.

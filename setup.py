@@ -218,8 +218,9 @@ class NinjaBuild(build_ext):
             if nvcc:
                 program = escape(shlex.join([str(nvcc), "-ccbin", compiler_of(cxx)]))
                 compile_device = f"{program} {escape(shlex.join(device))} -MD -MF $out.d -c $in -o $out"
-                # By these messages, C7508 to C7515, ptxas says that it runs products one after another.
-                refuse = "if grep -q 'wgmma.* are serialized' $out.log; then rm -f $out; exit 1; fi"
+                # So begin the messages (C7508 to C7520) of kernels that run wgmma one after another, or with
+                # setmaxnreg ignored.
+                refuse = "if grep -q 'Potential Performance Loss' $out.log; then rm -f $out; exit 1; fi"
                 logged = (
                     f"{compile_device} > $out.log 2>&1; status=$$?; cat $out.log; {refuse}; exit $$status"
                 )

@@ -3,6 +3,10 @@
     python -m benchmarks.compiled                  # the hardest specialisation of each tile
     python -m benchmarks.compiled --all            # every specialisation of many shapes: hours
     python -m benchmarks.compiled --only expert_linear --json compiled.json --markdown compiled.md
+    python -m benchmarks.compiled --cuda --json compiled.json --markdown compiled.md
+
+The last is for the CUDA kernels (benchmarks/compiled_cuda.py), which nvcc compiles: it replaces their part of
+the JSON file and keeps the rest, as the other commands keep that part.
 
 What is compiled is what the functions of switch_moe/kernels launch on the meta tensors of kernel_calls.py; a
 new kernel joins through a call there.
@@ -40,7 +44,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks import assembler
+from benchmarks import assembler, compiled_cuda, sass
 from benchmarks.kernel_calls import calls
 from switch_moe.kernels import _launch
 
@@ -188,7 +192,7 @@ def inspect(spec: Specialisation, second: str | None) -> Row:
     ]
     compared = second is not None and spec.arch < 100
     # Without one in PTX there is none in machine code; disassembly takes a third of the time.
-    code = _disassemble(kernel.asm["cubin"], sass=compared or "mma" in kernel.asm["ptx"])
+    code = _disassemble(kernel.asm["cubin"], compared or "mma" in kernel.asm["ptx"])
     registers, *stack = (int(re.search(rf"{name}:(\d+)", code)[1]) for name in ("REG", "STACK", "LOCAL"))
     tensor = _TENSOR.findall(code)
     row |= {
@@ -199,7 +203,7 @@ def inspect(spec: Specialisation, second: str | None) -> Row:
     }  # fmt: skip
     if compared:
         again = _assemble(kernel.asm["ptx"], second)
-        same = again and instructions(code) == instructions(_disassemble(again, sass=True))
+        same = again and sass.instructions(code) == sass.instructions(_disassemble(again, True))
         row["same_under_both"] = same  # None where there is no second code
     return row | {"resident": resident(row), "faults": faults(row)}
 
@@ -224,17 +228,11 @@ def _assemble(ptx: str, ptxas: str) -> bytes | None:
         return target.read_bytes()
 
 
-def instructions(code: str) -> list[str]:
-    """Disassembled machine code without addresses and encodings."""
-    return re.findall(r"/\*[0-9a-f]{4,}\*/ +([^;]+);", code)
-
-
-def _disassemble(cubin: bytes, sass: bool) -> str:
+def _disassemble(cubin: bytes, code: bool) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", *(["-sass"] if sass else []), file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return sass.disassemble(file.name, code)
 
 
 def _allocated_registers(row: Row) -> int:
@@ -329,6 +327,7 @@ def page(report: dict[str, Any]) -> str:
     for operation in sorted({row["kernel"].split(".")[0] for row in rows}):
         of_operation = [row for row in hardest.values() if row["kernel"].split(".")[0] == operation]
         parts += [f"## {operation}\n", "\n".join(lines(of_operation)) + "\n"]
+    parts += ["\n".join(compiled_cuda.lines(report["cuda"])) + "\n"] if "cuda" in report else []
     return "\n".join(parts)
 
 
@@ -363,6 +362,18 @@ def calls_of(path: str) -> Callable[[bool], Iterator[Callable[[], None]]]:
     return module.calls
 
 
+def dump(report: dict[str, Any]) -> str:
+    """A report in JSON, with a line for each row."""
+    parts = []
+    for name, value in report.items():
+        if name == "rows":
+            text = "[\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in value) + "\n]"
+        else:
+            text = dump(value) if name == "cuda" else json.dumps(value)
+        parts.append(f'"{name}": {text}')
+    return f"{{{', '.join(parts)}}}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--all", action="store_true", help="every specialisation, not one of each tile")
@@ -372,31 +383,53 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     parser.add_argument("--calls", metavar="FILE", help="compile what calls() of this Python file launches")
-    parser.add_argument("--ptxas", metavar="FILE", type=Path, help="the second assembler")
+    parser.add_argument(
+        "--ptxas", metavar="FILE", type=Path, nargs="+", default=[],
+        help="the second assembler; with --cuda more than those of this machine",
+    )  # fmt: skip
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels, into an existing JSON file")
     arguments = parser.parse_args()
+    before = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
+    for path in arguments.ptxas:
+        if assembler.assembler(str(path)) is None:
+            sys.exit(f"--ptxas is {path}; it must be a ptxas that runs")
+    if arguments.cuda:
+        if "rows" not in before:
+            sys.exit(
+                f"--json is {arguments.json}; with --cuda it must be a file that a run without --cuda wrote"
+            )
+        try:
+            report = before | {"cuda": compiled_cuda.report([str(path) for path in arguments.ptxas])}
+        except RuntimeError as missing:
+            sys.exit(f"--cuda: {missing}")
+        wrong = [fault for row in report["cuda"]["rows"] for fault in compiled_cuda.all_faults(row)]
+        print("\n".join(wrong) or "no faults", file=sys.stderr)
+    else:
+        report = triton_report(arguments) | ({"cuda": before["cuda"]} if "cuda" in before else {})
+        wrong = [row for row in report["rows"] if row["faults"]]
+    if arguments.markdown:
+        arguments.markdown.write_text(page(report))
+    if arguments.json:
+        arguments.json.write_text(dump(report) + "\n")
+    if wrong:
+        sys.exit(1)
+
+
+def triton_report(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The report without the part about CUDA kernels."""
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set, so kernels are interpreted and not compiled; unset it")
     wanted = list((calls_of(arguments.calls) if arguments.calls else calls)(arguments.all))
     found = [spec for arch in arguments.arch for spec in record(wanted, arch) if arguments.only in spec.name]
     selected = select(found, arguments.all)
-    second = assembler.assembler(str(arguments.ptxas)) if arguments.ptxas else assemblers(90)[1]
-    if arguments.ptxas and second is None:
-        sys.exit(f"--ptxas is {arguments.ptxas}; it must be a ptxas that runs")
+    second = assembler.assembler(str(arguments.ptxas[0])) if arguments.ptxas else assemblers(90)[1]
     rows = inspect_all(selected, arguments.jobs, second and second.path)
     versions: dict[str, list[str]] = {}
     for arch in arguments.arch:
         versions.setdefault(str(assemblers(arch)[0]), []).append(f"sm_{arch}")
-    report = {
+    return {
         "triton": triton.__version__, "ptxas": versions, "second_ptxas": second and str(second), "rows": rows,
     }  # fmt: skip
-    if arguments.markdown:
-        arguments.markdown.write_text(page(report))
-    if arguments.json:
-        head = ", ".join(f'"{name}": {json.dumps(report[name])}' for name in report if name != "rows")
-        text = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-        arguments.json.write_text(f'{{{head}, "rows": [\n{text}\n]}}\n')
-    if any(row["faults"] for row in rows):
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +15,6 @@ from hopper_emulation import LATE, ROOT, Schedule, build, schedules
 from planted_expert_linear import BUGS, WEIGHT_BUGS, Bug
 from torch import Tensor
 
-from benchmarks import assembler
 from switch_moe.experts import LinearExperts
 from switch_moe.reference.expert_linear import expert_linear as reference
 
@@ -411,47 +407,3 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_on_the_gpu(number: int) -> None:
     check(on_gpu(CASES[number]), CASES[number])
-
-
-@pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    nvcc = assembler.cuda_tool("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc; CI has it")
-    target = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
-    command = [nvcc, "-O3", "-std=c++17", "-arch=sm_90a", "-ptx", CSRC / "expert_linear.cu", "-o", target]
-    subprocess.run(command, check=True)
-    # All that is used exists since version 8.0 of PTX, which every assembler here takes.
-    target.write_text(re.sub(r"^\.version .*", ".version 8.0", target.read_text(), flags=re.MULTILINE))
-    return target
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(3))
-def test_machine_code(ptx: Path, number: int) -> None:
-    """Each assembler takes merged weights from registers, multicasts tokens and spills nothing."""
-    triton = pytest.importorskip("triton")
-    candidates = [path for path in assembler.candidates() if Path(path).exists()]
-    if number >= len(candidates):
-        pytest.skip("there are not as many assemblers here")
-    code = ptx.with_suffix(".cubin")
-    command = [candidates[number], "-O3", "-arch=sm_90a", "-v", ptx, "-o", code]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "serialized" not in said  # products one after another
-    assert len(re.findall("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", said)) == 64
-    tool = Path(triton.knobs.nvidia.cuobjdump.path)
-    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}  # for nvdisasm
-    command = [tool, "-sass", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    kernels = done.stdout.split("Function : ")[1:]
-    assert len(kernels) == 64  # two types, two tiles, k from 1 to 4, two orientations, modulate or not
-    for kernel in kernels:
-        name = re.search(r"hopper\d+(\w+?)ELi(\d)ELi(\d)", kernel)
-        groups, top_k = int(name[2]), int(name[3])
-        products = re.findall(r"HGMMA\.64x128x16\.F32\S* (R\d+, \S+)", kernel)
-        # For two halves of the tokens; where both steps of a stage are in one piece, for each of them.
-        assert len(products) == (4 if groups == 2 or (name[1] == "BFloat16" and top_k <= 2) else 2)
-        assert all(re.match(r"R\d+, R\d+", operands) for operands in products), products
-        assert len(re.findall(r"UTMALDG\.3D\.MULTICAST", kernel)) == 1
-        # setmaxnreg gives a consumer so many.
-        assert max(map(int, re.findall(r"\bR(\d+)\b", kernel))) < (160 if groups == 3 else 232)
