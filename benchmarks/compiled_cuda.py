@@ -264,8 +264,8 @@ def assemblers(more: list[str]) -> list[assembler.Assembler]:
 
 def report(more: list[str]) -> dict[str, Any]:
     """Of all kernels, under the toolkit's assembler and each other one of this machine or in ``more``."""
-    used = assemblers(more)
-    reports = [inspect_all(translate(source), used) for source in SOURCES]
+    sources, used = [translate(source) for source in SOURCES], assemblers(more)
+    reports = [inspect_all(ptx, used) for ptx in sources]
     return reports[0] | {"rows": [row for one in reports for row in one["rows"]]}
 
 
