@@ -6,6 +6,7 @@ around them is tested here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from types import SimpleNamespace
@@ -333,6 +334,33 @@ def test_why_a_device_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, index, _ = make_inputs(SHAPE, torch.float16)
     with pytest.raises(RuntimeError, match="cannot run: no Triton"):
         expert_linear(*tensors[:3], index, tensors[3], backend="cuda")
+
+
+@pytest.mark.skipif(native.cuda.module is None, reason="needs the CUDA module; CI builds it")
+def test_the_compiled_module_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launchers check sizes before they ask for a device, so this runs without one."""
+    compiled = native.cuda.module
+    with pytest.raises(ValueError, match="weight_gradient: sizes that no kernel takes"):
+        compiled.weight_gradient_workspace(
+            batch=1, tokens=1, inputs=8, outputs=8, num_experts=33, top_k=1, bias=True
+        )
+    module = SimpleNamespace(
+        weight_gradient_workspace=lambda **sizes: 16,
+        weight_gradient=compiled.weight_gradient,
+        merged_product=compiled.merged_product,
+    )
+    monkeypatch.setattr(native.cuda, "module", module)
+    monkeypatch.setattr(hopper, "address", lambda tensor, dtype, numbers, device: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    (x, weight, bias, gate), index, grad = make_inputs((2, 3, 8, 8, 6, 5), torch.float16)
+    experts = LinearExperts(weight, bias, index, gate)
+    with pytest.raises(ValueError, match="weight_gradient: sizes that no kernel takes"):
+        hopper._launch_gradients(grad, x, experts, torch.zeros(20, dtype=torch.int32), [weight, bias, gate])
+    with pytest.raises(ValueError, match="merged_product_cuda: sizes that no kernel takes"):
+        hopper.forward(x, experts, False, False)
+    with pytest.raises(ValueError, match="merged_product_cuda: sizes that no kernel takes"):
+        hopper.grad_x(grad, grad, None, experts, False)
 
 
 def test_operations_without_cuda_kernels_say_so() -> None:
