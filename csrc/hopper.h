@@ -7,7 +7,9 @@
 // launched as clusters of blocks.
 //
 // An asynchronous operation reads and writes at any time between the call and the wait that covers it. What
-// threads have written to shared memory is visible to it after fence_async().
+// threads have written to shared memory is visible to it after fence_async(). What a thread reads there it
+// may overwrite once the read is over: after fence_async(), or when something that needed the read's result
+// is done, such as a product.
 #pragma once
 
 #include <cstdint>
