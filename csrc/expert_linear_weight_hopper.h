@@ -510,6 +510,7 @@ struct GradientSmallSums : GradientWarp<kTopK> {
             barrier_wait(this->barrier(Layout::kFull, this->stage.place), this->stage.parity);
             if (turn == unit.row && bias != nullptr) add_tokens(sum);
             if (++turn == rows) turn = 0;
+            fence_async();  // no read is under way when a copy overwrites the stage
             __syncwarp();
             this->release(this->stage.place, lane);
         }

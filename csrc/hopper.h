@@ -7,7 +7,9 @@
 // launched as clusters of blocks.
 //
 // An asynchronous operation reads and writes at any time between the call and the wait that covers it. What
-// threads have written to shared memory is visible to it after fence_async().
+// threads have written to shared memory is visible to it after fence_async(). What a thread reads there it
+// may overwrite once the read is over: after fence_async(), or when something that needed the read's result
+// is done, such as a product.
 #pragma once
 
 #include <cstdint>
@@ -131,10 +133,21 @@ inline TensorMap tensor_map(const void* address, std::initializer_list<int64_t> 
     const CUtensorMapSwizzle swizzles[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B,
                                            CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
     TensorMap map;
-    const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, static_cast<cuuint32_t>(size.size()),
-                                   const_cast<void*>(address), sizes, strides, boxes, steps,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    auto run = [&] {
+        return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, static_cast<cuuint32_t>(size.size()),
+                      const_cast<void*>(address), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                      swizzles[static_cast<int>(swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    CUresult result = run();
+    if (result == CUDA_ERROR_INVALID_CONTEXT) {
+        // The runtime makes the device's context current by itself, the driver does not. Autograd's thread
+        // has none where a backward is the first that it runs.
+        int device;
+        check(cudaGetDevice(&device), "the current device");
+        check(cudaSetDevice(device), "the context of the current device");
+        result = run();
+    }
     if (result != CUDA_SUCCESS) {
         throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
     }

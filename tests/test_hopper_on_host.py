@@ -142,3 +142,18 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
     assert len(re.findall(r" 0 bytes spill stores, 0 bytes spill loads", said)) == len(VARIANTS), said
     assert "serialized" not in said
     assert "warning" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(assembler.cuda_tool("nvcc") is None, reason="needs nvcc; CI has it")
+def test_what_the_driver_is_given(tmp_path: Path) -> None:
+    """For a tensor map, by the code that the emulation replaces; and in a thread that has no context yet."""
+    sources = [EMULATION.parent / "tensor_map.cu", EMULATION.parent / "tensor_map_driver.cpp"]
+    command = [assembler.cuda_tool("nvcc"), "-std=c++17", "-arch=sm_90a", "-cudart=none", "-w"]
+    subprocess.run([*command, f"-I{ROOT / 'csrc'}", *sources, "-o", tmp_path / "maps"], check=True)
+    said = subprocess.run([tmp_path / "maps"], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [  # kinds: whether of 16 bits, interleaving, swizzle, what is outside
+        "address 0x7000 size 40,30,20 stride 80,2400 box 32,16,1 step 1,1,1 kinds 1,0,2,0",
+        "address 0x7000 size 64,8 stride 128 box 64,4 step 1,1 kinds 1,0,3,0",
+        "cuTensorMapEncodeTiled: error 1",
+    ]
