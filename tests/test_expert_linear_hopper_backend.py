@@ -16,6 +16,7 @@ import torch
 from helpers import assert_close, check_streams_and_graph, random_model
 from test_expert_linear import check_against_reference, forward_backward, make_inputs, reference
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from switch_moe import Router, SwitchMoE, TokenMoE, __main__, native, warm_up
 from switch_moe.experts import LinearExperts
@@ -193,11 +194,21 @@ def test_three_experts_of_a_sample_leave_gradients_to_triton(hopper_gpu, poisone
     assert "gradients" not in hopper_gpu
 
 
-@pytest.mark.parametrize("top_k", [2, 3])
-def test_gradients_of_single_weights_are_not_rounded(hopper_gpu, top_k: int) -> None:
-    """Under autocast the kernels read half weights, and write the gradients of the float32 ones."""
+@pytest.mark.parametrize(
+    ("top_k", "dtypes"),
+    [(2, (torch.float32, torch.float32)), (3, (torch.float32, torch.float32)),
+     (2, (torch.float32, torch.float16)), (2, (torch.float16, torch.float32))],
+)  # fmt: skip
+def test_gradients_of_single_weights_are_not_rounded(
+    hopper_gpu, top_k: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Under autocast the kernels read half weights, and write the gradients of the float32 ones.
+
+    ``dtypes`` are those of the weight and the bias, of which each has a gradient of its own type.
+    """
     (x, weight, bias, gate), index, grad = make_inputs((3, 9, 16, 16, 4, top_k), torch.float16)
-    leaves = [one.float().requires_grad_() for one in (x, weight, bias, gate)]
+    types = (torch.float32, *dtypes, torch.float32)
+    leaves = [one.to(of).requires_grad_() for one, of in zip((x, weight, bias, gate), types, strict=True)]
     with torch.autocast("cpu", torch.float16):
         out = expert_linear(*leaves[:3], index, leaves[3], backend="cuda")
     found = torch.autograd.grad(out, leaves, grad)
@@ -205,12 +216,28 @@ def test_gradients_of_single_weights_are_not_rounded(hopper_gpu, top_k: int) -> 
     exact = torch.autograd.grad(
         unmerged(wide[0], LinearExperts(*wide[1:3], index, wide[3])), wide, grad.double()
     )
-    assert [one.dtype for one in found] == [torch.float32] * 4
+    assert [one.dtype for one in found] == list(types)
     for name, one, of in zip(("weight", "bias"), found[1:], exact[1:], strict=False):
-        assert_close(name, one, of, 1e-6)
+        assert_close(name, one, of, 1e-6 if one.dtype == torch.float32 else 1e-3)
     # Without autocast the gradients have the type of the weights.
     halves = forward_backward(expert_linear, [x, weight, bias, gate], index, grad, False, backend="cuda")
     assert [one.dtype for one in halves[2:4]] == [torch.float16] * 2
+
+
+@pytest.mark.parametrize("backend", ["cuda", "native"])
+def test_activation_checkpointing(hopper_gpu, backend: str) -> None:
+    """It hands out what a backward has saved once only, and forms the output again under autocast."""
+    tensors, index, grad = make_inputs(SHAPE, torch.float16)
+    leaves = [one.float().requires_grad_() for one in tensors]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+        return expert_linear(x, weight, bias, index, gate, True, backend=backend)
+
+    with torch.autocast("cpu", torch.float16):
+        out, again = run(*leaves), checkpoint(run, *leaves, use_reentrant=False)
+    expected = torch.autograd.grad(out, leaves, grad)
+    for a, e in zip(torch.autograd.grad(again, leaves, grad), expected, strict=True):
+        assert torch.equal(a, e)
 
 
 def test_second_derivatives_of_single_weights(hopper_gpu) -> None:
