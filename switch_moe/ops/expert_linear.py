@@ -103,13 +103,17 @@ def expert_linear(
     if path in _ON_GPU:
         check_given_schedule(schedule, expert_index, weight.shape[0])
     before: tuple[Tensor | None, ...] = ()
-    if path == "cuda" and autocast and any(one is not None and one.dtype == torch.float32 for one in given):
+    if path == "cuda" and autocast and any(map(_has_single_gradient, given)):
         # The kernels write the gradients of float32 weights as they have summed them, so these go past the
         # cast. Where one of weight and bias has another type, autograd rounds its gradient to that.
         before = given
         experts = experts._replace(weight=weight.detach(), bias=None if bias is None else bias.detach())
     out: Tensor = _ExpertLinear.apply(x, *experts, schedule, modulate, path, *before)
     return out
+
+
+def _has_single_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and tensor.dtype == torch.float32
 
 
 def _shared(x: Tensor, experts: LinearExperts, modulate: bool, path: str) -> Tensor:
