@@ -155,8 +155,8 @@ def _check(x: Tensor, experts: LinearExperts, modulate: bool, rows: int | None =
 class _ExpertLinear(torch.autograd.Function):
     """Saves x, the experts and, with modulate, m(x). The backward forms the merged weights again.
 
-    The last arguments may be the weight and the bias before autocast cast them. Then these have the gradients,
-    which are not rounded to the type of x.
+    The last arguments may be the weight and the bias before autocast cast them. Then these have the
+    gradients, which are not rounded to the type of x.
     """
 
     @staticmethod
