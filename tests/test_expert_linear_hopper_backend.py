@@ -302,16 +302,25 @@ def test_opcheck(hopper_gpu) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_auto_compiles_whole(hopper_gpu, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dynamic", "autocast"),
+    [pytest.param(False, False, marks=pytest.mark.slow), (True, False),
+     pytest.param(False, True, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_auto_compiles_whole(
+    hopper_gpu, dynamic: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The choice is part of the program, and breaks no graph."""
     use(monkeypatch, row(B=1, T=3))
     operation = importlib.import_module("switch_moe.ops.expert_linear")
     monkeypatch.setattr(operation, "choose", lambda *_: "triton")  # as on a GPU
     tensors, index, grad = make_inputs(SHAPE, torch.float16)
+    if autocast:
+        tensors = [one.float() for one in tensors]
 
     def run(*arguments: Any) -> Tensor:
-        return expert_linear(*arguments)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            return expert_linear(*arguments)
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)
@@ -321,6 +330,7 @@ def test_auto_compiles_whole(hopper_gpu, dynamic: bool, monkeypatch: pytest.Monk
     for _ in range(2):
         for a, e in zip(forward_backward(compiled, tensors, index, grad, False), eager, strict=True):
             assert torch.equal(a, e)
+            assert a.dtype == e.dtype
     assert hopper_gpu == 3 * ["forward", "grad_x", "gradients"]
     assert counter.frame_count == 1  # a device that was asked while the call was traced is no new program
 
