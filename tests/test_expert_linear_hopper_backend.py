@@ -17,6 +17,8 @@ import torch
 from helpers import assert_close, check_streams_and_graph, random_model
 from test_expert_linear import check_against_reference, forward_backward, make_inputs, reference
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from switch_moe import Router, SwitchMoE, TokenMoE, __main__, native, warm_up
 from switch_moe.experts import LinearExperts
@@ -194,11 +196,21 @@ def test_three_experts_of_a_sample_leave_gradients_to_triton(hopper_gpu, poisone
     assert "gradients" not in hopper_gpu
 
 
-@pytest.mark.parametrize("top_k", [2, 3])
-def test_gradients_of_single_weights_are_not_rounded(hopper_gpu, top_k: int) -> None:
-    """Under autocast the kernels read half weights, and write the gradients of the float32 ones."""
+@pytest.mark.parametrize(
+    ("top_k", "dtypes"),
+    [(2, (torch.float32, torch.float32)), (3, (torch.float32, torch.float32)),
+     (2, (torch.float32, torch.float16)), (2, (torch.float16, torch.float32))],
+)  # fmt: skip
+def test_gradients_of_single_weights_are_not_rounded(
+    hopper_gpu, top_k: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Under autocast the kernels read half weights, and write the gradients of the float32 ones.
+
+    ``dtypes`` are those of the weight and the bias, of which each has a gradient of its own type.
+    """
     (x, weight, bias, gate), index, grad = make_inputs((3, 9, 16, 16, 4, top_k), torch.float16)
-    leaves = [one.float().requires_grad_() for one in (x, weight, bias, gate)]
+    types = (torch.float32, *dtypes, torch.float32)
+    leaves = [one.to(of).requires_grad_() for one, of in zip((x, weight, bias, gate), types, strict=True)]
     with torch.autocast("cpu", torch.float16):
         out = expert_linear(*leaves[:3], index, leaves[3], backend="cuda")
     found = torch.autograd.grad(out, leaves, grad)
@@ -206,12 +218,28 @@ def test_gradients_of_single_weights_are_not_rounded(hopper_gpu, top_k: int) -> 
     exact = torch.autograd.grad(
         unmerged(wide[0], LinearExperts(*wide[1:3], index, wide[3])), wide, grad.double()
     )
-    assert [one.dtype for one in found] == [torch.float32] * 4
+    assert [one.dtype for one in found] == list(types)
     for name, one, of in zip(("weight", "bias"), found[1:], exact[1:], strict=False):
-        assert_close(name, one, of, 1e-6)
+        assert_close(name, one, of, 1e-6 if one.dtype == torch.float32 else 1e-3)
     # Without autocast the gradients have the type of the weights.
     halves = forward_backward(expert_linear, [x, weight, bias, gate], index, grad, False, backend="cuda")
     assert [one.dtype for one in halves[2:4]] == [torch.float16] * 2
+
+
+@pytest.mark.parametrize("backend", ["cuda", "native"])
+def test_activation_checkpointing(hopper_gpu, backend: str) -> None:
+    """It hands out what a backward has saved once only, and forms the output again under autocast."""
+    tensors, index, grad = make_inputs(SHAPE, torch.float16)
+    leaves = [one.float().requires_grad_() for one in tensors]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+        return expert_linear(x, weight, bias, index, gate, True, backend=backend)
+
+    with torch.autocast("cpu", torch.float16):
+        out, again = run(*leaves), checkpoint(run, *leaves, use_reentrant=False)
+    expected = torch.autograd.grad(out, leaves, grad)
+    for a, e in zip(torch.autograd.grad(again, leaves, grad), expected, strict=True):
+        assert torch.equal(a, e)
 
 
 def test_second_derivatives_of_single_weights(hopper_gpu) -> None:
@@ -226,6 +254,25 @@ def test_second_derivatives_of_single_weights(hopper_gpu) -> None:
         found.append(torch.autograd.grad(of_x.float().square().sum(), weight)[0])
     assert found[0].count_nonzero() > 0
     assert_close("second derivative", found[0], found[1], 1e-3)
+
+
+def test_frozen_weights_are_not_saved_before_their_cast(hopper_gpu) -> None:
+    """A backward needs their cast alone, so they may be inference tensors, or change after the forward."""
+    (x, weight, bias, gate), index, grad = make_inputs(SHAPE, torch.float16)
+    x.requires_grad_()
+
+    def grad_x(weight: Tensor, change: bool = False) -> Tensor:
+        with torch.autocast("cpu", torch.float16):
+            out = expert_linear(x, weight, bias.float(), index, gate, backend="cuda")
+        if change:
+            weight.zero_()
+        return torch.autograd.grad(out, x, grad)[0]
+
+    with torch.inference_mode():
+        kept = weight.float()
+    expected = grad_x(weight)
+    assert torch.equal(grad_x(kept), expected)
+    assert torch.equal(grad_x(weight.float(), change=True), expected)
 
 
 def test_single_is_for_the_cuda_kernels(hopper_gpu) -> None:
@@ -256,24 +303,37 @@ def test_opcheck(hopper_gpu) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_auto_compiles_whole(hopper_gpu, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dynamic", "autocast"),
+    [pytest.param(False, False, marks=pytest.mark.slow), (True, False),
+     pytest.param(False, True, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_auto_compiles_whole(
+    hopper_gpu, dynamic: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The choice is part of the program, and breaks no graph."""
     use(monkeypatch, row(B=1, T=3))
     operation = importlib.import_module("switch_moe.ops.expert_linear")
     monkeypatch.setattr(operation, "choose", lambda *_: "triton")  # as on a GPU
     tensors, index, grad = make_inputs(SHAPE, torch.float16)
+    if autocast:
+        tensors = [one.float() for one in tensors]
 
     def run(*arguments: Any) -> Tensor:
-        return expert_linear(*arguments)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            return expert_linear(*arguments)
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=dynamic)
     eager = forward_backward(run, tensors, index, grad, False)
     assert hopper_gpu == ["forward", "grad_x", "gradients"]
     monkeypatch.setattr(measured, "_here", {})
-    for a, e in zip(forward_backward(compiled, tensors, index, grad, False), eager, strict=True):
-        assert torch.equal(a, e)
-    assert hopper_gpu == 2 * ["forward", "grad_x", "gradients"]
+    for _ in range(2):
+        for a, e in zip(forward_backward(compiled, tensors, index, grad, False), eager, strict=True):
+            assert torch.equal(a, e)
+            assert a.dtype == e.dtype
+    assert hopper_gpu == 3 * ["forward", "grad_x", "gradients"]
+    assert counter.frame_count == 1  # a device that was asked while the call was traced is no new program
 
 
 def test_a_schedule_is_taken_and_checked(hopper_gpu) -> None:

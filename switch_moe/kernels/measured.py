@@ -86,6 +86,9 @@ def summary(device: torch.device) -> str:
 
 def _on(device: torch.device) -> tuple[dict[Key, list[Measured]], str]:
     """What was measured on GPUs like this one and its kernels can run, and why other calls take Triton."""
+    if torch.compiler.is_compiling():
+        # A traced program that reads _here depends on it, and would be compiled again once it is filled.
+        return _look(device)
     index = device.index or 0
     found = _here.get(index)
     if found is None:

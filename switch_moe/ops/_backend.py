@@ -8,8 +8,8 @@ native       ``switch_moe/cpu/``         CPU tensors, where the operation has co
              ``csrc/``                   tensors ``linear_assignment`` only
 triton       ``switch_moe/kernels/``     CUDA tensors; CPU tensors on request, in Triton's interpreter
 cuda         ``csrc/``                   ``expert_linear`` on GPUs of compute capability 9.0, in bfloat16 and
-                                         float16; gradients of weights are Triton's for more than two of
-                                         the experts, or of more than 32
+                                         float16; gradients of weights are Triton's where a sample has
+                                         more than two experts, or there are more than 32 in all
 ===========  ==========================  =================================================================
 
 ``auto`` takes the last row that can run, but ``cuda`` only for calls of which

@@ -103,12 +103,17 @@ def expert_linear(
     if path in _ON_GPU:
         check_given_schedule(schedule, expert_index, weight.shape[0])
     before: tuple[Tensor | None, ...] = ()
-    if path == "cuda" and autocast and all(one is None or one.dtype == torch.float32 for one in given):
-        # Gradients go past the cast to the float32 weights, which the kernels write as they have summed them.
+    if path == "cuda" and autocast and any(map(_has_single_gradient, given)):
+        # The kernels write the gradients of float32 weights as they have summed them, so these go past the
+        # cast. Where one of weight and bias has another type, autograd rounds its gradient to that.
         before = given
         experts = experts._replace(weight=weight.detach(), bias=None if bias is None else bias.detach())
     out: Tensor = _ExpertLinear.apply(x, *experts, schedule, modulate, path, *before)
     return out
+
+
+def _has_single_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and tensor.dtype == torch.float32
 
 
 def _shared(x: Tensor, experts: LinearExperts, modulate: bool, path: str) -> Tensor:
@@ -150,7 +155,7 @@ def _check(x: Tensor, experts: LinearExperts, modulate: bool, rows: int | None =
 class _ExpertLinear(torch.autograd.Function):
     """Saves x, the experts and, with modulate, m(x). The backward forms the merged weights again.
 
-    The last arguments may be the weight and the bias before they were cast from float32. Then they have the
+    The last arguments may be the weight and the bias before autocast cast them. Then these have the
     gradients, which are not rounded to the type of x.
     """
 
@@ -169,8 +174,8 @@ class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needed = list(ctx.needs_input_grad[:5])
-        x, *experts, mixture, schedule = ctx.saved_tensors[:7]
-        before = ctx.saved_tensors[7:]
+        x, weight, bias, index, gate, mixture, schedule, *before = ctx.saved_tensors
+        experts = weight, bias, index, gate
         if before:
             needed[1:3] = ctx.needs_input_grad[8:]
         if create_graph():
