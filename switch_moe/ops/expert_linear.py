@@ -57,7 +57,8 @@ def expert_linear(
     Args:
         x: tokens, ``[B, T, Din]`` float32, bfloat16 or float16.
         weight: experts, ``[M, Din, Dout]`` in the type of ``x``. Under autocast both are cast; with backend
-            ``cuda`` the gradient of a float32 weight is formed in float32 all the same, but for one route for all.
+            ``cuda`` the gradient of a float32 weight is formed in float32 all the same, but for one route
+            for all.
         bias: ``[M, Dout]`` in the type of ``x``, or None.
         expert_index: chosen experts, ``[B, k]`` int32 (int64 is converted), each in ``[0, M)``; or ``[1, k]``
             for all samples alike: then the experts merge once, before one plain product.
