@@ -95,6 +95,11 @@ WEIGHT_BUGS = [
         "product_wait<1>();\n                this->release(this->stage.before(), thread);",
         "this->release(this->stage.before(), thread);",
     ),
+    bug(
+        "releases a stage before all lanes have read it",
+        "            __syncwarp();\n            this->release(this->stage.place, lane);",
+        "            this->release(this->stage.place, lane);",
+    ),
     bug("reads unfinished products", "product_wait<0>(product);", "product_wait<1>(product);"),
     bug("counts one block's readers", "3 * kMergedCluster", "3"),
     bug("forgets the readers of the bias", "3 * kMergedCluster", "2 * kMergedCluster"),

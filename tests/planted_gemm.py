@@ -228,4 +228,43 @@ BUGS = [
         "empty + 8 * stage, thread); if (thread < kCluster) barrier_arrive_at(empty + 8 * stage, thread);",
         "past its count",
     ),
+    Bug(
+        "changes sums after the fence",
+        "product_fence();",
+        "product_fence(); if (k > 0) sums[5] *= 0.5f;",
+        "no product_fence since its accumulator",
+    ),
+    Bug(
+        "changes registers after the fence",
+        "product_fence();",
+        "product_fence(); rows[0][0] ^= 0x8000;",
+        "no product_fence since its registers",
+        REGISTER_A,
+    ),
+    Bug(
+        "no meeting of the warps that write an operand",
+        "product_fence();",
+        "store_shared(a + 4 * thread, load_shared<uint32_t>(a + 4 * thread)); fence_async();\n"
+        "__syncwarp(); product_fence();",
+        "has met no other warp since",
+    ),
+    Bug(
+        "releases while other lanes read",
+        "if (thread < kCluster) barrier_arrive_at(empty + 8 * stage, thread);",
+        "if (warp == 0) sums[0] += 0.f * first_of<T>(load_shared<uint32_t>(a + 4 * thread));\n"
+        "if (thread / 2 == 8) barrier_arrive_at(empty + 8 * stage, thread % 2);",
+        "error",
+    ),
+    Bug(
+        "one lane at the cluster's barrier",
+        "    cluster_sync();\n}",
+        "    if (lane == 0) cluster_sync();\n}",
+        "deadlock",
+    ),
+    Bug(
+        "lanes at two barriers",
+        "fence_async();\n                named_sync(me + 1, 128);",
+        "fence_async();\n                named_sync(me + 1 + lane / 16 * 2, 64);",
+        "named_sync: the threads of a warp disagree",
+    ),
 ]

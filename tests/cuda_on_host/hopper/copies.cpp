@@ -60,7 +60,7 @@ void check_box(const TensorMap& map, int rank, uint32_t shared, const char* what
     // The swizzle's pattern repeats every 8 spans, and the box has to start where it does.
     const int alignment = map.swizzle == Swizzle::kNone ? 128 : 8 * span_of(map.swizzle);
     block().at(shared, bytes_of(map), alignment, what);
-    block().require_fenced(shared, bytes_of(map), what);
+    block().require_fenced(shared, bytes_of(map), what, self().index);
 }
 
 void load(uint32_t to, const TensorMap& map, int rank, At3 at, uint32_t barrier, uint32_t blocks) {
@@ -73,7 +73,7 @@ void load(uint32_t to, const TensorMap& map, int rank, At3 at, uint32_t barrier,
         Block& target = machine.blocks[i];
         if (target.running == 0) fail("loads into block " + std::to_string(i) + ", which has ended");
         barrier_of(i, barrier, true);
-        target.require_fenced(to, bytes, "load_box");
+        target.require_fenced(to, bytes, "load_box", i == self().block ? self().index : -1);
         for (int byte = 0; byte < bytes; byte += kWord) {
             if (target.writer[(to - kSharedStart + byte) / kWord] == kBarrierWord)
                 fail("loads over a barrier");
@@ -87,7 +87,7 @@ void load(uint32_t to, const TensorMap& map, int rank, At3 at, uint32_t barrier,
 
 void store(const TensorMap& map, int rank, At3 at, uint32_t from) {
     check_box(map, rank, from, "store_box");
-    machine.stores.push_back(Store{map, at, self().block, from, {}, false});
+    machine.stores.push_back(Store{map, at, self().block, self().index, from, {}, false});
     Thread& thread = self();
     if (!thread.open_store) thread.stores.emplace_back();
     thread.open_store = true;
@@ -112,7 +112,7 @@ void land(std::list<Load>::iterator load) {
 void read_now(Store& store) {
     if (!store.data.empty()) return;
     const Block& from = machine.blocks[store.block];
-    from.require_fenced(store.from, bytes_of(store.map), "store_box");
+    from.require_fenced(store.from, bytes_of(store.map), "store_box", store.thread);
     for_each_chunk(store.map, store.at, store.from, [&](uint32_t shared, const uint8_t*, int) {
         const uint8_t* chunk = from.memory.data() + (shared - kSharedStart);
         store.data.insert(store.data.end(), chunk, chunk + kChunk);

@@ -12,6 +12,9 @@
 
 #include "../keywords.h"
 
+// A kernel's shared memory is what its launch gives it: a variable would be one for all blocks and unchecked.
+#undef __shared__
+
 namespace hopper {
 
 // What a kernel did that it must not do.
@@ -167,12 +170,17 @@ struct Operands {
 };
 void multiply(const Operands& operands);
 
+template <int kColumns>
+constexpr bool kHasProduct = kColumns == 64 || kColumns == 128 || kColumns == 256;  // what hopper.h has
+
 template <typename T, int kColumns, bool kTransposedA = false, bool kTransposedB = false>
 void product(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool add) {
+    static_assert(kHasProduct<kColumns>);
     multiply({kIsBFloat16<T>, kTransposedA, kTransposedB, add, kColumns, d, nullptr, a, b});
 }
 template <typename T, int kColumns, bool kTransposedB = false>
 void product(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+    static_assert(kHasProduct<kColumns>);
     multiply({kIsBFloat16<T>, false, kTransposedB, add, kColumns, d, a, 0, b});
 }
 void product_fence();

@@ -42,14 +42,19 @@ uint8_t* Block::at(uint32_t address, int bytes, int alignment, const char* what)
     return memory.data() + (address - kSharedStart);
 }
 
-void Block::require_fenced(uint32_t address, int bytes, const char* what) const {
-    if (unfenced == 0) return;
+void Block::require_fenced(uint32_t address, int bytes, const char* what, int thread) const {
+    if (written == 0) return;
     const uint32_t first = (address - kSharedStart) / kWord;
     const uint32_t last = (address - kSharedStart + bytes - 1) / kWord;
     for (uint32_t word = first; word <= last; ++word) {
         if (writer[word] == 0 || writer[word] == kBarrierWord) continue;
+        const int by = (writer[word] & kWriter) - 1;
+        const bool unfenced = (writer[word] & kUnfenced) != 0;
+        // The lanes of a warp can show one another what they write without meeting other warps.
+        if (!unfenced && thread >= 0 && by / kLanes == thread / kLanes) continue;
         fail(std::string(what) + " touches " + hex(kSharedStart + word * kWord) + ", written by thread " +
-             std::to_string(writer[word] - 1) + ", which has not called fence_async since");
+             std::to_string(by) + ", which has " +
+             (unfenced ? "not called fence_async since" : "met no other warp since"));
     }
 }
 
@@ -60,10 +65,36 @@ void note_write(Thread& thread, uint32_t address, int bytes) {
     for (uint32_t word = first; word <= last; ++word) {
         uint16_t& writer = block.writer[word];
         if (writer == kBarrierWord) fail("writes over a barrier at " + hex(address));
-        if (writer == 0) ++block.unfenced;
-        writer = thread.index + 1;
-        thread.unfenced.push_back(word);
+        if (writer == 0) ++block.written;
+        const uint16_t before = (writer & kWriter) == thread.index + 1 ? writer : 0;
+        if ((before & kUnfenced) == 0) thread.unfenced.push_back(word);
+        if ((before & kUnmet) == 0) thread.unmet.push_back(word);
+        writer = static_cast<uint16_t>(thread.index + 1) | kUnfenced | kUnmet;
     }
+}
+
+namespace {
+
+// Notes for the words that the running thread, or its warp, has written and that nobody has overwritten.
+void clear(std::vector<uint32_t>& words, uint16_t flag, bool of_warp) {
+    for (const uint32_t word : words) {
+        uint16_t& writer = block().writer[word];
+        if (writer == 0 || writer == kBarrierWord) continue;
+        const int by = (writer & kWriter) - 1;
+        if (of_warp ? by / kLanes != self().index / kLanes : by != self().index) continue;
+        writer &= ~flag;
+        if ((writer & ~kWriter) != 0) continue;
+        writer = 0;
+        --block().written;
+    }
+    words.clear();
+}
+
+}  // namespace
+
+void note_meeting() {
+    clear(self().unmet, kUnmet, false);
+    clear(block().warps[self().index / kLanes].unmet, kUnmet, true);
 }
 
 Barrier& barrier_of(int block, uint32_t address, bool asynchronous) {
@@ -87,6 +118,7 @@ void end_phase_if_complete(Barrier& barrier) {
 }
 
 void arrive(int block, uint32_t address, int64_t bytes) {
+    note_meeting();
     Barrier& barrier = barrier_of(block, address, false);
     if (barrier.pending == 0) {
         fail("barrier " + hex(address) + ": an arrival past its count of " +
@@ -119,16 +151,24 @@ void enter_kernel() {
     }
 }
 
-// Whether any thread of the warp ran.
+// Whether any thread of the warp could run. In a random order a part of those that can is left out, sometimes
+// all.
 bool run_warp(int warp) {
-    bool ran = false;
+    bool could_run = false;
+    int first = 0, lanes = kLanes;
+    if (machine.schedule.random_warps) {
+        const uint32_t choice = machine.random();
+        first = choice % kLanes;
+        if (choice >> 8 & 1) lanes = choice >> 16 & 1 ? 0 : choice >> 24 & (kLanes - 1);
+    }
     for (int i = 0; i < kLanes; ++i) {
-        const int lane = machine.schedule.reversed ? kLanes - 1 - i : i;
+        const int at = (first + i) % kLanes, lane = machine.schedule.reversed ? kLanes - 1 - at : at;
         Thread& thread = *machine.threads[warp * kLanes + lane];
         if (thread.fiber.finished() || (thread.watched != nullptr && *thread.watched == thread.seen))
             continue;
+        could_run = true;
+        if (i >= lanes) break;
         thread.watched = nullptr;
-        ran = true;
         machine.current = &thread;
         threadIdx.x = thread.index;
         blockIdx.x = machine.first_block + thread.block;
@@ -136,15 +176,20 @@ bool run_warp(int warp) {
         machine.current = nullptr;
         if (!machine.fault.empty()) throw Fault(machine.fault);
     }
-    return ran;
+    return could_run;
 }
 
-void do_random_work() {
+// Whether a load has landed, for which a thread may wait.
+bool do_random_work() {
+    bool landed = false;
     auto now = [] { return machine.random() % 4 == 0; };
     if (machine.schedule.loads == When::kRandom) {
         for (auto load = machine.loads.begin(); load != machine.loads.end();) {
             const auto next = std::next(load);
-            if (now()) land(load);
+            if (now()) {
+                land(load);
+                landed = true;
+            }
             load = next;
         }
     }
@@ -163,6 +208,7 @@ void do_random_work() {
             }
         }
     }
+    return landed;
 }
 
 void fail_of_deadlock() {
@@ -192,14 +238,9 @@ void run_cluster() {
         bool ran = false;
         if (machine.schedule.random_warps) std::shuffle(order.begin(), order.end(), machine.random);
         for (const int warp : order) {
-            if (lags(warp)) continue;
-            if (machine.schedule.random_warps && machine.random() % 4 == 0) {
-                ran = true;
-                continue;
-            }
-            ran |= run_warp(warp);
+            if (!lags(warp)) ran |= run_warp(warp);
         }
-        do_random_work();
+        ran |= do_random_work();
         if (ran) continue;
         for (const int warp : order) ran |= lags(warp) && run_warp(warp);
         if (ran || machine.running == 0) continue;
@@ -235,6 +276,7 @@ void start_cluster() {
         thread.watched = nullptr;
         thread.in_cluster_barrier = thread.open_store = false;
         thread.unfenced.clear();
+        thread.unmet.clear();
         thread.stores.clear();
         thread.fiber.start(enter_kernel);
     }
@@ -307,19 +349,13 @@ void write_shared(uint32_t address, const void* from, int bytes) {
     note_write(self(), address, bytes);
 }
 
-void fence_async() {
-    for (const uint32_t word : self().unfenced) {
-        uint16_t& writer = block().writer[word];
-        if (writer != self().index + 1) continue;
-        writer = 0;
-        --block().unfenced;
-    }
-    self().unfenced.clear();
-}
+void fence_async() { clear(self().unfenced, kUnfenced, false); }
 
 uint32_t cluster_rank() { return self().block; }
 
 void cluster_arrive() {
+    meet_warp("cluster_arrive", nullptr, [](auto&) {});
+    note_meeting();
     Thread& thread = self();
     if (thread.in_cluster_barrier) fail("arrives twice at the cluster's barrier without a wait");
     thread.in_cluster_barrier = true;
@@ -329,6 +365,7 @@ void cluster_arrive() {
 }
 
 void cluster_wait() {
+    meet_warp("cluster_wait", nullptr, [](auto&) {});
     Thread& thread = self();
     if (!thread.in_cluster_barrier) fail("waits at the cluster's barrier without an arrival");
     wait_while(&machine.cluster_barrier.generation, thread.cluster_generation,
@@ -341,6 +378,14 @@ void named_sync(int id, int threads) {
     if (threads <= 0 || threads % kLanes != 0 || threads > machine.launch.threads) {
         fail("a named barrier of " + std::to_string(threads) + " threads");
     }
+    const int mine[2] = {id, threads};
+    meet_warp("named_sync", mine, [&](const void* const(&given)[kGroup]) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int* other = static_cast<const int*>(given[lane]);
+            if (other[0] != id || other[1] != threads) fail("named_sync: the threads of a warp disagree");
+        }
+    });
+    note_meeting();
     NamedBarrier& barrier = block().named[id];
     if (barrier.arrived == 0) barrier.threads = threads;
     if (barrier.threads != threads) {
@@ -389,7 +434,7 @@ void barrier_init(uint32_t address, int arrivals) {
     note_write(self(), address, 8);
     for (uint32_t word = (address - kSharedStart) / kWord, end = word + 2; word < end; ++word) {
         owner.writer[word] = kBarrierWord;
-        --owner.unfenced;
+        --owner.written;
     }
     owner.barriers[address] = Barrier{0, arrivals, arrivals, 0, self().index, false};
 }
@@ -423,6 +468,8 @@ uint32_t exchange(uint32_t value, int from_lane) {
     meet_warp("a shuffle", &mine, [](const void* const(&given)[kGroup]) {
         for (int lane = 0; lane < kLanes; ++lane) {
             auto* one = static_cast<Given*>(const_cast<void*>(given[lane]));
+            if (one->from < 0 || one->from >= kLanes)
+                fail("a shuffle from lane " + std::to_string(one->from));
             one->result = static_cast<const Given*>(given[one->from])->value;
         }
     });
@@ -435,5 +482,14 @@ void __syncthreads() { hopper::named_sync(0, hopper::emulation::machine.launch.t
 
 void __syncwarp(unsigned mask) {
     if (mask != 0xffffffffu) hopper::emulation::fail("__syncwarp of a part of a warp is not emulated");
-    hopper::emulation::meet_warp("__syncwarp", nullptr, [](auto&) {});
+    hopper::emulation::meet_warp("__syncwarp", nullptr, [](auto&) {
+        using namespace hopper::emulation;
+        const int warp = self().index / kLanes;
+        std::vector<uint32_t>& words = block().warps[warp].unmet;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            auto& mine = machine.threads[self().block * machine.launch.threads + warp * kLanes + lane]->unmet;
+            words.insert(words.end(), mine.begin(), mine.end());
+            mine.clear();
+        }
+    });
 }

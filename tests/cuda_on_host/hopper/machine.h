@@ -19,6 +19,9 @@ constexpr int kLanes = 32, kGroup = 128;  // threads of a warp, of a warpgroup
 constexpr uint32_t kSharedStart = 1024;   // so that address 0 is a fault
 constexpr int kWord = 4;                  // bytes that one entry of Block::writer stands for
 constexpr uint16_t kBarrierWord = 0xffff;
+// What Block::writer has beside a thread: that it has not called fence_async since it wrote, that it has not
+// met other warps since.
+constexpr uint16_t kUnfenced = 0x4000, kUnmet = 0x2000, kWriter = 0x1fff;
 
 // Threads that execute one instruction together. What each gives lies at its place until the last has come.
 struct Meeting {
@@ -26,6 +29,7 @@ struct Meeting {
     int arrived = 0;
     uint32_t generation = 0;
     const void* given[kGroup];
+    std::vector<uint32_t> unmet;  // words that a warp's lanes had written before its last __syncwarp
 };
 
 struct Barrier {
@@ -65,21 +69,28 @@ struct Warpgroup {
     int64_t committed = 0;
     std::list<Accumulator> accumulators;
     std::list<Product> products;
-    // The last fence, and what it must precede: operand registers whose contents changed, accumulators.
+    // How many fences there were. A product's registers may not change after the last: what operands were in
+    // the last product and at the last fence, and accumulators that are with the threads, at the last fence.
     int64_t fences = 0;
     struct Seen {
-        uint32_t a[4];
+        uint32_t a[4], at_fence[4];
         int64_t fences;
     };
+    struct Returned {
+        float* threads[kGroup];
+        int columns;
+        int64_t fences;
+        std::vector<float> at_fence;  // [threads, columns / 2]
+    };
     std::map<const uint32_t*, Seen> operands_seen;
-    std::map<const float*, int64_t> returned;
+    std::map<const float*, Returned> returned;
 };
 
 struct Block {
     std::vector<uint8_t> memory;
-    // What every word has: 0, or 1 + the thread that wrote it and has not called fence_async since.
+    // What every word has: 0, or 1 + the thread that wrote it with what this has not done since.
     std::vector<uint16_t> writer;
-    int unfenced = 0;  // words whose entry is a thread
+    int written = 0;  // words whose entry is a thread
     std::map<uint32_t, Barrier> barriers;
     NamedBarrier named[16];
     std::vector<Meeting> warps;
@@ -89,8 +100,9 @@ struct Block {
     int running = 0;  // threads that have not ended
 
     uint8_t* at(uint32_t address, int bytes, int alignment, const char* what);
-    // Raises a Fault if threads have written there and not fenced; asynchronous work calls it.
-    void require_fenced(uint32_t address, int bytes, const char* what) const;
+    // Raises a Fault if threads have written there and not fenced, or not met other warps since. Asynchronous
+    // work calls it, with the thread that asked for it; a product is of four warps and of no thread.
+    void require_fenced(uint32_t address, int bytes, const char* what, int thread = -1) const;
 };
 
 struct StoreGroup;
@@ -106,7 +118,7 @@ struct Thread {
     uint32_t reason_detail;
     bool in_cluster_barrier;
     uint32_t cluster_generation;
-    std::vector<uint32_t> unfenced;  // words that it has written
+    std::vector<uint32_t> unfenced, unmet;  // words that it has written
     std::deque<StoreGroup> stores;
     bool open_store;
 };
@@ -121,7 +133,7 @@ struct Load {
 struct Store {
     TensorMap map;
     At3 at;
-    int block;
+    int block, thread;
     uint32_t from;
     std::vector<uint8_t> data;  // when it has been read
     bool written = false;
@@ -190,6 +202,8 @@ void meet_warpgroup(const char* what, const void* mine, Action action) {
 
 // Notes that a thread of the running block has written.
 void note_write(Thread& thread, uint32_t address, int bytes);
+// Notes that the running thread shows other warps what it, and its warp before a __syncwarp, have written.
+void note_meeting();
 
 Barrier& barrier_of(int block, uint32_t address, bool asynchronous);
 void receive_bytes(int block, uint32_t address, int64_t bytes);

@@ -135,15 +135,23 @@ Place accumulator_place(int thread, int i) {
     return {thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, i / 4 * 8 + thread % 4 * 2 + i % 2};
 }
 
-Accumulator& accumulator_of(Warpgroup& group, float* const (&d)[kGroup], int columns) {
+Accumulator& accumulator_of(Warpgroup& group, float* const (&d)[kGroup], int columns, bool add) {
     for (Accumulator& one : group.accumulators) {
         if (one.threads[0] != d[0]) continue;
         if (one.columns != columns) fail("product: an accumulator is used in two shapes without a wait");
         return one;
     }
-    const auto returned = group.returned.find(d[0]);
-    if (group.fences == 0 || (returned != group.returned.end() && returned->second == group.fences)) {
+    const auto found = group.returned.find(d[0]);
+    if (group.fences == 0 || (found != group.returned.end() && found->second.fences == group.fences)) {
         fail("product: no product_fence since its accumulator was with the threads");
+    }
+    if (add && found != group.returned.end() && found->second.columns == columns) {
+        const float* at_fence = found->second.at_fence.data();
+        for (int thread = 0; thread < kGroup; ++thread, at_fence += columns / 2) {
+            if (std::memcmp(d[thread], at_fence, sizeof(float) * (columns / 2)) != 0) {
+                fail("product: no product_fence since its accumulator changed");
+            }
+        }
     }
     group.accumulators.emplace_back();
     Accumulator& one = group.accumulators.back();
@@ -233,16 +241,18 @@ void multiply(const Operands& operands) {
         }
         if (operands.registers != nullptr) {
             for (int thread = 0; thread < kGroup; ++thread) {
-                auto& seen = group.operands_seen[product.registers[thread]];
-                const bool changed = !std::equal(seen.a, seen.a + 4, product.a[thread]);
-                if (group.fences == 0 || (changed && seen.fences == group.fences)) {
+                const auto [found, first] = group.operands_seen.try_emplace(product.registers[thread]);
+                auto& seen = found->second;
+                const uint32_t* before = seen.fences == group.fences ? seen.a : seen.at_fence;
+                const bool changed = !first && !std::equal(before, before + 4, product.a[thread]);
+                if (group.fences == 0 || changed) {
                     fail("product: no product_fence since its registers were written");
                 }
                 std::copy(product.a[thread], product.a[thread] + 4, seen.a);
                 seen.fences = group.fences;
             }
         }
-        product.accumulator = &accumulator_of(group, d, operands.columns);
+        product.accumulator = &accumulator_of(group, d, operands.columns, operands.add);
         product.accumulator->last_group = group.committed;
         group.products.push_back(product);
         if (machine.schedule.products == When::kEarly) run(block(), group.products.back());
@@ -250,7 +260,18 @@ void multiply(const Operands& operands) {
 }
 
 void product_fence() {
-    meet_warpgroup("product_fence", nullptr, [](auto&) { ++warpgroup().fences; });
+    meet_warpgroup("product_fence", nullptr, [](auto&) {
+        Warpgroup& group = warpgroup();
+        ++group.fences;
+        for (auto& [registers, seen] : group.operands_seen)
+            std::copy(registers, registers + 4, seen.at_fence);
+        for (auto& [first, returned] : group.returned) {
+            float* at_fence = returned.at_fence.data();
+            for (const float* one : returned.threads) {
+                at_fence = std::copy(one, one + returned.columns / 2, at_fence);
+            }
+        }
+    });
 }
 
 void product_commit() {
@@ -285,7 +306,11 @@ void wait_for_products(int pending) {
                     one->threads[thread][i] = one->matrix[row * one->columns + column];
                 }
             }
-            group.returned[one->threads[0]] = group.fences;
+            auto& returned = group.returned[one->threads[0]];
+            std::copy(one->threads, one->threads + kGroup, returned.threads);
+            returned.columns = one->columns;
+            returned.fences = group.fences;
+            returned.at_fence.resize(kGroup * one->columns / 2);
             one = group.accumulators.erase(one);
         }
     });
