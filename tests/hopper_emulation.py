@@ -26,13 +26,14 @@ class Schedule(NamedTuple):
     reversed: bool = False
     random_warps: bool = False
     seed: int = 1
+    lagging_lanes: int = 0
 
     def as_ints(self) -> ctypes.Array[ctypes.c_int]:
         return (ctypes.c_int * len(self))(*map(int, self))
 
 
 def schedules(warpgroups: int, seeds: int = 2) -> Iterator[Schedule]:
-    """Asynchronous work early, late and mixed; each of a cluster's warpgroups lags; and random orders."""
+    """Asynchronous work early, late and mixed; a cluster's warpgroups lag, or their lanes; random orders."""
     yield Schedule(LATE, LATE, LATE)
     yield Schedule()
     yield Schedule(EARLY, LATE, LATE, reversed=True)
@@ -40,6 +41,7 @@ def schedules(warpgroups: int, seeds: int = 2) -> Iterator[Schedule]:
     for group in range(warpgroups):
         yield Schedule(EARLY, LATE, LATE, lagging=group)
         yield Schedule(LATE, LATE, EARLY, lagging=group)
+        yield Schedule(EARLY, EARLY, EARLY, lagging=group, lagging_lanes=2)
     for seed in range(seeds):
         yield Schedule(RANDOM, RANDOM, RANDOM, random_warps=True, seed=seed)
 

@@ -32,6 +32,7 @@ struct Schedule {
     bool reversed = false;      // the order of clusters, warps and lanes
     bool random_warps = false;  // clusters and warps run in a random order, warps sometimes not at all
     uint32_t seed = 1;
+    int lagging_lanes = 0;  // of the warpgroup that lags, only the lanes from this one on do
 };
 
 // Runs the kernel on every thread of the grid, one cluster after another. Threads start with `registers`, by

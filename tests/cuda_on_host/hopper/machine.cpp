@@ -151,9 +151,9 @@ void enter_kernel() {
     }
 }
 
-// Whether any thread of the warp could run. In a random order a part of those that can is left out, sometimes
-// all.
-bool run_warp(int warp) {
+// Whether any of the first `count` lanes of the warp could run. In a random order a part of those that can is
+// left out, sometimes all.
+bool run_warp(int warp, int count) {
     bool could_run = false;
     int first = 0, lanes = kLanes;
     if (machine.schedule.random_warps) {
@@ -166,6 +166,7 @@ bool run_warp(int warp) {
         Thread& thread = *machine.threads[warp * kLanes + lane];
         if (thread.fiber.finished() || (thread.watched != nullptr && *thread.watched == thread.seen))
             continue;
+        if (lane >= count) continue;
         could_run = true;
         if (i >= lanes) break;
         thread.watched = nullptr;
@@ -238,11 +239,11 @@ void run_cluster() {
         bool ran = false;
         if (machine.schedule.random_warps) std::shuffle(order.begin(), order.end(), machine.random);
         for (const int warp : order) {
-            if (!lags(warp)) ran |= run_warp(warp);
+            ran |= run_warp(warp, lags(warp) ? machine.schedule.lagging_lanes : kLanes);
         }
         ran |= do_random_work();
         if (ran) continue;
-        for (const int warp : order) ran |= lags(warp) && run_warp(warp);
+        for (const int warp : order) ran |= lags(warp) && run_warp(warp, kLanes);
         if (ran || machine.running == 0) continue;
         if (machine.loads.empty()) fail_of_deadlock();
         land(std::next(machine.loads.begin(), machine.random() % machine.loads.size()));
