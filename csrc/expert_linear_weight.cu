@@ -12,8 +12,8 @@ using hopper::BFloat16;
 using hopper::Float16;
 using hopper::tensor_map;
 
-constexpr int64_t kMostBytes = int64_t{256}
-                               << 20;  // of the sums of weights, where there is more than one part
+// Of the sums of weights, where there is more than one part.
+constexpr int64_t kMostBytes = int64_t{256} << 20;
 
 int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 

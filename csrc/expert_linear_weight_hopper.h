@@ -195,7 +195,7 @@ struct GradientWarp {
     uint32_t memory;
     Turn<Layout::kStages> stage;
     uint32_t samples = 0;        // that are done
-    uint32_t weight_parity = 0;  // a bit for each place: how often it has changed
+    uint32_t weight_parity = 0;  // a bit for each place: set after an odd number of changes
     Places<kTopK> places;
 
     HOPPER_INLINE explicit GradientWarp(const WeightGradientSizes& sizes) : sizes(sizes) {

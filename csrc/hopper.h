@@ -331,10 +331,9 @@ HOPPER_INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;"
 
 // ---- Matrices between registers and shared memory
 
-// Four matrices of 8 x 8 elements of 16 bits. Lane 8 i + r has the address of row r of matrix i, a multiple
-// of
-// 16. Register i of lane l holds elements 2 (l % 4) and the next of row l / 4 of matrix i, of its column l /
-// 4 if transposed.
+// Four matrices of 8 x 8 elements of 16 bits. Lane 8 i + r has the address of row r of matrix i, which is a
+// multiple of 16. Register i of lane l holds elements 2 (l % 4) and the next of row l / 4 of matrix i, or of
+// its column l / 4 if transposed.
 HOPPER_INLINE void load_matrices(uint32_t (&to)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

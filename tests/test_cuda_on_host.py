@@ -97,6 +97,7 @@ def sizes() -> list[np.ndarray]:
     return costs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.cpu.reason is not None, reason="compares with the compiled CPU solver")
 def test_the_whole_suite(solver: Path) -> None:
     costs = with_integers(list(problems(4000, 40)))

@@ -16,7 +16,16 @@ def parts(schedule: Tensor, batch: int, top_k: int, num_experts: int) -> tuple[T
 
 @pytest.mark.parametrize(
     ("batch", "top_k", "num_experts"),
-    [(0, 2, 3), (1, 1, 1), (5, 2, 3), (127, 2, 3), (128, 1, 4), (129, 4, 8), (300, 3, 100), (33, 16, 16)],
+    [
+        (0, 2, 3),
+        (1, 1, 1),
+        (5, 2, 3),
+        (127, 2, 3),
+        (128, 1, 4),
+        (129, 4, 8),
+        pytest.param(300, 3, 100, marks=pytest.mark.slow),
+        (33, 16, 16),
+    ],
 )
 def test_dispatch(batch: int, top_k: int, num_experts: int, device: str) -> None:
     from switch_moe.kernels.dispatch import dispatch

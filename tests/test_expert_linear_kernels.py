@@ -81,7 +81,7 @@ def test_shipped_tiles(shape: tuple[int, ...], dtype: torch.dtype, device: str) 
     check(*make_inputs(shape, dtype), shape[2] == shape[3], device)
 
 
-@pytest.mark.parametrize("num_experts", [3, 6])
+@pytest.mark.parametrize("num_experts", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_samples_split_between_programs(num_experts: int, device: str, small_tiles, monkeypatch) -> None:
     monkeypatch.setattr(small_tiles.tiles, "sample_splits", lambda *_: 3)
     check(*make_inputs((7, 18, 24, 24, num_experts, 2), torch.float32), True, device)

@@ -129,7 +129,7 @@ def test_guidance_of_one_is_none_and_covers_all_channels() -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compile_fullgraph(autocast: bool, backend: str) -> None:
     model = random_model(class_dropout_prob=0.0).eval()
     x, t, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 4, 4, 2])

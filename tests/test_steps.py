@@ -132,7 +132,10 @@ def spoil_prior(model: SwitchDiT) -> None:
     model.prior.table.copy_(model.prior.table.flip(0))
 
 
-@pytest.mark.parametrize("spoil", [spoil_output, spoil_gradient, spoil_prior])
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_output, *(pytest.param(one, marks=pytest.mark.slow) for one in (spoil_gradient, spoil_prior))],
+)
 def test_a_wrong_contender_is_not_timed(spoil) -> None:
     def create(*args, **options) -> SwitchDiT:
         model = steps.with_random_weights(*args, **options)
