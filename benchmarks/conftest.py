@@ -21,12 +21,11 @@ import torch
 
 from benchmarks import counts, measured
 from benchmarks.case import BOTH, COMPILED, SWITCH_MOE, Case, check, describe
-from benchmarks.environment import DEVICE, ROOT
+from benchmarks.environment import DEVICE, ROOT, measures_cuda_kernels
 from benchmarks.environment import describe as describe_machine
 from benchmarks.peers import parse_peer_path, peer_states
 from benchmarks.timing import Call, Timed, input_sets, time_together
 from switch_moe import native
-from switch_moe.kernels.expert_linear_hopper import device_reason
 
 STARTED, LEFT_OUT = pytest.StashKey[float](), pytest.StashKey[list[str]]()
 # At the end of the path: packages that are installed come before the folders here.
@@ -72,7 +71,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.clear()
     machine_info |= describe_machine(config.getoption("--device"))
     machine_info |= {"quick": config.getoption("--quick"), "peers": peer_states()}
-    if config.getoption("--device") == "cuda" and device_reason(torch.device("cuda")) is None:
+    if config.getoption("--device") == "cuda" and measures_cuda_kernels():
         machine_info["cuda_kernels"] = measured.kernels(ROOT)
     if file := config.getoption("--machine-info"):
         machine_info |= json.loads(file.read_text())

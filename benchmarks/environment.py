@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import assembler
+from switch_moe.kernels.expert_linear_hopper import device_reason
 
 ROOT = Path(__file__).parent.parent
 ISA = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")  # from the best
@@ -30,6 +31,15 @@ def git(*arguments: str) -> str:
         return ""
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def measures_cuda_kernels() -> bool:
+    """Whether the CUDA kernels of expert_linear run on this GPU and are to be measured beside Triton's.
+
+    `make gpu` sets SWITCH_MOE_MEASURE_CUDA=0 where their tests failed.
+    """
+    wanted = os.environ.get("SWITCH_MOE_MEASURE_CUDA", "1") != "0"
+    return wanted and device_reason(torch.device("cuda")) is None
 
 
 def describe(device: str = DEVICE) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from benchmarks.case import (
     Inputs,
     Outputs,
 )
+from benchmarks.environment import measures_cuda_kernels
 from benchmarks.peers import EXPERT_LOOP, GROUPED_MM, Peer, peers
-from switch_moe.kernels.expert_linear_hopper import device_reason
 from switch_moe.ops import expert_linear
 
 reference = functools.partial(expert_linear, backend="reference")
@@ -105,8 +105,7 @@ def linear_case(
 
 def backends(device: str) -> tuple[str, ...]:
     """Both kinds of kernels where both run, so that each is measured; else what auto takes."""
-    both = device == "cuda" and device_reason(torch.device("cuda")) is None
-    return ("triton", "cuda") if both else ("auto",)
+    return ("triton", "cuda") if device == "cuda" and measures_cuda_kernels() else ("auto",)
 
 
 def dense_layer() -> Contender:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import assembler, gpu, timing
+from benchmarks import assembler, environment, gpu, timing
 from benchmarks.assembler import Assembler
 
 OWN, SECOND = Assembler("/own", (12, 8, 93)), Assembler("/second", (13, 1, 80))
@@ -37,7 +37,7 @@ class Commands:
     def __call__(self, command: list[str], timeout: float, env: dict, **_: object) -> SimpleNamespace:
         self.commands.append(command)
         self.variables.append(env)
-        if self.fail == "late" and len(self.commands) == 2:
+        if self.fail == "late" and "tests" in command:
             raise subprocess.TimeoutExpired(command, timeout)
         failed = self.fail in command
         options = dict(argument.split("=", 1) for argument in command if "=" in argument)
@@ -71,17 +71,20 @@ def test_all_steps_in_order(machine: Path, monkeypatch: pytest.MonkeyPatch, caps
     commands = Commands()
     monkeypatch.setattr(gpu.subprocess, "run", commands)
     assert gpu.main(["--output", str(machine), "--", "--peer-path", "official=x"]) == 0
-    build, test, again, calibrate, measure, report = commands.commands
+    build, of_cuda, test, again, calibrate, measure, report = commands.commands
     assert build[:4] == [sys.executable, "-m", "pip", "install"]
     assert commands.variables[0]["SWITCH_MOE_CUDA_ARCHS"] == "90a"
+    assert "tests/test_expert_linear_hopper.py" in of_cuda
     assert "tests" in test
-    assert test[: len(gpu.TESTS)] == again[: len(gpu.TESTS)] == gpu.TESTS
-    assert "TRITON_PTXAS_PATH" not in commands.variables[1]
+    assert "--ignore=tests/test_expert_linear_hopper.py" in test
+    assert of_cuda[: len(gpu.TESTS)] == test[: len(gpu.TESTS)] == again[: len(gpu.TESTS)] == gpu.TESTS
+    assert "TRITON_PTXAS_PATH" not in commands.variables[2]
     assert "tests/test_expert_linear_kernels.py" in again
-    assert commands.variables[2]["TRITON_PTXAS_PATH"] == "/second"
-    assert commands.variables[2]["TRITON_CACHE_DIR"] != os.environ.get("TRITON_CACHE_DIR")
+    assert commands.variables[3]["TRITON_PTXAS_PATH"] == "/second"
+    assert commands.variables[3]["TRITON_CACHE_DIR"] != os.environ.get("TRITON_CACHE_DIR")
     assert "benchmarks.calibrate" in calibrate
     assert measure[-2:] == ["--peer-path", "official=x"]
+    assert commands.variables[5]["SWITCH_MOE_MEASURE_CUDA"] == "1"
     assert report[-1] == "benchmarks.report"
     result = json.loads((machine / "made-up-100.json").read_text())
     assert result["calibration"] == {"copies": {"tb_s_from_l2": 5.5}}
@@ -93,8 +96,8 @@ def test_all_steps_in_order(machine: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.parametrize(
     ("fail", "steps"),
-    [("pip", 1), ("tests", 2), ("late", 2), ("tests/test_dispatch.py", 3), ("benchmarks.calibrate", 4),
-     ("benchmarks/test_layer.py", 5)],
+    [("pip", 1), ("tests", 3), ("late", 3), ("tests/test_dispatch.py", 4), ("benchmarks.calibrate", 5),
+     ("benchmarks/test_layer.py", 6)],
 )  # fmt: skip
 def test_a_failed_step_keeps_earlier_results(
     machine: Path, monkeypatch: pytest.MonkeyPatch, fail: str, steps: int
@@ -109,12 +112,49 @@ def test_a_failed_step_keeps_earlier_results(
     assert [path.name for path in machine.iterdir()] == ["made-up-100.json"]
 
 
+@pytest.mark.parametrize("how", ["wrong", "late"])
+def test_failed_cuda_kernels_are_left_out(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys, how: str
+) -> None:
+    """Triton's kernels stand beside them, and are measured all the same; so it is where they hang."""
+    file = "tests/test_expert_linear_hopper.py"
+    commands = Commands(file)
+
+    def late(command: list[str], **options: object) -> SimpleNamespace:
+        done = commands(command, **options)
+        if done.returncode:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return done
+
+    monkeypatch.setattr(gpu.subprocess, "run", commands if how == "wrong" else late)
+    monkeypatch.setattr(assembler, "cuda_tool", lambda name: name)
+    assert gpu.main(["--output", str(machine), "--sanitize"]) == 1
+    *_, memcheck, racecheck, _, _, _ = commands.commands
+    assert "tests/test_dispatch.py" in memcheck
+    assert file not in memcheck + racecheck
+    assert commands.variables[-2]["SWITCH_MOE_MEASURE_CUDA"] == "0"
+    assert "tests.test_a" in json.loads((machine / "made-up-100.json").read_text())["tests"]
+    said = capsys.readouterr().err
+    assert "the tests of the CUDA kernels" in said
+    assert "the CUDA kernels failed their tests; no speed of theirs is reported" in said
+
+
+def test_what_is_measured_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "device_reason", lambda device: None)
+    assert environment.measures_cuda_kernels()
+    monkeypatch.setenv("SWITCH_MOE_MEASURE_CUDA", "0")
+    assert not environment.measures_cuda_kernels()
+    monkeypatch.delenv("SWITCH_MOE_MEASURE_CUDA")
+    monkeypatch.setattr(environment, "device_reason", lambda device: "there are none")
+    assert not environment.measures_cuda_kernels()
+
+
 def test_without_another_assembler(machine: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     commands = Commands()
     monkeypatch.setattr(gpu.subprocess, "run", commands)
     monkeypatch.setattr(assembler, "pair", lambda _: (OWN, None, "TRITON_PTXAS_PATH"))
     assert gpu.main(["--output", str(machine), "--no-build", "--no-calibration"]) == 0
-    assert len(commands.commands) == 3
+    assert len(commands.commands) == 4
     assert "ptxas 12.8.93 is the only one" in capsys.readouterr().out
 
 
@@ -142,7 +182,7 @@ def test_what_is_tested_under_another_assembler() -> None:
 
 
 def test_test_files_exist() -> None:
-    for stem in {*gpu.ASSEMBLED, *gpu.SANITIZED}:
+    for stem in {*gpu.ASSEMBLED, *gpu.SANITIZED, *gpu.CUDA_KERNELS}:
         assert gpu.test_files((stem,), "tests"), stem
     measured = gpu.test_files(gpu.MEASURED, "benchmarks")
     assert sorted(measured) == gpu.test_files(("",), "benchmarks")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_report import GPU, row, save
 
-from benchmarks import measured, report, test_expert_linear
+from benchmarks import environment, measured, report, test_expert_linear
 from benchmarks.case import BOTH, FORWARD, MODULATED, SWITCH_MOE, WITH_CUDA
 from benchmarks.environment import ROOT
 from switch_moe.kernels import measured as installed
@@ -78,9 +78,9 @@ def test_both_kinds_of_kernels_take_turns_on_a_gpu_that_has_both(monkeypatch: py
         return [one.name for one in case.contenders if one.is_switch_moe]
 
     assert names("cpu") == [SWITCH_MOE, MODULATED]
-    monkeypatch.setattr(test_expert_linear, "device_reason", lambda device: "it has none")
+    monkeypatch.setattr(environment, "device_reason", lambda device: "it has none")
     assert names("cuda") == [SWITCH_MOE, MODULATED]
-    monkeypatch.setattr(test_expert_linear, "device_reason", lambda device: None)
+    monkeypatch.setattr(environment, "device_reason", lambda device: None)
     assert names("cuda") == [name + end for end in ("", WITH_CUDA) for name in measured.CONTENDERS]
 
 
