@@ -39,7 +39,7 @@ CPU_SOURCES = [
     "parallel.cpp",
     "routed_mlp.cpp",
 ]
-CUDA_SOURCES = ["bindings_cuda.cpp", "expert_linear.cu", "expert_linear_weight.cu", "linear_assignment.cu"]
+CUDA_SOURCES = ["expert_linear.cu", "expert_linear_weight.cu", "linear_assignment.cu", "bindings_cuda.cpp"]
 CPU = Extension("switch_moe._cpu", [f"csrc/{name}" for name in CPU_SOURCES])
 CUDA = Extension("switch_moe._cuda", [f"csrc/{name}" for name in CUDA_SOURCES])
 
@@ -226,7 +226,8 @@ class NinjaBuild(build_ext):
                 )
                 writer.rule("cu", logged, depfile="$out.d")
                 writer.rule("link_cu", f"{program} -shared -cudart static $in -o $out")
-            for extension, link in [(CPU, "link_cpp"), *([(CUDA, "link_cu")] if nvcc else [])]:
+            # What takes longest comes first: ninja starts with it.
+            for extension, link in [*([(CUDA, "link_cu")] if nvcc else []), (CPU, "link_cpp")]:
                 objects = []
                 for source in map(Path, extension.sources):
                     target = escape(str(folder / f"{source.name}.o"))

@@ -254,6 +254,14 @@ def check(call: Callable[..., Results], case: Case, index: Tensor | None = None)
     return results
 
 
+def test_gradients_quick(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("gradients")
+    kernels = load(folder, CSRC / "expert_linear_weight.cu", CALLERS[1])
+    case = Case(5, 72, 136, 264, 4)
+    for schedule in (Schedule(LATE, LATE, LATE), Schedule()):
+        check(functools.partial(emulated_gradients, kernels, case, schedule), case)
+
+
 @pytest.mark.slow
 def test_quick(kernels: ctypes.CDLL) -> None:
     for case in (Case(), Case(inputs=128, outputs=128, modulate=True, keep=True)):
