@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "../csrc/hopper.h"
+
 struct Span {
     long long cycles, nanoseconds;
 };
@@ -41,34 +43,6 @@ __device__ long long nanoseconds() {
     return now;
 }
 
-__device__ int block_rank() {
-    int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ void barrier_wait(uint32_t barrier, int parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nAGAIN:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra AGAIN;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-__device__ void barrier_arrive(uint32_t barrier, int rank) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-
-__device__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                     : "memory");
-}
-
 // Copies [begin, end) of a stage, to this block or to both blocks of a cluster.
 template <bool kMulticast>
 __device__ void copy(uint32_t stage, const char* chunk, uint32_t barrier, int begin, int end) {
@@ -91,13 +65,12 @@ __device__ void copy(uint32_t stage, const char* chunk, uint32_t barrier, int be
 // One thread fills a stage as soon as every warp that reads it, here and in the peer, is done.
 template <int kCopies>
 __device__ void produce(uint32_t tiles, uint32_t full, uint32_t empty, const char* source, int steps) {
-    const int rank = block_rank();
+    const int rank = hopper::cluster_rank();
     for (int step = 0; step < steps; ++step) {
         const int slot = step % kStages, own = (blockIdx.x + step) % kChunks;
         const uint32_t stage = tiles + slot * kStageBytes, barrier = full + 8 * slot;
-        barrier_wait(empty + 8 * slot, (step / kStages & 1) ^ 1);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "n"(kStageBytes)
-                     : "memory");
+        hopper::barrier_wait(empty + 8 * slot, (step / kStages & 1) ^ 1);
+        hopper::barrier_expect(barrier, kStageBytes);
         if constexpr (kShared<kCopies> != 0) {
             const int both = (blockIdx.x - rank + step) % kChunks, half = kShared<kCopies> / 2;
             copy<true>(stage, source + both * kStageBytes, barrier, rank * half, (rank + 1) * half);
@@ -106,57 +79,35 @@ __device__ void produce(uint32_t tiles, uint32_t full, uint32_t empty, const cha
     }
 }
 
-__device__ void load_weights(uint32_t (&a)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
-
-__device__ void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t tokens) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
-        "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
-        "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "
-        "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, "
-        "1, 0;"
-        : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens));
-}
-
-__device__ void finish_products() {
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
-
 // One step of a warpgroup: A of every 16 inner elements is two experts' weights, merged, or stays as it is.
 template <bool kLoad>
 __device__ void multiply_step(float (&low)[64], float (&high)[64], uint32_t (&a)[4], uint32_t stage) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128 - 1;
     const uint32_t weights = stage + kTokenBytes + group * kTileBytes;
-    // The descriptor: rows of 128 bytes in 128-byte swizzle, 1024 bytes from eight rows to the next eight.
-    const uint64_t tokens = (uint64_t)(stage >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-    if constexpr (!kLoad) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    auto tokens = [&](int k, int half) {
+        return hopper::operand<hopper::Swizzle::k128>(stage + half * (kTokenBytes / 2) + 32 * k, 1024);
+    };
+    if constexpr (!kLoad) hopper::product_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         if constexpr (kLoad) {
             const int row = 16 * k + lane % 16;
             const uint32_t at = weights + 128 * row + 16 * ((2 * warp + lane / 16) ^ (row % 8));
             uint32_t other[4];
-            load_weights(a, at);
-            load_weights(other, at + kExpertBytes);
+            hopper::load_matrices_transposed(a, at);
+            hopper::load_matrices_transposed(other, at + kExpertBytes);
 #pragma unroll
             for (int i = 0; i < 4; ++i)  // 0.5 times the one, plus the other
                 asm volatile("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(a[i]) : "r"(0x3f003f00), "r"(other[i]));
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            hopper::product_fence();
         }
-        multiply(low, a, tokens + 2 * k);
-        multiply(high, a, tokens + 2 * k + (kTokenBytes / 2 >> 4));
-        if constexpr (kLoad) finish_products();  // A is overwritten next
+        hopper::product<hopper::BFloat16, 128>(low, a, tokens(k, 0), true);
+        hopper::product<hopper::BFloat16, 128>(high, a, tokens(k, 1), true);
+        if (kLoad || k == 3) {  // A is overwritten next, or the stage
+            hopper::product_commit();
+            hopper::product_wait<0>();
+        }
     }
-    if constexpr (!kLoad) finish_products();
 }
 
 // Takes each stage, multiplies where that is wanted, and hands it back to every block that fills it.
@@ -167,13 +118,13 @@ __device__ void consume(uint32_t tiles, uint32_t full, uint32_t empty, int steps
     for (int i = 0; i < 4; ++i) a[i] = 0x3f80bf00 + 97 * threadIdx.x + i;
     for (int step = 0; step < steps; ++step) {
         const int slot = step % kStages;
-        if constexpr (kCopies != NONE) barrier_wait(full + 8 * slot, step / kStages & 1);
+        if constexpr (kCopies != NONE) hopper::barrier_wait(full + 8 * slot, step / kStages & 1);
         __syncwarp();
         if constexpr (kMultiply) multiply_step<kLoad>(low, high, a, tiles + slot * kStageBytes);
         __syncwarp();
         if (kCopies != NONE && threadIdx.x % 32 == 0)
             for (int rank = 0; rank < (kShared<kCopies> ? 2 : 1); ++rank)
-                barrier_arrive(empty + 8 * slot, rank);
+                hopper::barrier_arrive_at(empty + 8 * slot, rank);
     }
     for (int i = 0; i < 64; ++i) sum += low[i] + high[i];
     sums[blockIdx.x * kThreads + threadIdx.x] = sum;
@@ -189,22 +140,22 @@ __device__ void work_of_block(const char* source, int steps, float* sums, Span* 
         *(uint4*)(memory + (tiles - begin) + at) = *(const uint4*)(source + at);
     if (threadIdx.x < 2 * kStages) {
         const int warps = 4 * kGroups * (kShared<kCopies> ? 2 : 1), count = threadIdx.x < kStages ? 1 : warps;
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(full + 8 * threadIdx.x), "r"(count)
-                     : "memory");
+        hopper::barrier_init(full + 8 * threadIdx.x, count);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    hopper::fence_barrier_init();
+    hopper::fence_async();
     __syncwarp();
-    cluster_sync();
+    hopper::cluster_sync();
     const long long cycles = clock64(), start = nanoseconds();
     if (threadIdx.x < 128) {
-        if constexpr (kMultiply) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        if constexpr (kMultiply) hopper::give_registers<32>();
         if (kCopies != NONE && threadIdx.x == 0) produce<kCopies>(tiles, full, empty, source, steps);
     } else {
-        if constexpr (kMultiply) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+        if constexpr (kMultiply) hopper::take_registers<160>();
         consume<kCopies, kLoad, kMultiply>(tiles, full, empty, steps, sums);
     }
     __syncwarp();
-    cluster_sync();  // no block leaves while its peer writes to it
+    hopper::cluster_sync();  // no block leaves while its peer writes to it
     if (threadIdx.x == 0) spans[blockIdx.x] = {clock64() - cycles, nanoseconds() - start};
 }
 
