@@ -84,7 +84,7 @@ FAMILIES = {
         },
         shared="MergedProductLayout<{groups}, {top_k}, {modulate}>::kBytes",
         from_registers=True,
-        # For two halves of the tokens; where both steps of a stage are in one piece, for each of them.
+        # A step has two, one for each half of the tokens. There are four where a stage is unrolled.
         products=lambda of: 4 if of["groups"] == 2 or (of["dtype"] == "bfloat16" and of["top_k"] <= 2) else 2,
         multicast=1,
     ),
@@ -98,7 +98,7 @@ FAMILIES = {
         multicast=2,  # of x where a pair shares that, of dm where it shares that
     ),
     "add_gradient_parts": Family(
-        header="expert_linear_weight_hopper.h",
+        header="expert_linear_weight_sum.h",
         arguments=("dtype",),
         labels=lambda of: {"type": of["dtype"]},
         shared="0",
@@ -263,7 +263,7 @@ def assemblers(more: list[str]) -> list[assembler.Assembler]:
 
 
 def report(more: list[str]) -> dict[str, Any]:
-    """Of all kernels, under the toolkit's assembler and each other one of this machine or in ``more``."""
+    """The rows of all kernels, under the toolkit's assembler and each other one here or in ``more``."""
     sources, used = [translate(source) for source in SOURCES], assemblers(more)
     reports = [inspect_all(ptx, used) for ptx in sources]
     return reports[0] | {"rows": [row for one in reports for row in one["rows"]]}

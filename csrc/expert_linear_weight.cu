@@ -1,9 +1,10 @@
-// Chooses and starts the kernels of expert_linear_weight_hopper.h.
+// Chooses and starts the kernels of expert_linear_weight_hopper.h and expert_linear_weight_sum.h.
 #include <algorithm>
 #include <stdexcept>
 
 #include "expert_linear_cuda.h"
 #include "expert_linear_weight_hopper.h"
+#include "expert_linear_weight_sum.h"
 
 namespace switch_moe {
 namespace {
@@ -12,7 +13,7 @@ using hopper::BFloat16;
 using hopper::Float16;
 using hopper::tensor_map;
 
-// Of the sums of weights, where there is more than one part.
+// The sums of weights take at most so many bytes, where there is more than one part.
 constexpr int64_t kMostBytes = int64_t{256} << 20;
 
 int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }

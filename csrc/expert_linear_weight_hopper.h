@@ -7,7 +7,7 @@
 // the sums of up to two experts are in the registers of two warpgroups, and a sum is written when a sample
 // has other experts. The first warpgroup has a thread that loads and a warp for what is small: s, and the
 // sums of the other warps' shares in dgate. Every number is written by one thread, and a second kernel adds
-// the parts in a fixed order.
+// the parts in a fixed order (expert_linear_weight_sum.h).
 //
 // The two blocks of a cluster have tiles that are neighbours in a row or a column, and each loads half of
 // what both read.
@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-#include "expert_linear_hopper.h"
+#include "expert_linear_weight_plan.h"
 
 namespace switch_moe {
 
@@ -26,36 +26,6 @@ struct WeightGradientMaps {
     TensorMap grad;    // [B, T, Dout]: dm
     TensorMap weight;  // [M, Din, Dout]
 };
-
-// The tiles of clusters. Pairs of neighbours in a row have the same x, and where their count is odd those of
-// the last column pair up too, and have the same dm. The last of these may lack a neighbour: its row is then
-// past the last one.
-struct GradientTiles {
-    int rows, columns, wide, count;  // `wide` pairs in a row; `count` pairs in all
-};
-
-struct WeightGradientSizes {
-    int batch, tokens, inputs, outputs, experts;  // B, T, Din, Dout, M
-    int splits;                                   // S parts of the samples
-    GradientTiles tiles;
-};
-
-// Four numbers of a thread that multiplies: columns 8 i + 2 (lane % 4) and the next, in row lane / 4 of the
-// 16 of its warp, and the same columns eight rows below.
-struct alignas(16) Quad {
-    float numbers[4];
-};
-
-// The parts of the gradients. A tile of weights is kept as its threads have it: [2 warpgroups, 16 values of
-// i, 128 threads].
-struct WeightGradientParts {
-    Quad* weight;  // [S, tiles, M, 4096]
-    float* bias;   // [S, rows of tiles, M, Dout], or null where there is no bias
-    float* gate;   // [tiles, B, k]
-};
-
-constexpr int kGradientTile = 128;
-constexpr int kTileQuads = kGradientTile * kGradientTile / 4;
 
 // What a block keeps in shared memory, in bytes.
 template <int kTopK>
@@ -82,101 +52,6 @@ struct WeightGradientLayout {
     static constexpr uint32_t kBytes = kRoutesAt + kStages * kRouteBytes;
     static constexpr int kThreads = 3 * 128;
     static_assert(kStages >= 4 && kBytes <= 227 * 1024);
-};
-
-// A block's tile and its part of the samples, which are numbered in their order.
-struct GradientUnit {
-    int row, column;  // of the tile
-    bool same_x;      // else the cluster has the same dm
-    int split, first, last;
-
-    HOPPER_INLINE bool in_matrix(const WeightGradientSizes& sizes) const { return row < sizes.tiles.rows; }
-
-    HOPPER_INLINE GradientUnit(const WeightGradientSizes& sizes, int number, int rank) {
-        const GradientTiles& tiles = sizes.tiles;
-        const int pair = number % tiles.count, across = tiles.rows * tiles.wide;
-        same_x = pair < across;
-        row = same_x ? pair / tiles.wide : (pair - across) * 2 + rank;
-        column = same_x ? pair % tiles.wide * 2 + rank : tiles.columns - 1;
-        split = number / tiles.count;
-        first = static_cast<int>(int64_t{sizes.batch} * split / sizes.splits);
-        last = static_cast<int>(int64_t{sizes.batch} * (split + 1) / sizes.splits);
-    }
-};
-
-// A sample's experts and gates. An expert out of range counts as expert 0 with a gate of NaN.
-template <int kTopK>
-struct Route {
-    int sample, expert[kTopK];
-    float gate[kTopK];
-};
-
-struct Routing {
-    const int32_t* order;  // [B]: samples, those with the same experts together
-    const int32_t* index;  // [B, k]
-    const float* gate;     // [B, k]
-    int experts;
-
-    template <int kTopK>
-    HOPPER_INLINE Route<kTopK> at(int number) const {
-        Route<kTopK> route;
-        route.sample = order[number];
-#pragma unroll
-        for (int j = 0; j < kTopK; ++j) {
-            const int64_t at = int64_t{route.sample} * kTopK + j;
-            route.expert[j] = expert_in_range(index[at], experts);
-            route.gate[j] = route.expert[j] == index[at] ? gate[at] : NAN;
-        }
-        return route;
-    }
-};
-
-// Which expert each of the k places has: an accumulator of every thread that multiplies, and a tile of
-// weights. All warps keep this account alike.
-template <int kTopK>
-struct Places {
-    int expert[kTopK];
-
-    HOPPER_INLINE void clear() {
-#pragma unroll
-        for (int place = 0; place < kTopK; ++place) expert[place] = -1;
-    }
-
-    // Gives a place to each expert of a sample. One that has a place keeps it, and one that is chosen twice
-    // takes one place. Calls change(place, expert) before the place goes over to the expert.
-    template <typename Change>
-    HOPPER_INLINE void take(const Route<kTopK>& route, Change change) {
-        if constexpr (kTopK == 1) {
-            move(0, route.expert[0], change);
-        } else {
-            static_assert(kTopK == 2);
-            const int first = route.expert[0], second = route.expert[1];
-            const bool crossed = expert[1] == first || (expert[0] == second && first != second);
-            if (first != second || !crossed) move(0, crossed ? second : first, change);
-            if (first != second || crossed) move(1, crossed ? first : second, change);
-        }
-    }
-
-    // The gate of what a place has, in the sample that took its places last; `used` says whether it has one.
-    HOPPER_INLINE float gate(int place, const Route<kTopK>& route, bool& used) const {
-        float sum = 0.f;
-        used = false;
-#pragma unroll
-        for (int j = 0; j < kTopK; ++j) {
-            if (route.expert[j] != expert[place]) continue;
-            sum += route.gate[j];
-            used = true;
-        }
-        return sum;
-    }
-
-  private:
-    template <typename Change>
-    HOPPER_INLINE void move(int place, int to, Change change) {
-        if (expert[place] == to) return;
-        change(place, to);
-        expert[place] = to;
-    }
 };
 
 HOPPER_INLINE float sum_of_warp(float value) {
@@ -384,7 +259,7 @@ struct GradientConsumer : GradientWarp<kTopK> {
     // product = P of a sample.
     HOPPER_INLINE void multiply() {
         using namespace hopper;
-        // As in expert_linear_hopper.h, a first product that does not add would be serialised by ptxas 12.8.
+        // A first product that does not add would make ptxas 12.8 serialise all of them (C7515).
 #pragma unroll
         for (int i = 0; i < 64; ++i) product[i] = 0.f;
 #pragma unroll 1
@@ -636,88 +511,6 @@ __global__ void HOPPER_CLUSTER(kMergedCluster) __launch_bounds__(WeightGradientL
     }
     cluster_sync();  // no block ends while the other may still arrive at its barriers or load into it
 #endif
-}
-
-struct WeightGradientResults {
-    void* weight;  // [M, Din, Dout] of type T or, with `single`, float32
-    void* bias;    // [M, Dout] of the same type
-    float* gate;   // [B, k]
-    bool single;
-};
-
-// How many blocks of add_gradient_parts take each of the gradients. A block has 256 threads, and takes 1024
-// quads of weights, or 256 numbers of the others.
-struct GradientBlocks {
-    int weight, bias, gate;
-};
-
-template <typename T>
-HOPPER_INLINE void store_pair(void* to, int64_t at, float first, float second, bool single) {
-    if (single) {
-        static_cast<float*>(to)[at] = first;
-        static_cast<float*>(to)[at + 1] = second;
-    } else {
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(to) + at) = hopper::pack<T>(first, second);
-    }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(256)
-    add_gradient_parts(const __grid_constant__ WeightGradientParts parts,
-                       const __grid_constant__ WeightGradientResults results,
-                       const __grid_constant__ WeightGradientSizes sizes, int top_k,
-                       const __grid_constant__ GradientBlocks blocks) {
-    const int thread = threadIdx.x;
-    const GradientTiles& tiles = sizes.tiles;
-    const int64_t of_all = int64_t{tiles.rows} * tiles.columns * sizes.experts * kTileQuads;
-    int block = blockIdx.x;
-    if (block < blocks.weight) {
-        const int tile_and_expert = block / 4;
-        const int tile = tile_and_expert / sizes.experts, expert = tile_and_expert % sizes.experts;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int quad = block % 4 * 1024 + i * 256 + thread;
-            const Quad* part = parts.weight + int64_t{tile_and_expert} * kTileQuads + quad;
-            Quad sum = *part;
-#pragma unroll 4
-            for (int split = 1; split < sizes.splits; ++split) {
-                const Quad more = part[split * of_all];
-#pragma unroll
-                for (int n = 0; n < 4; ++n) sum.numbers[n] += more.numbers[n];
-            }
-            const int row = tile / tiles.columns * kGradientTile + quad / 2048 * 64 + quad % 128 / 32 * 16 +
-                            quad % 32 / 4;
-            const int column = tile % tiles.columns * kGradientTile + quad / 128 % 16 * 8 + quad % 4 * 2;
-            if (column >= sizes.outputs) continue;
-            const int64_t at = (int64_t{expert} * sizes.inputs + row) * sizes.outputs + column;
-            if (row < sizes.inputs) {
-                store_pair<T>(results.weight, at, sum.numbers[0], sum.numbers[1], results.single);
-            }
-            if (row + 8 < sizes.inputs) {
-                store_pair<T>(results.weight, at + int64_t{8} * sizes.outputs, sum.numbers[2], sum.numbers[3],
-                              results.single);
-            }
-        }
-        return;
-    }
-    block -= blocks.weight;
-    const bool of_bias = block < blocks.bias;
-    if (!of_bias) block -= blocks.bias;
-    const int64_t count = of_bias ? int64_t{sizes.experts} * sizes.outputs : int64_t{sizes.batch} * top_k;
-    const int rows = of_bias ? sizes.splits * tiles.rows : tiles.rows * tiles.columns;
-    const int64_t at = int64_t{block} * 256 + thread;
-    if (at >= count) return;
-    const float* part = (of_bias ? parts.bias : parts.gate) + at;
-    float sum = *part;
-#pragma unroll 8
-    for (int row = 1; row < rows; ++row) sum += part[row * count];
-    if (!of_bias) {
-        results.gate[at] = sum;
-    } else if (results.single) {
-        static_cast<float*>(results.bias)[at] = sum;
-    } else {
-        static_cast<T*>(results.bias)[at] = T{static_cast<uint16_t>(hopper::pack<T>(sum, 0.f))};
-    }
 }
 
 }  // namespace switch_moe

@@ -76,7 +76,7 @@ BUGS = [
     ),
 ]
 
-# In expert_linear_weight_hopper.h.
+# In expert_linear_weight_plan.h, _hopper.h and _sum.h.
 WEIGHT_BUGS = [
     bug(
         "no wait for a stage",

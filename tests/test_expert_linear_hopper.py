@@ -121,10 +121,13 @@ def planted_weight(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     end = launcher.index("void weight_gradient_cuda")
     right = launcher[launcher.index("namespace switch_moe") : end]
     launcher = right[: right.index("void check(")]
-    kernel = (CSRC / "expert_linear_weight_hopper.h").read_text()
+    headers = [CSRC / f"expert_linear_weight_{name}.h" for name in ("plan", "hopper", "sum")]
+    texts = [header.read_text() for header in headers]
+    kernel = "".join(text[text.index("namespace switch_moe") :] for text in texts)
     calls = ["start<BFloat16, 2>"] * len(WEIGHT_BUGS)
     text = plant(WEIGHT_BUGS, kernel, launcher, "WeightGradient", calls, "weight_gradient_cuda")
-    text = f'#include "expert_linear_weight_hopper.h"\n{text}\n{right} }}'
+    includes = "\n".join(f'#include "{header.name}"' for header in headers)
+    text = f"{includes}\n{text}\n{right} }}"
     (folder / "planted.cpp").write_text(text)
     return load(folder, folder / "planted.cpp", CALLERS[1])
 

@@ -64,7 +64,7 @@ def plain_gradients(
 def hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The CPU in the place of an H100 whose kernels are built; the list has the products that were formed."""
     if torch.cuda.is_available():
-        pytest.skip("the gradients of weights come from Triton's interpreter, which is off beside a GPU")
+        pytest.skip("samples are sorted in Triton's interpreter, which is off beside a GPU")
     formed: list[str] = []
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,7 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(assembler.cuda_tool("nvcc") is None, reason="needs nvcc; CI has it")
 def test_what_the_driver_is_given(tmp_path: Path) -> None:
-    """For a tensor map, by the code that the emulation replaces; and in a thread that has no context yet."""
+    """What the emulation replaces asks the driver for the right tensor map, also without a context."""
     sources = [EMULATION.parent / "tensor_map.cu", EMULATION.parent / "tensor_map_driver.cpp"]
     command = [assembler.cuda_tool("nvcc"), "-std=c++17", "-arch=sm_90a", "-cudart=none", "-w"]
     subprocess.run([*command, f"-I{ROOT / 'csrc'}", *sources, "-o", tmp_path / "maps"], check=True)
